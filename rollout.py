@@ -1,0 +1,324 @@
+"""The dialogue: prompts, coordinates, the zoom tool, many turns, many traces.
+
+In:  questions about images. Out: `Trace`s: which tokens the policy sampled, where it pointed, what it was shown, how it ended.
+
+Four modes (paper, section 3): `direct` (an answer only), `think` (a thought, then the answer), `grounded` (a thought whose
+steps point at the image) and `zoom` (turns: a thought that points, a look at the point, ..., the answer).
+
+Coordinates live in two frames. The policy speaks pixels of the image *as it sees it* (after the image processor's resize);
+files, boxes and crops are in pixels of the *original*. `Frame` is the one place that converts.
+
+Departures from the public code: crops are cut from the original, so that a zoom adds detail; a window at the border is moved
+inside, never stretched; bad calls and points outside are answered in words; what is injected is known by construction.
+"""
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from model import Engine, Sequence, UserError
+
+MODES = ("direct", "think", "grounded", "zoom")
+MAX_IMAGE_PIXELS = 2**27    # of a file, refused before it is decoded: 134 million, 384 MiB in memory
+Image.MAX_IMAGE_PIXELS = None   # our own check, below, is an error and not a warning
+
+SYSTEM_PROMPTS = {
+    "direct": "Answer the question about the image. Write nothing but <answer> your answer </answer>.",
+    "think": "Answer the question about the image. First reason, step by step, between <think> and </think>; then write "
+             "<answer> your answer </answer>.",
+    "grounded": "Answer the question about the image. First reason between <think> and </think>, in three to seven steps. Each "
+                "step is a sentence about one place in the image and ends with that place as a point (x, y), in pixels from the "
+                "top left corner. Look again where a step turns out to be wrong. Then write <answer> your answer </answer>.",
+    "zoom": "Answer the question about the image. You may look closer before you answer. In every turn, first write a thought "
+            "between <think> and </think> that names the place it is about as a point (x, y), in pixels of the first image from "
+            "its top left corner. Then either look at a place with <tool_call>\n{\"name\": \"search_coordinate\", "
+            "\"arguments\": {\"coordinate\": [x, y]}}\n</tool_call>, which shows you a close-up of it, or finish with "
+            "<answer> your answer </answer>. Look elsewhere when a close-up does not show what you need.",
+}
+OBSERVATION = ("<observation>\n", "\n</observation>")
+FORCED_ANSWER = "<think></think>\n<answer>"   # written for the policy when it must answer now
+
+
+# ------------------------------------------------------------------------------------------------ questions
+
+@dataclass(eq=False)
+class Question:
+    """A question about one or more images.
+
+    images: PIL images, paths, or functions without arguments that return PIL images; they are read when they are needed.
+    answer: text for kind "choice", "string" and "action"; a box (x1, y1, x2, y2) or a polygon ((x, y), ...) in px of the
+    original for "point". choices: the options' texts in the order of their letters, if there are any.
+    scene: what is drawn where, for drawn images. where: file and row, for messages."""
+    text: str
+    images: list
+    answer: object
+    kind: str = "string"
+    choices: tuple = ()
+    id: str = ""
+    category: str = ""
+    scene: object = None
+    where: str = ""
+
+    def load(self):
+        return [read_image(i, self.where) if isinstance(i, (str, Path)) else i() if callable(i) else i for i in self.images]
+
+
+def read_image(source, where=""):
+    """Path or bytes -> RGB image. A missing, broken or absurdly large file is a UserError that names it."""
+    name = source if isinstance(source, (str, Path)) else "the embedded image"
+    at = f" ({where})" if where else ""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise UserError(f"{name}{at}: {image.width}x{image.height} px is more than {MAX_IMAGE_PIXELS:,} px; "
+                                "scale it down first")
+            if max(image.size) > 200 * min(image.size):
+                raise UserError(f"{name}{at}: {image.width}x{image.height} px is too long and thin; the model takes at most 200:1")
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{name}{at}: no such image; check the path and --image-root") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{name}{at}: cannot be read as an image ({error}); replace the file or remove the row") from None
+
+
+# ------------------------------------------------------------------------------------------------ coordinates
+
+NUMBER = r"-?\d{1,7}(?:\.\d{1,4})?"
+POINT = re.compile(rf"\(\s*({NUMBER})\s*,\s*({NUMBER})\s*\)|\[\s*({NUMBER})\s*,\s*({NUMBER})\s*\]")
+
+
+def parse_points(text):
+    """All points "(x, y)" or "[x, y]" of a text, as floats: "at ( 12.5 , 40 )" -> [(12.5, 40.0)]. Inside the image or not."""
+    return [(float(a or c), float(b or d)) for a, b, c, d in POINT.findall(text)]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The sizes (width, height) in px of one image: as the policy sees it, and as it is in the file."""
+    seen: tuple[int, int]
+    original: tuple[int, int]
+
+    def inside(self, point):
+        return 0 <= point[0] < self.seen[0] and 0 <= point[1] < self.seen[1]
+
+    def to_original(self, point):
+        return point[0] * self.original[0] / self.seen[0], point[1] * self.original[1] / self.seen[1]
+
+    def to_seen(self, point):
+        return point[0] * self.seen[0] / self.original[0], point[1] * self.seen[1] / self.original[1]
+
+
+def spoken(point):
+    """A point as the policy writes it: whole pixels."""
+    return f"({round(point[0])}, {round(point[1])})"
+
+
+# ------------------------------------------------------------------------------------------------ the zoom tool
+
+def window(size, point, half):
+    """The square (left, top, right, bottom) of 2 * half px around a point of an image of `size`, moved inside at the borders.
+
+    Where the image is smaller than the window, the square is as large as the image allows."""
+    side = min(2 * half, *size)
+    left, top = (min(max(round(p - side / 2), 0), s - side) for p, s in zip(point, size))
+    return left, top, left + side, top + side
+
+
+def zoom(image, point, half, size, dot=False):
+    """The close-up of `image` around `point` (both of the original), `size` px wide and high. dot: mark the point in red."""
+    box = window(image.size, point, half)
+    side = box[2] - box[0]
+    crop = image.crop(box)
+    if side != size:
+        crop = crop.resize((size, size), Image.Resampling.BICUBIC)
+    if dot:
+        x, y, r = (point[0] - box[0]) * size / side, (point[1] - box[1]) * size / side, max(2, size // 100)
+        ImageDraw.Draw(crop).ellipse((x - r, y - r, x + r, y + r), fill=(255, 0, 0))
+    return crop
+
+
+class ToolError(Exception):
+    """What is wrong with a tool call, in words for the policy."""
+
+
+def call_text(point):
+    x, y = (round(v) for v in point)
+    return '<tool_call>\n{"name": "search_coordinate", "arguments": {"coordinate": [%d, %d]}}\n</tool_call>' % (x, y)
+
+
+def parse_call(text):
+    """What stands between the tool_call tags -> (x, y). Raises ToolError."""
+    try:
+        call = json.loads(text) if len(text) < 400 else None
+    except (ValueError, RecursionError):
+        raise ToolError("The call is not valid JSON.") from None
+    if not isinstance(call, dict) or call.get("name") != "search_coordinate":
+        raise ToolError('The only tool is "search_coordinate".')
+    arguments = call.get("arguments")
+    point = arguments.get("coordinate") if isinstance(arguments, dict) else None
+    if not (isinstance(point, list) and len(point) == 2 and all(type(v) in (int, float) and abs(v) < 1e7 for v in point)):
+        raise ToolError('The argument "coordinate" must be a list of two numbers, [x, y].')
+    return float(point[0]), float(point[1])
+
+
+# ------------------------------------------------------------------------------------------------ turns and traces
+
+THOUGHT = re.compile(r"<think>(.*?)</think>", re.S)
+CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.S)
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.S)
+
+
+@dataclass
+class Turn:
+    """One turn of the policy's: its text as written (end token excluded), and what was in it. Points in px as seen."""
+    text: str
+    thought: str = ""
+    points: list = field(default_factory=list)     # in the thought
+    call: tuple | None = None                      # the point looked at
+    error: str = ""                                # why a call was refused, as told to the policy
+    answer: str | None = None
+    crop: tuple | None = None                      # window in px of the original
+    forced: bool = False                           # its beginning was written for the policy, to make it answer
+
+
+def parse_turn(text, forced=False):
+    """Splits a turn into thought, points, call and answer. A call that stands after an answer, or before one, is not made."""
+    turn = Turn(text, forced=forced)
+    if thought := THOUGHT.search(text):
+        turn.thought = thought[1].strip()
+        turn.points = parse_points(turn.thought)
+    rest = text[thought.end():] if thought else text
+    if answer := ANSWER.search(rest):
+        turn.answer = answer[1].strip()
+    elif "<tool_call>" in rest:
+        try:
+            call = CALL.search(rest)
+            if not call:
+                raise ToolError("The call is not closed by </tool_call>.")
+            turn.call = parse_call(call[1])
+        except ToolError as error:
+            turn.error = str(error)
+    return turn
+
+
+@dataclass(eq=False)
+class Trace(Sequence):
+    """A `Sequence` as a dialogue. ended: "answer" (of its own accord), "forced" (the looks ran out and the answer was asked
+    for), "length" (the tokens ran out) or "stopped" (neither a call nor an answer)."""
+    question: Question = None
+    mode: str = "zoom"
+    frames: list[Frame] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    ended: str = ""
+    start: int = 0                                 # where the current turn begins in `ids`
+
+    @property
+    def answer(self):
+        return self.turns[-1].answer if self.turns else None
+
+    @property
+    def crops(self):
+        """Points (px as seen) of the looks that were answered with a picture, in order."""
+        return [t.call for t in self.turns if t.crop]
+
+    def inside(self, point):
+        return any(frame.inside(point) for frame in self.frames)
+
+    def text(self):
+        """The whole dialogue as a person reads it."""
+        lines = [self.question.text]
+        for turn in self.turns:
+            lines.append((FORCED_ANSWER if turn.forced else "") + turn.text)
+            if turn.crop:
+                lines.append(f"<observation> [image: {turn.crop}] </observation>")
+            elif turn.error:
+                lines.append(f"<observation> {turn.error} </observation>")
+        return "\n".join(lines)
+
+
+@dataclass
+class Dialogue:
+    """How questions are asked and calls are answered.
+
+    crop_half (px of the original), crop_size (px shown), crop_dot: the close-up; max_crops: looks answered a trace;
+    tool False: no looks at all, the answer is asked for at once; system_prompt: instead of the mode's own."""
+    mode: str = "zoom"
+    crop_half: int = 32
+    crop_size: int = 64
+    crop_dot: bool = False
+    max_crops: int = 4
+    tool: bool = True
+    system_prompt: str | None = None
+
+    def prompt(self, policy, question):
+        """-> the Chunk after which the policy speaks, and the Frames of the question's images."""
+        images = question.load()
+        system = self.system_prompt or policy.system_prompts.get(self.mode) or SYSTEM_PROMPTS[self.mode]
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": policy.clean(question.text)}]
+        chunk = policy.prompt([{"role": "system", "content": system}, {"role": "user", "content": content}], images)
+        if self.mode == "zoom" and not self.tool:
+            chunk.ids += policy.encode(FORCED_ANSWER)
+        return chunk, [Frame(policy.seen_size(*image.size), image.size) for image in images]
+
+    def start(self, policy, question, group):
+        """`group` empty Traces of a question, sharing one prompt."""
+        prompt, frames = self.prompt(policy, question)
+        return [Trace(prompt, question=question, mode=self.mode, frames=frames) for _ in range(group)]
+
+    def on_turn(self, policy, trace, cut):
+        """Reads the turn that the policy just ended, appends it to the trace and answers it: a Chunk, or None at the end."""
+        ids = trace.ids[trace.start:]
+        if ids and ids[-1] in policy.end_tokens:
+            ids = ids[:-1]
+        begun = self.mode == "zoom" and (not self.tool or trace.ended == "forced")    # its first tags were ours
+        text = policy.decode(ids)
+        turn = parse_turn(FORCED_ANSWER + text if begun else text, forced=begun)
+        turn.text = text
+        trace.turns.append(turn)
+        calls = self.mode == "zoom" and (turn.call is not None or turn.error)
+        if cut:
+            trace.ended = "length"
+        elif turn.answer is not None:
+            trace.ended = trace.ended or "answer"
+        elif not calls or begun:
+            trace.ended = trace.ended or "stopped"
+        elif len(trace.turns) > self.max_crops:
+            trace.ended = "forced"
+            turn.call, turn.error = None, "There are no looks left."
+            return self.answer_call(policy, trace, turn.error, then=FORCED_ANSWER)
+        else:
+            return self.look(policy, trace, turn)
+        return None
+
+    def look(self, policy, trace, turn):
+        """Answers a call with a close-up, or in words where there is nothing to show."""
+        if not turn.error and not trace.frames[0].inside(turn.call):
+            width, height = trace.frames[0].seen
+            turn.error = f"The point {spoken(turn.call)} is outside the image, which is {width} px wide and {height} px high."
+        if turn.error:
+            return self.answer_call(policy, trace, turn.error)
+        image, point = trace.question.load()[0], trace.frames[0].to_original(turn.call)
+        turn.crop = window(image.size, point, self.crop_half)
+        return self.answer_call(policy, trace, zoom(image, point, self.crop_half, self.crop_size, self.crop_dot))
+
+    def answer_call(self, policy, trace, shown, then=""):
+        """The observation (a picture or words) as a user turn; `then`: how the policy's next turn is begun for it."""
+        part = {"type": "text", "text": shown} if isinstance(shown, str) else {"type": "image"}
+        before, after = ({"type": "text", "text": text} for text in OBSERVATION)
+        chunk = policy.reply([before, part, after], [] if isinstance(shown, str) else [shown])
+        if then:
+            chunk.ids = chunk.ids + policy.encode(then)
+        trace.start = len(trace.ids) + len(chunk.ids)
+        return chunk
+
+
+def rollout(policy, questions, dialogue, group, **sampling):
+    """Traces of many questions at once: yields lists of `group` Traces, each as soon as it is finished.
+
+    questions: an iterable, read as places become free; sampling: see `model.Engine`."""
+    jobs = (dialogue.start(policy, question, group) for question in questions)
+    yield from Engine(policy, **sampling).run(jobs, lambda trace, cut: dialogue.on_turn(policy, trace, cut))
+
