@@ -97,16 +97,24 @@ class Policy:
         forbidden[[t for t in vision if t is not None and t < len(forbidden)]] = True
         self.forbidden = forbidden.to(model.device)
         self.train_vision = False
-        self._offsets = {}
+        self._offsets, self._encoded, self._rendered = {}, {}, {}   # what recurs: positions, tokens, chat templates
 
     @property
     def device(self):
         return self.model.device
 
+    def trainable(self):
+        """The parameters that training changes: all, or all but the vision tower's."""
+        return [p for n, p in self.model.named_parameters() if self.train_vision or ".visual." not in n]
+
     # -------------------------------------------------------------------------------------------- encoding
 
     def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        if text not in self._encoded:
+            if len(self._encoded) > 50_000:
+                self._encoded.clear()
+            self._encoded[text] = self.tokenizer.encode(text, add_special_tokens=False)
+        return list(self._encoded[text])
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -141,14 +149,20 @@ class Policy:
     def prompt(self, messages, images=()):
         """Chat messages -> the Chunk after which the assistant speaks. Content: text, or a list of {"type": "image"} and
         {"type": "text", "text": ...}; `images` in the order of their places."""
-        return self.chunk(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), images)
+        return self.chunk(self.render(messages), images)
+
+    def render(self, messages):
+        key = json.dumps(messages)
+        if key not in self._rendered:
+            if len(self._rendered) > 10_000:
+                self._rendered.clear()
+            self._rendered[key] = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self._rendered[key]
 
     def reply(self, content, images=()):
         """A user turn between an end token of the assistant's and its next turn, as a Chunk."""
         before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\0"}]
-        text = self.tokenizer.apply_chat_template([*before, {"role": "user", "content": content}],
-                                                  add_generation_prompt=True, tokenize=False)
-        text = text.partition("\0")[2]
+        text = self.render([*before, {"role": "user", "content": content}]).partition("\0")[2]
         return self.chunk(text.removeprefix(self.tokenizer.eos_token), images)
 
     def clean(self, text):
@@ -253,6 +267,20 @@ class Policy:
         targets = torch.tensor(ids, device=self.device)[target]
         return self.token_log_probs(hidden[source], targets, temperature)
 
+    def micro_batches(self, groups, tokens):
+        """Splits groups into batches of at most `tokens` tokens (one group at least), those of like length together."""
+        def size(group):
+            return len(group[0].prompt.ids) + sum(len(s.ids) for s in group)
+        batch, total = [], 0
+        for group in sorted(groups, key=size):
+            if batch and total + size(group) > tokens:
+                yield batch
+                batch, total = [], 0
+            batch.append(group)
+            total += size(group)
+        if batch:
+            yield batch
+
     def save(self, folder):
         """Writes a Hugging Face checkpoint folder, whole or not at all."""
         folder = Path(folder)
@@ -275,6 +303,14 @@ def replace(part, final):
         shutil.rmtree(old)
     else:
         os.replace(part, final)
+
+
+def write_text(path, text):
+    """Writes a file whole or not at all."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    replace(part, path)
 
 
 def load(path, *, max_pixels=None, min_pixels=None, dtype=None, device=None):

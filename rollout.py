@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from model import Engine, Sequence, UserError
+from model import Chunk, Engine, Sequence, UserError
 
 MODES = ("direct", "think", "grounded", "zoom")
 MAX_IMAGE_PIXELS = 2**27    # of a file, refused before it is decoded: 134 million, 384 MiB in memory
@@ -213,7 +213,8 @@ class Trace(Sequence):
     frames: list[Frame] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     ended: str = ""
-    start: int = 0                                 # where the current turn begins in `ids`
+    starts: list[int] = field(default_factory=lambda: [0])   # where each turn begins in `ids`
+    begun: str = ""                                # text of the current turn that was written for the policy
 
     @property
     def answer(self):
@@ -231,7 +232,7 @@ class Trace(Sequence):
         """The whole dialogue as a person reads it."""
         lines = [self.question.text]
         for turn in self.turns:
-            lines.append((FORCED_ANSWER if turn.forced else "") + turn.text)
+            lines.append(turn.text)
             if turn.crop:
                 lines.append(f"<observation> [image: {turn.crop}] </observation>")
             elif turn.error:
@@ -259,38 +260,40 @@ class Dialogue:
         system = self.system_prompt or policy.system_prompts.get(self.mode) or SYSTEM_PROMPTS[self.mode]
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": policy.clean(question.text)}]
         chunk = policy.prompt([{"role": "system", "content": system}, {"role": "user", "content": content}], images)
-        if self.mode == "zoom" and not self.tool:
+        if not self.tool:
             chunk.ids += policy.encode(FORCED_ANSWER)
         return chunk, [Frame(policy.seen_size(*image.size), image.size) for image in images]
 
     def start(self, policy, question, group):
         """`group` empty Traces of a question, sharing one prompt."""
         prompt, frames = self.prompt(policy, question)
-        return [Trace(prompt, question=question, mode=self.mode, frames=frames) for _ in range(group)]
+        begun = "" if self.tool else FORCED_ANSWER
+        return [Trace(prompt, question=question, mode=self.mode, frames=frames, begun=begun) for _ in range(group)]
 
     def on_turn(self, policy, trace, cut):
         """Reads the turn that the policy just ended, appends it to the trace and answers it: a Chunk, or None at the end."""
-        ids = trace.ids[trace.start:]
+        ids = trace.ids[trace.starts[-1]:]
         if ids and ids[-1] in policy.end_tokens:
             ids = ids[:-1]
-        begun = self.mode == "zoom" and (not self.tool or trace.ended == "forced")    # its first tags were ours
-        text = policy.decode(ids)
-        turn = parse_turn(FORCED_ANSWER + text if begun else text, forced=begun)
-        turn.text = text
+        forced = not self.tool or trace.ended == "forced"
+        turn = parse_turn(trace.begun + policy.decode(ids), forced)
         trace.turns.append(turn)
-        calls = self.mode == "zoom" and (turn.call is not None or turn.error)
+        trace.begun = ""
+        called = self.mode == "zoom" and (turn.call is not None or turn.error)
         if cut:
             trace.ended = "length"
-        elif turn.answer is not None:
-            trace.ended = trace.ended or "answer"
-        elif not calls or begun:
-            trace.ended = trace.ended or "stopped"
-        elif len(trace.turns) > self.max_crops:
+        elif forced:
             trace.ended = "forced"
-            turn.call, turn.error = None, "There are no looks left."
-            return self.answer_call(policy, trace, turn.error, then=FORCED_ANSWER)
-        else:
+        elif turn.answer is not None:
+            trace.ended = "answer"
+        elif not called:
+            trace.ended = "stopped"
+        elif len(trace.turns) <= self.max_crops:
             return self.look(policy, trace, turn)
+        else:
+            trace.ended, trace.begun = "forced", FORCED_ANSWER
+            turn.call, turn.error = None, "There are no looks left."
+            return self.answer_call(policy, trace, turn.error)
         return None
 
     def look(self, policy, trace, turn):
@@ -304,14 +307,13 @@ class Dialogue:
         turn.crop = window(image.size, point, self.crop_half)
         return self.answer_call(policy, trace, zoom(image, point, self.crop_half, self.crop_size, self.crop_dot))
 
-    def answer_call(self, policy, trace, shown, then=""):
-        """The observation (a picture or words) as a user turn; `then`: how the policy's next turn is begun for it."""
-        part = {"type": "text", "text": shown} if isinstance(shown, str) else {"type": "image"}
+    def answer_call(self, policy, trace, shown):
+        """The observation (a picture or words) as a user turn, and what the policy's next turn is begun with."""
+        words = isinstance(shown, str)
         before, after = ({"type": "text", "text": text} for text in OBSERVATION)
-        chunk = policy.reply([before, part, after], [] if isinstance(shown, str) else [shown])
-        if then:
-            chunk.ids = chunk.ids + policy.encode(then)
-        trace.start = len(trace.ids) + len(chunk.ids)
+        chunk = policy.reply([before, {"type": "text", "text": shown} if words else {"type": "image"}, after], [] if words else [shown])
+        chunk = Chunk(chunk.ids + policy.encode(trace.begun), chunk.pictures)
+        trace.starts.append(len(trace.ids) + len(chunk.ids))
         return chunk
 
 

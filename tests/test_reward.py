@@ -1,0 +1,449 @@
+"""What the reward promises. Each test names the bug that it guards."""
+import random
+from dataclasses import astuple, replace
+
+import pytest
+
+import reward
+from reward import Action, Weights, match_action, match_answer, match_point, parse_action, score
+from rollout import Frame, Question, Trace, Turn, parse_turn
+
+FRAME = Frame(seen=(100, 50), original=(1000, 500))
+CHOICES = ("blue", "red", "dark green")
+
+
+def question(answer="red", kind="string", choices=()):
+    return Question("what?", [], answer, kind, choices)
+
+
+def trace(*texts, mode="zoom", ended="answer", about=None, frames=(FRAME,)):
+    """A Trace from the texts of its turns. Calls inside the image are answered with a crop, as the dialogue does."""
+    turns = [parse_turn(text) for text in texts]
+    for turn in turns:
+        if turn.call and frames[0].inside(turn.call):
+            turn.crop = (0, 0, 10, 10)
+    return Trace(None, question=about or question(), mode=mode, frames=list(frames), turns=turns, ended=ended)
+
+
+def call(x, y):
+    return '<tool_call>\n{"name": "search_coordinate", "arguments": {"coordinate": [%s, %s]}}\n</tool_call>' % (x, y)
+
+
+def look(x, y, thought="maybe here (5, 5)"):
+    return f"<think> {thought} </think>\n{call(x, y)}"
+
+
+def final(answer="red", thought="it is there (7, 7)"):
+    return f"<think> {thought} </think>\n<answer> {answer} </answer>"
+
+
+# ------------------------------------------------------------------------------------------------ answers in words
+
+@pytest.mark.parametrize("answer", ["red", "Red", " RED\n", "red.", '"red"', "**Red.**", "`red`", "“red”", '"Red."', "red!"])
+def test_case_space_quotes_and_end_marks_do_not_matter(answer):
+    """Only one of the two sides was lower-cased, and 'red.' was wrong."""
+    assert match_answer(answer, "Red") and match_answer("Red", answer)
+
+
+def test_lines_do_not_matter():
+    """An answer over several lines failed."""
+    assert match_answer("two red\ncars,\n\n one  bus", "Two red cars, one bus.")
+
+
+@pytest.mark.parametrize("answer", ["", "  ", ".", "re", "redder", "not red", "the answer is red", "red or blue", "red, blue"])
+def test_a_part_is_no_match(answer):
+    """A substring was taken for the answer."""
+    assert not match_answer(answer, "red")
+
+
+def test_marks_that_carry_meaning_stay():
+    """-5 and 5, .5 and 5, 5' and 5" were made the same by stripping too much; an answer of marks only matched every other."""
+    for one, other in [("-5", "5"), (".5", "5"), ("5'", '5"'), ("5%", "5"), ("c++", "c"), ("?", "!"), ('"', "'"), ("", "")]:
+        assert not match_answer(one, other)
+    for same in ("-5", ".5", "5'", "c++", "?", '"', '""', "...", "naïve 红色"):
+        assert match_answer(same, same)
+
+
+@pytest.mark.parametrize("truth", ["B", "b", "(B)", "B.", "red", "Red", "B. red"])
+@pytest.mark.parametrize("answer", ["B", "b", "(B)", "(b).", "B.", "B)", "B:", "B. red", "(B) Red.", "B: red", 'B. "red"',
+                                    "b)\nred", "Red"])
+def test_a_letter_its_option_and_both_are_the_same_answer(answer, truth):
+    """'B. red' and '(B)' were wrong where the truth was 'red', and the reverse."""
+    for choices in (CHOICES, list(CHOICES)):
+        assert match_answer(answer, truth, choices)
+
+
+@pytest.mark.parametrize("answer", ["A. red", "(C) red", "D. red", "D", "A", "B. blue", "B. red.. blue", "B red blue", "z", "1",
+                                    "Bred"])
+def test_a_letter_must_agree_with_its_text(answer):
+    """'A. red' was right where B is red: a letter or a text somewhere was enough."""
+    for truth in ("B", "red"):
+        assert not match_answer(answer, truth, CHOICES)
+
+
+@pytest.mark.parametrize("answer", ["A, B", "A B C", "(A) (B)", "(B)(A)", "A or B", "B. red A. blue",
+                                    "A. blue\nB. red\nC. dark green", "blue, red, dark green", "red red", "B. B", "red (B) (A)"])
+def test_an_answer_that_lists_options_is_wrong(answer):
+    """A judge let answers pass that name every option."""
+    for truth in ("A", "B", "C", "red"):
+        for choices in (CHOICES, ()):
+            assert not match_answer(answer, truth, choices)
+
+
+def test_letters_without_known_options():
+    """With the options only in the question's text, '(B)' was not 'B'; a text that cannot be checked is still no match."""
+    for answer in ("B", "(B)", "b.", "B)"):
+        assert match_answer(answer, "B") and match_answer(answer, "(B)")
+    assert not match_answer("B. red", "B")
+    assert match_answer("b. Red", "B. red")
+
+
+def test_words_that_look_like_letters_are_words():
+    """'a red car', 'e.g. red' and '5 p.m.' were read as option letters."""
+    assert match_answer("a red car", "A red car.", ("a red car", "a bus"))
+    assert not match_answer("a red car", "B", ("a red car", "a bus"))
+    assert match_answer("a.m.", "A.M.", ("noon", "a.m.")) and match_answer("B. a.m.", "a.m.", ("noon", "a.m."))
+    assert match_answer("Yes, left", "A", ("Yes, left", "No"))
+
+
+# ------------------------------------------------------------------------------------------------ answers that point
+
+BOX = (100, 100, 200, 200)    # px of the original; 10 to 20 px as seen
+
+
+@pytest.mark.parametrize("answer", ["(15, 12)", "[15, 12]", "( 12.5 , 19.9 )", "(10, 10)", "(20, 20)", "at (15,12).", "[\n15,\n12]"])
+def test_a_point_in_the_box_however_written(answer):
+    """Decimals, brackets and inner spaces were refused; the edges belong to the box; the point is mapped to the file's px."""
+    assert match_point(answer, BOX, FRAME) and match_point(answer, list(BOX), FRAME)
+
+
+@pytest.mark.parametrize("answer", ["", "there", "15, 12", "(150, 120)", "(9.9, 12)", "(20.1, 12)", "(-15, 12)", "(15, 999999)",
+                                    "(99999999999999, 12)", "(15, 12, 18, 18)", "(15, 12) (90, 40)", "(15, 12) (15, 12)",
+                                    "(nan, inf)"])
+def test_a_point_outside_none_or_several_are_wrong(answer):
+    """Points in the wrong frame, far outside, or one of many guesses were taken for hits."""
+    assert not match_point(answer, BOX, FRAME)
+
+
+def test_a_point_outside_of_the_image_is_wrong_even_in_the_box():
+    """A box that reaches over the border made points count that are not on the image."""
+    assert not match_point("(120, 12)", (0, 0, 5000, 5000), FRAME)
+    assert not match_point("(-1, 12)", (-100, 0, 5000, 5000), FRAME)
+
+
+def test_polygons_by_the_even_odd_rule():
+    """The bounding box of a region was taken for the region."""
+    u_shape = ((0, 0), (500, 0), (500, 400), (400, 400), (400, 100), (100, 100), (100, 400), (0, 400))
+    for polygon in (u_shape, [list(p) for p in u_shape], u_shape[::-1]):
+        assert match_point("(5, 30)", polygon, FRAME) and match_point("(45, 30)", polygon, FRAME)
+        assert not match_point("(25, 30)", polygon, FRAME) and not match_point("(60, 30)", polygon, FRAME)
+
+
+def test_answers_that_are_points_score():
+    """Answers that are points crashed the string functions."""
+    good, bad = trace(final("(15, 12)"), about=question(BOX, "point")), trace(final("red"), about=question(BOX, "point"))
+    assert (score(good).correct, score(bad).correct) == (1, 0)
+
+
+# ------------------------------------------------------------------------------------------------ answers that act
+
+@pytest.mark.parametrize("text, action", [
+    ("click [12]", Action("click", 12)), ("CLICK[ 12 ]", Action("click", 12)), ("```click [12]```", Action("click", 12)),
+    ("`click [12]`", Action("click", 12)), ("```\nclick [12]\n```", Action("click", 12)), ("hover [007]", Action("hover", 7)),
+    ("type [5] [red shoes]", Action("type", 5, "red shoes")), ("type [5] [red] [1]", Action("type", 5, "red")),
+    ("type [5] [red] [0]", Action("type", 5, "red", False)), ("type [5][red][0]", Action("type", 5, "red", False)),
+    ("type [5] [red] [press_enter_after=0]", Action("type", 5, "red", False)),
+    ("type [5] [a [b] c]", Action("type", 5, "a [b] c")), ("type [5] [[b]] [0]", Action("type", 5, "[b]", False)),
+    ("type [5] [a [1]]", Action("type", 5, "a [1]")), ("type [5] [1]", Action("type", 5, "1")),
+    ("type [5] []", Action("type", 5, "")),
+    ("type [5] [0] [0]", Action("type", 5, "0", False)), ("type [5] [two\nlines]", Action("type", 5, "two\nlines")),
+    ("type [5] [stop [no]]", Action("type", 5, "stop [no]")),
+    ("type [5] [please stop [now] and click [3]]", Action("type", 5, "please stop [now] and click [3]")),
+    ("press [Control+v]", Action("press", text="Control+v")), ("scroll [down]", Action("scroll", text="down")),
+    ("scroll [direction=UP]", Action("scroll", text="up")), ("scroll down", Action("scroll", text="down")),
+    ("goto [http://a.b/c?d[]=1]", Action("goto", text="http://a.b/c?d[]=1")), ("new_tab", Action("new_tab")),
+    ("tab_focus [2]", Action("tab_focus", 2)), ("close_tab", Action("close_tab")), ("go_back", Action("go_back")),
+    (" go_forward\n", Action("go_forward")), ("stop", Action("stop")), ("stop []", Action("stop")),
+    ("stop [type [5] [x]]", Action("stop", text="type [5] [x]")), ("stop [红色]", Action("stop", text="红色")),
+])
+def test_every_action_of_visualwebarena(text, action):
+    """'stop' inside typed text was read as stop; brackets, new lines, fences and the Enter flag broke the parser."""
+    assert parse_action(text) == action
+
+
+@pytest.mark.parametrize("text", [
+    "", "```", "``````", "click", "click []", "click [x]", "click [-1]", "click [1.5]", "click 12", "click [12", "click [12] [13]",
+    "click [12]\nclick [13]", "I click [12]", "clicking [12]", "click [" + "9" * 5000 + "]", "click [１２]", "type [5]",
+    "type [red]", "type [5] red", "type [5] [red", "scroll", "scroll [left]", "press", "goto", "goto http://a", "go_back [1]",
+    "new_tab now", "tab_focus []", "stop red", "[stop]", "stop [red] now", "__import__('os')", "\0", "exit [0]"])
+def test_what_is_no_action_is_an_error_in_words(text):
+    """Half-read actions were taken for whole ones; the message says what to write instead."""
+    with pytest.raises(ValueError, match="no such action|write '"):
+        parse_action(text)
+    assert not match_action(text, "click [12]")
+
+
+def test_actions_are_compared_by_name_element_and_text():
+    """Typed text was never compared: any words in the right box were right."""
+    assert match_action("type [5] [ Red\nSHOES ]", "type [5] [red shoes] [1]")
+    assert match_action("type [5] [red shoes] [0]", "type [5] [red shoes]")
+    for wrong in ("type [5] [blue shoes]", "type [5] [red shoes!]", "type [6] [red shoes]", "click [5]", "stop [red shoes]",
+                  "type [5] []"):
+        assert not match_action(wrong, "type [5] [red shoes]")
+    for other in ("click [1]", "click [123]", "hover [12]", "stop [click [12]]", "type [12] [click [12]]"):
+        assert not match_action(other, "click [12]")
+    assert match_action("scroll [direction=down]", "scroll [down]") and not match_action("scroll [up]", "scroll [down]")
+    assert not match_action("go_back", "go_forward") and not match_action("tab_focus [1]", "tab_focus [2]")
+
+
+def test_stop_answers_are_compared_as_answers():
+    """stop [Red.] was not stop [red], and a stop in typed text ended an episode as right."""
+    assert match_action("stop [Red.]", "stop [red]") and match_action("stop", "stop []")
+    assert not match_action("stop [blue]", "stop [red]") and not match_action("stop []", "stop [red]")
+    assert not match_action("type [5] [stop [red]]", "stop [red]")
+
+
+def test_a_truth_that_is_no_action_is_an_error():
+    """A broken row of the data made every answer wrong, silently."""
+    with pytest.raises(ValueError):
+        match_action("click [1]", "clack [1]")
+    with pytest.raises(ValueError, match="no such kind"):
+        score(trace(final(), about=question(kind="essay")))
+
+
+# ------------------------------------------------------------------------------------------------ format
+
+GOOD = {"direct": ["<answer>red</answer>"], "think": ["<think>hm</think> <answer>red</answer>"], "grounded": [final()],
+        "zoom": [look(20, 20), look(40, 40), final()]}
+
+
+@pytest.mark.parametrize("mode", GOOD)
+def test_a_right_trace_in_the_form_of_its_mode_scores_one(mode):
+    """The paper's 0.5 + 0.5 and 0.6 + 0.4; the bonus, if any, comes on top."""
+    result = score(trace(*GOOD[mode], mode=mode))
+    assert (result.correct, result.format, result.grounded, result.why) == (1, 1, 1, "")
+    assert result.total - 0.4 * result.diversity == pytest.approx(1)
+
+
+@pytest.mark.parametrize("mode", GOOD)
+@pytest.mark.parametrize("other", GOOD)
+def test_no_mode_takes_the_form_of_another(mode, other):
+    """A thought in direct mode, a missing thought, or a tool call without the tool passed as well-formed."""
+    takes = {"direct": ["direct"], "think": ["think", "grounded"], "grounded": ["think", "grounded"],
+             "zoom": ["think", "grounded", "zoom"]}    # whether a thought points is a matter of grounding
+    assert score(trace(*GOOD[other], mode=mode)).format == (other in takes[mode])
+
+
+@pytest.mark.parametrize("text", [
+    "<think>a (5, 5)</think><answer></answer>", "<think>a (5, 5)</think><answer> \n </answer>",
+    "<think> </think><answer>red</answer>",
+    "so <think>a (5, 5)</think><answer>red</answer>", "<think>a (5, 5)</think> so <answer>red</answer>",
+    "<think>a (5, 5)</think><answer>red</answer> done", "<answer>red</answer><think>a (5, 5)</think>", "<answer>red</answer>",
+    "red", "",
+    "<think>a (5, 5)<answer>red</answer></think>", "<think><think>a (5, 5)</think></think><answer>red</answer>",
+    "<think>a (5, 5)</think><think>b</think><answer>red</answer>", "<think>a (5, 5)</think><answer>red</answer><answer>red</answer>",
+    "<think>a (5, 5)</think><answer>red", "<think>a (5, 5)<answer>red</answer>", "<THINK>a (5, 5)</THINK><answer>red</answer>",
+    "<think>a (5, 5)</think><answer><answer>red</answer></answer>",
+    "<think>a (5, 5) <observation> a car </observation></think><answer>red</answer>",
+    "<think>a (5, 5)</think>" + call(5, 5) + "<answer>red</answer>", "<think>a (5, 5)</think><answer>red</answer>" + call(5, 5),
+])
+@pytest.mark.parametrize("mode", ["grounded", "zoom"])
+def test_tags_are_neither_missing_nor_nested_nor_repeated_nor_empty(text, mode):
+    """Loose patterns paid for text around the tags, tags in tags, made-up observations and empty answers."""
+    result = score(trace(text, mode=mode))
+    assert result.format == 0 and result.why and result.total in (0, 0.5, 0.6)
+
+
+@pytest.mark.parametrize("ended", ["forced", "length", "stopped", ""])
+def test_only_a_trace_that_the_policy_ended_is_well_formed(ended):
+    """A forced answer, or one cut off at the last token, was paid for its form."""
+    result = score(trace(*GOOD["zoom"], ended=ended))
+    assert (result.format, result.diversity, result.total) == (0, 0, 0.6) and result.why
+
+
+def test_a_forced_turn_is_not_well_formed():
+    """What was written for the policy was paid as its own."""
+    forced = trace(look(20, 20), final())
+    forced.turns[-1].forced = True
+    assert score(forced).format == 0 and "forced" in score(forced).why
+
+
+def test_a_thought_and_an_answer_in_one_turn_keep_both():
+    """A turn with an answer lost its thought, and with it its points."""
+    result = trace(final("red", "it is there (7, 7)"))
+    assert result.turns[0].thought == "it is there (7, 7)" and result.answer == "red"
+    assert (score(result).correct, score(result).format, score(result).grounded) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("x, y", [("5.0", 5), ("true", 5), (5, "false"), ('"5"', 5), ("null", 5), ("NaN", 5), ("1e1", 5),
+                                  ("1e999", 5), (-1, 5), (100, 5), (5, 50), (999999, 2), ("9" * 300, 5), (5, "5, 5"),
+                                  ("[5]", 5), ("", 5)])
+def test_a_call_looks_at_two_integers_inside_the_image(x, y):
+    """Floats, booleans and points far outside were well-formed calls; outside, the crop was a stretched line of pixels."""
+    assert score(trace(look(x, y), final())).format == 0
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "", "search (5, 5)", "{" * 300, " " * 500, '{"name": "search_coordinate"}',
+                                  '{"name": "search_coordinate", "arguments": [5, 5]}', "{'name': 'search_coordinate'}",
+                                  '{"name": "rm", "arguments": {"coordinate": [5, 5]}}'])
+def test_a_call_that_cannot_be_read_is_not_well_formed(text):
+    """A broken call crashed the parser, or was passed over, and the trace was paid all the same."""
+    broken = trace(f"<think>a (5, 5)</think><tool_call>{text}</tool_call>", final())
+    assert score(broken).format == 0 and score(broken).total == 0.6
+
+
+def test_every_turn_but_the_last_is_one_call():
+    """Turns without a call, with two calls, or without a thought were skipped by the check."""
+    for middle in ("<think>a (5, 5)</think>", look(5, 5) + call(6, 6), call(5, 5), final(), look(5, 5) + " and", ""):
+        assert score(trace(look(20, 20), middle, final())).format == 0
+    assert score(trace(look(20, 20))).format == 0 and score(trace()).format == 0
+    assert score(trace(final(), final(), mode="grounded")).format == 0
+
+
+def test_a_refused_call_is_not_well_formed():
+    """What the environment refused was paid, because its text looked well."""
+    refused = trace(look(20, 20), final())
+    refused.turns[0].error = "There are no looks left."
+    assert score(refused).format == 0 and "no looks left" in score(refused).why
+
+
+# ------------------------------------------------------------------------------------------------ grounding
+
+@pytest.mark.parametrize("thought", ["a (5, 5)", "a [5, 5]", "a ( 5.5 , 5 )", "a (0, 0) b (99, 49)", "a (5, 5) and 3, 4", "a (99.9, 5)"])
+def test_points_inside_the_image_ground_a_thought(thought):
+    """Decimals, brackets and inner spaces were no grounding."""
+    for mode in ("grounded", "zoom"):
+        assert score(trace(final("red", thought), mode=mode)).grounded == 1
+
+
+@pytest.mark.parametrize("thought", ["no place", "5, 5", "a (999999, 2)", "a (5, 5) b (999999, 2)", "a (-1, 5)", "a (100, 5)",
+                                     "a (5, 50)"])
+def test_every_point_must_be_inside_the_image(thought):
+    """(999999, 2) was grounding: the image size was never looked at. One good point does not excuse a bad one."""
+    for mode, least in (("grounded", 0.5), ("zoom", 0.6)):
+        result = score(trace(final("red", thought), mode=mode))
+        assert (result.format, result.grounded, result.total) == (1, 0, least) and result.why
+
+
+def test_grounding_looks_at_every_thought_and_only_at_thoughts():
+    """Only the last turn was looked at; a point in the answer or the call stood in for one in the thought."""
+    assert score(trace(look(20, 20), final("red", "so red"))).grounded == 1
+    assert score(trace(look(20, 20, "hm"), final("red", "so red"))).grounded == 0
+    assert score(trace(look(20, 20, "a (500, 5)"), final())).grounded == 0
+    assert score(trace(final("(15, 12)", "hm"), about=question(BOX, "point"))).grounded == 0
+
+
+def test_grounding_is_not_asked_for_in_direct_and_think():
+    """The baselines without points lost half of their reward, or were fined for a number in parentheses."""
+    for text, mode in (("<answer>red</answer>", "direct"), ("<think>a (999, 999)</think><answer>red</answer>", "think")):
+        assert score(trace(text, mode=mode)).total == 1
+
+
+# ------------------------------------------------------------------------------------------------ diversity
+
+def test_further_distinct_crops_are_paid_up_to_a_bound():
+    """Each crop was paid, without end; a look 1 px away passed as a new one."""
+    bonus = [score(trace(*[look(9 + 10 * i, 20) for i in range(n)], final())).diversity for n in range(5)]
+    assert bonus == [0, 0, 0.2, 0.4, 0.4]
+    assert score(trace(look(20, 20), look(21, 20), look(20, 29), look(20, 20), final())).diversity == 0
+    assert score(trace(look(20, 20), look(20, 30), final())).diversity == 0.2
+    assert score(trace(look(20, 20), look(21, 20), final()), Weights(0.6, 0.4, 0.2, 2, min_distance=1)).diversity == 0.2
+
+
+def test_small_steps_do_not_add_up_to_new_places():
+    """Compared only with the look before it, a slow walk was all new crops; compared with all, it is new every 10 px."""
+    assert reward.distinct_crops([(x, 0) for x in range(0, 21)], 10) == 3
+    assert reward.distinct_crops([], 10) == 0
+
+
+def test_crops_counts_the_looks_that_showed_something():
+    """Refused looks were counted as tool use."""
+    assert score(trace(look(20, 20), look(20, 20), look(500, 5), final())).crops == 2
+
+
+def test_no_bonus_without_form_and_grounding():
+    """Looking around was paid in traces that never came to a proper end."""
+    looks = [look(20, 20), look(40, 40), look(60, 40)]
+    assert score(trace(*looks, final("red", "a (500, 5)"))).diversity == 0
+    assert score(trace(*looks, "red")).total == 0
+    assert score(trace(*looks, final(), ended="length")).diversity == 0
+
+
+def test_twenty_crops_and_a_wrong_answer_stay_below_the_right_one():
+    """Unbounded, they scored 1.92 against 1.0: the policy learned to look and not to see."""
+    looks = [look(20 * (i % 5), 10 * (i // 5)) for i in range(20)]
+    wrong, right, bare = (score(trace(*t)) for t in ([*looks, final("blue")], [final("red")], ["<answer>red</answer>"]))
+    assert wrong.crops == 20 and wrong.total == pytest.approx(0.56)
+    assert wrong.total < bare.total < right.total
+
+
+# ------------------------------------------------------------------------------------------------ weights and totals
+
+@pytest.mark.parametrize("weights", [dict(correct=0.4, format=0.6), dict(correct=0.6, format=0.4, diversity=0.2, max_extra=3),
+                                     dict(correct=0.5, format=0.5, diversity=0.01, max_extra=1), dict(correct=0), dict(format=-0.1),
+                                     dict(correct=0, format=0), dict(correct=float("nan")), dict(diversity=float("nan")),
+                                     dict(correct=float("inf")), dict(max_extra=-1), dict(min_distance=-1),
+                                     dict(format=0, diversity=1e300, max_extra=10**300)])
+def test_weights_that_let_a_wrong_trace_pass_are_refused(weights):
+    """Nothing stopped a bonus or a format weight that is worth more than a right answer."""
+    with pytest.raises(ValueError):
+        Weights(**weights)
+
+
+def test_the_total_is_made_of_the_named_parts():
+    """The logged parts did not add up to the reward that was trained on."""
+    for weights in (reward.SINGLE_TURN, reward.MULTI_TURN, Weights(2, 1, 0.5, 1)):
+        for texts in (GOOD["zoom"], [final("blue")], ["red"], [final("red", "hm")]):
+            s = score(trace(*texts), weights)
+            assert s.total == weights.total(s.correct, s.format, s.grounded, s.diversity)
+            assert all(type(v) is float for v in astuple(s)[:5]) and type(s.crops) is int
+
+
+def some_trace(rng):
+    """A random trace: any mode, right or wrong, well-formed or not, with few or many looks."""
+    thought = rng.choice(["hm", "a (5, 5)", "a (5, 5) b (70, 40)", "a (5, 5) b (700, 40)", ""])
+    answer = rng.choice(["red", "blue", "red blue", "Red."])
+    texts = [look(rng.randrange(110), rng.randrange(55), thought) for _ in range(rng.choice([0, 0, 1, 2, 4, 8]))]
+    texts.append(rng.choice([final(answer, thought)] * 6 + [f"<answer>{answer}</answer>", answer, final(answer, thought) + "."]))
+    mode = rng.choice(list(GOOD))
+    return trace(*(texts if mode == "zoom" else texts[-1:]), mode=mode, ended=rng.choice(["answer"] * 6 + ["forced", "length"]))
+
+
+def test_no_wrong_trace_ever_scores_above_a_right_one():
+    """The promise of the bounded bonus: with any weights that are accepted, over any traces."""
+    rng = random.Random(0)
+    traces, accepted, seen = [some_trace(rng) for _ in range(400)], 0, set()
+    while accepted < 100:
+        values = (rng.random(), rng.random(), rng.random(), rng.randrange(6), rng.choice([1, 10]))
+        try:
+            weights = Weights(*values)
+        except ValueError:
+            continue
+        accepted += 1
+        scores = [score(t, weights) for t in traces]
+        best_wrong = max(s.total for s in scores if not s.correct)
+        right = [s for s in scores if s.correct]
+        assert best_wrong <= min(s.total for s in right)
+        assert best_wrong < min(s.total for s in right if s.format and s.grounded)
+        seen |= {(s.correct, s.format, s.grounded, s.diversity > 0) for s in scores}
+    assert len(seen) == 10    # right or wrong x (format, grounding: 4, and a bonus on top of both)
+
+
+# ------------------------------------------------------------------------------------------------ untrusted text
+
+LONG = [unit * (200_000 // len(unit)) for unit in
+        ("<", "<think>", "</think>", "<answer>a</answer>", "(", "( ", "[1,", "(1 ,", "(1, 1)", " ", "\n", "a.", "b)", "(b)", '"',
+         "“", "*\"", ".", "1", "type [5] [", "] [1]", "[ ", "] ", "`", "stop [", "{", '{"a":', "\\", "\0", "ß", "é́", "红", "😀")]
+
+
+@pytest.mark.parametrize("text", LONG, ids=lambda text: ascii(text[:8]))
+def test_long_hostile_text_is_read_in_linear_time(text):
+    """Patterns that backtrack hang for hours on a policy that repeats itself."""
+    for around in ("%s", "<answer>%s</answer>", "type [5] [%s", "scroll [%s", "stop [%s]", "b. %s", '"%s"', "(1%s", "`%s`"):
+        hostile = around % text
+        match_answer(hostile, "red", CHOICES), match_answer(hostile, "B"), match_action(hostile, "type [5] [red]")
+        match_point(hostile, BOX, FRAME)
+        turn = Turn(hostile, thought=hostile, answer=hostile)
+        for mode in GOOD:
+            assert not score(replace(trace(mode=mode), turns=[turn])).correct
+    assert reward.call_fault(text, FRAME)

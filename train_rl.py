@@ -1,0 +1,258 @@
+"""GRPO by hand, and the whole job: `python train_rl.py` goes from nothing to a trained policy.
+
+In:  a task and a checkpoint (by default everything before it is made: the tiny base, tree search, supervised fine-tuning).
+Out: a run folder: args.json, log.jsonl (a line a step), traces.jsonl (sampled traces with their rewards), the checkpoints
+     base/, sft/, rl/, state.pt (to resume from), summary.json (the final table).
+
+Kept of GRPO (paper, section 3.4; method of DeepSeekMath): G traces a question, advantages relative to their group, clipped
+probability ratios (0.2 below, 0.28 above, a second clip at 3 for negative advantages), a KL penalty to the SFT model by the k3
+estimator inside the loss, mean over tokens, one update a batch.
+Changed: one denominator for the whole update, whatever the micro-batches; traces that were cut off or had to be asked for their
+answer are left out of loss and statistics (Mini-o3); groups whose rewards are all equal teach nothing and are skipped; the
+probabilities at sampling time are those recorded by the engine, so no second pass computes them.
+"""
+import argparse
+import json
+import math
+import random
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import evaluate as evaluation
+import model as models
+import train_sft as sft
+from evaluate import mean
+from model import UserError
+from reward import MULTI_TURN, SINGLE_TURN, Weights, score
+from rollout import rollout
+
+# ------------------------------------------------------------------------------------------------ the update
+
+
+def group_advantages(rewards, counted, scale):
+    """Advantages of one group: (r - mean) / (std + 1e-6) over the traces that count, 0 for the others.
+
+    rewards: list of floats; counted: list of bools; scale False: without the division by std (Dr. GRPO)."""
+    kept = [r for r, c in zip(rewards, counted) if c]
+    if len(kept) < 2:
+        return [0.0] * len(rewards)
+    centre = sum(kept) / len(kept)
+    spread = math.sqrt(sum((r - centre)**2 for r in kept) / len(kept)) + 1e-6 if scale else 1.0
+    return [(r - centre) / spread if c else 0.0 for r, c in zip(rewards, counted)]
+
+
+def grpo_loss(new, old, ref, advantages, *, kl, clip_low=0.2, clip_high=0.28, dual_clip=3.0):
+    """The summed loss of some tokens, and what to log; all arguments are (N,).
+
+    new, old, ref: log-probabilities under the policy, at sampling time, and under the reference model (None: no penalty).
+    Clipped surrogate: max(-A * ratio, -A * clip(ratio)), for negative A at most -A * dual_clip; penalty: k3 = exp(d) - d - 1 with
+    d = ref - new. The caller divides by the number of tokens of the whole update."""
+    ratio = (new - old).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+    loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+    off = ((-advantages * clipped) > (-advantages * ratio)).float()          # where the clip decides
+    divergence = torch.zeros_like(new)
+    if ref is not None:
+        d = ref - new
+        divergence = d.exp() - d - 1
+        loss = loss + kl * divergence
+    return loss.sum(), {"kl": divergence.detach().sum().item(), "clip": off.sum().item()}
+
+
+def train_step(policy, reference, groups, optimizers, args, factor):
+    """One update on the traces of some groups. groups: [(traces, advantages)]. -> what to log"""
+    groups = [(traces, a) for traces, a in groups if any(a)]
+    kept = [([t for t, x in zip(traces, a) if x], [x for x in a if x]) for traces, a in groups]
+    advantage_of = {id(t): x for traces, a in kept for t, x in zip(traces, a)}
+    tokens = sum(sum(t.sampled) for traces, _ in kept for t in traces)
+    sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0}
+    for micro in policy.micro_batches([traces for traces, _ in kept], args.micro_tokens):
+        flat = [(trace, log_prob) for traces in micro for trace in traces
+                for log_prob, sampled in zip(trace.log_probs, trace.sampled) if sampled]
+        old = torch.tensor([log_prob for _, log_prob in flat], device=policy.device)
+        advantages = torch.tensor([advantage_of[id(trace)] for trace, _ in flat], device=policy.device)
+        ref = None
+        if reference:
+            with torch.no_grad():
+                ref = reference.log_probs(micro, args.temperature)
+        loss, logged = grpo_loss(policy.log_probs(micro, args.temperature), old, ref, advantages, kl=args.kl)
+        (loss / tokens).backward()
+        for name, value in {"loss": loss.item(), **logged}.items():
+            sums[name] += value / tokens
+    norm = sft.descend(policy, optimizers, factor, args.clip_norm) if tokens else 0.0
+    return {**sums, "grad_norm": norm, "groups_used": len(kept), "tokens": tokens}
+
+
+# ------------------------------------------------------------------------------------------------ the job
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Train a visually grounded policy with GRPO. Called with nothing, it makes "
+                                     "the tiny base, searches for traces, fine-tunes on them, and goes on to GRPO.")
+    evaluation.add_arguments(parser)
+    sft.add_training_arguments(parser)
+    add = parser.add_argument
+    add("--steps", type=int, default=300, help="GRPO steps (%(default)s)")
+    add("--questions", type=int, default=16, help="questions a step (%(default)s)")
+    add("--group", type=int, default=8, help="traces a question (%(default)s)")
+    add("--lr", type=float, default=2.5e-3, help="learning rate of the hidden matrices, by Muon (%(default)s)")
+    add("--adamw-lr", type=float, default=3e-4, help="learning rate of all else (%(default)s)")
+    add("--kl", type=float, default=0.01, help="coefficient of the KL penalty to the SFT model; 0: none (%(default)s)")
+    add("--clip-norm", type=float, default=1.0, help="norm to which gradients are clipped (%(default)s)")
+    add("--no-std", action="store_true", help="advantages without the division by the group's standard deviation")
+    add("--diversity", type=float, default=0.2, help="reward of a further distinct look, as a share of the format reward; "
+        "it fades out by half-time (%(default)s)")
+    add("--eval-n", type=int, default=1024, help="held-out questions of the final table (%(default)s)")
+    add("--save-every", type=int, default=25, help="steps between checkpoints to resume from (%(default)s)")
+    add("--show-every", type=int, default=50, help="steps between traces printed in full (%(default)s)")
+    args = evaluation.finish_arguments(parser.parse_args())
+    for name in ("questions", "group", "steps", "eval_n", "save_every", "show_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.group < 2:
+        raise UserError("--group must be at least 2: advantages compare the traces of a group")
+    return args
+
+
+def weights_at(args, step):
+    """The reward's weights; the bonus for distinct looks fades out linearly by half-time."""
+    if args.mode != "zoom":
+        return SINGLE_TURN
+    return Weights(MULTI_TURN.correct, MULTI_TURN.format, args.diversity * max(0.0, 1 - 2 * step / args.steps),
+                   MULTI_TURN.max_extra, min_distance=10)
+
+
+def train(policy, reference, args, out):
+    """The GRPO loop."""
+    dialogue = evaluation.dialogue_of(args)
+    optimizers = sft.tiny_optimizers(policy, args.lr, args.adamw_lr, vision=False)
+    first = restore(policy, optimizers, out) if args.resume else 0
+    started = time.time()
+    for step in range(first, args.steps):
+        begun = time.time()
+        questions = evaluation.questions_of(args, "train", args.questions, args.search_questions + step * args.questions)
+        sampling = evaluation.sampling_of(args, hash_seed(args.seed, step))
+        groups = list(rollout(policy, questions, dialogue, args.group, **sampling))
+        sampled = time.time() - begun
+
+        weights = weights_at(args, step)
+        scored = [(traces, [score(t, weights) for t in traces]) for traces in groups]
+        counted = [[t.ended not in ("length", "forced") for t in traces] for traces in groups]
+        advantages = [group_advantages([s.total for s in scores], ok, not args.no_std) for (_, scores), ok in zip(scored, counted)]
+        factor = sft.learning_rate(step, args.steps, 5, 0.2)
+        learnt = train_step(policy, reference, [(t, a) for (t, _), a in zip(scored, advantages)], optimizers, args, factor)
+
+        flat = [(t, s) for traces, scores in scored for t, s in zip(traces, scores)]
+        line = {"step": step + 1, "reward": mean(s.total for _, s in flat), "accuracy": mean(s.correct for _, s in flat),
+                "format": mean(s.format for _, s in flat), "grounded": mean(s.grounded for _, s in flat),
+                "diversity": mean(s.diversity for _, s in flat), "crops": mean(s.crops for _, s in flat),
+                "cut_off": 1 - mean(ok for row in counted for ok in row), **learnt, "lr": args.lr * factor,
+                "seconds": time.time() - begun, "sampling_seconds": sampled}
+        keep_log(out, line, flat)
+        print_line(line, args, sft.remaining(started, step + 1 - first, args.steps - first))
+        if step % args.show_every == 0:
+            trace, s = flat[0]
+            print(f"\n{trace.text()}\n-> truth: {trace.question.answer}; reward {s.total:.2f} = correct {s.correct:.0f}, "
+                  f"format {s.format:.0f}, grounded {s.grounded:.0f}, diversity {s.diversity:.2f} {s.why}\n")
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            keep_state(policy, optimizers, out, step + 1)
+
+
+def hash_seed(seed, step):
+    """A seed of its own for the roll-outs of each step."""
+    return random.Random(f"roll-outs {seed} {step}").randrange(2**62)
+
+
+def print_line(line, args, left):
+    print(f"step {line['step']}/{args.steps}  reward {line['reward']:.3f}  accuracy {line['accuracy']:.3f}  "
+          f"format {line['format']:.2f}  grounded {line['grounded']:.2f}  looks {line['crops']:.2f}  "
+          f"cut off {line['cut_off']:.2f}  tokens {line['tokens']}  kl {line['kl']:.3f}  clip {line['clip']:.3f}  "
+          f"grad {line['grad_norm']:.2f}  {line['seconds']:.2f} s  ({left})", flush=True)
+
+
+def keep_log(out, line, flat):
+    """Appends the step to log.jsonl and its traces to traces.jsonl."""
+    with open(out / "log.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    with open(out / "traces.jsonl", "a") as file:
+        for trace, s in flat:
+            file.write(json.dumps({"step": line["step"], "id": trace.question.id, "question": trace.question.text,
+                                   "truth": trace.question.answer, "turns": [t.text for t in trace.turns],
+                                   "ended": trace.ended, **asdict(s)}, default=str) + "\n")
+
+
+def keep_state(policy, optimizers, out, step):
+    """state.pt: all that is needed to go on after `step`, written whole."""
+    part = out / "state.pt.part"
+    torch.save({"step": step, "model": policy.model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}, part)
+    models.replace(part, out / "state.pt")
+
+
+def restore(policy, optimizers, out):
+    """Goes back to the last state kept, and drops what was logged after it. -> the number of steps done"""
+    path = out / "state.pt"
+    if not path.is_file():
+        step = 0
+    else:
+        try:
+            state = torch.load(path, map_location=policy.device, weights_only=True)
+            policy.model.load_state_dict(state["model"])
+            for optimizer, kept in zip(optimizers, state["optimizers"]):
+                optimizer.load_state_dict(kept)
+        except Exception as error:
+            raise UserError(f"{path}: cannot be resumed from ({str(error).splitlines()[0]}); delete it to start GRPO again") from error
+        step = state["step"]
+    for name in ("log.jsonl", "traces.jsonl"):
+        if (out / name).is_file():
+            lines = [row for row in (out / name).read_text().splitlines(keepends=True) if row.endswith("\n")]
+            models.write_text(out / name, "".join(row for row in lines if json.loads(row)["step"] <= step))
+    print(f"resuming after step {step}")
+    return step
+
+
+def final_table(args, stages, out):
+    """Evaluates the checkpoints {name: (path, minutes)} on held-out questions, prints the table and writes summary.json."""
+    questions = evaluation.questions_of(args, "test", args.eval_n)
+    summary, rows = {}, [["", "accuracy", "95 %", "without tool", "format", "on target", "looks", "looks again", "minutes"]]
+    for name, (path, minutes) in stages.items():
+        policy = models.load(str(path), max_pixels=args.max_pixels)
+        sampling = evaluation.sampling_of(args, hash_seed(args.seed, "test"))
+        found = evaluation.evaluate(policy, questions, evaluation.dialogue_of(args), **sampling)
+        bare = evaluation.evaluate(policy, questions, evaluation.dialogue_of(args, tool=False), **sampling)
+        summary[name] = {"accuracy": found.accuracy, "ci95": found.ci95, "accuracy_no_tool": bare.accuracy, "format": found.format,
+                         "on_target": found.on_target, "crops": found.crops, "looks_again": found.looks_again,
+                         "minutes": minutes, "n": found.n, "by_category": found.by_category}
+        rows.append([name, f"{found.accuracy:.3f}", "{:.3f}-{:.3f}".format(*found.ci95), f"{bare.accuracy:.3f}", f"{found.format:.3f}",
+                     f"{found.on_target:.3f}", f"{found.crops:.2f}", f"{found.looks_again:.3f}", f"{minutes:.1f}"])
+    print(f"\n{args.eval_n} held-out questions, temperature {args.temperature:g}:\n" + evaluation.table(rows))
+    if args.task in evaluation.TOYS:
+        dialogue = evaluation.dialogue_of(args)
+        blind = {looks: evaluation.blind_accuracy(questions, dialogue, looks) for looks in (0, 1, 4)}
+        summary["blind"] = blind
+        print("a blind player with 0 / 1 / 4 looks at random places: " + " / ".join(f"{b:.3f}" for b in blind.values()))
+    models.write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+def main():
+    args = parse_arguments()
+    out = sft.folder_of(args)
+    if not args.resume and any((out / name).exists() for name in ("log.jsonl", "state.pt", "rl")):
+        raise UserError(f"{out} holds a run already; give --resume to go on with it, or another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    models.write_text(out / "args.json", json.dumps(vars(args), indent=1) + "\n")
+    began = time.time()
+    base = sft.warm_start(args, print)
+    warm = (time.time() - began) / 60
+    policy = models.load(str(out / "sft"), max_pixels=args.max_pixels)
+    reference = models.load(str(out / "sft"), max_pixels=args.max_pixels) if args.kl else None
+    began = time.time()
+    train(policy, reference, args, out)
+    policy.save(out / "rl")
+    final_table(args, {"base": (base, 0), "sft": (out / "sft", warm), "rl": (out / "rl", (time.time() - began) / 60)}, out)
+
+
+if __name__ == "__main__":
+    evaluation.run(main)

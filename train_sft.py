@@ -1,0 +1,597 @@
+"""Warm start: perception pretraining of the tiny base, tree search for traces, linearising, supervised fine-tuning.
+
+In:  a task, and a checkpoint to start from (by default the tiny one, made here from random weights).
+Out: `traces.jsonl` (what the search found, to be read by a person and by `--traces`) and a checkpoint `sft/`.
+
+    python train_sft.py                                  # tiny base -> search -> SFT
+    python train_sft.py --model PATH --task FILE --mode zoom --teacher PATH
+    python train_sft.py --model PATH --task FILE --mode zoom --traces FILE
+
+Departures from the paper (section 3.2 and appendix): in the mode `zoom` a step of the search is a turn of the dialogue with its
+real close-up, so the value of a step depends on what it shows; the policy is its own teacher unless `--teacher` names another;
+the pretraining (section (a)) stands in for Qwen's, for a base that starts from nothing.
+"""
+import argparse
+import json
+import math
+import random
+import re
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import evaluate as evaluation
+import model as models
+from evaluate import (ANSWERS, COLOURS, PATTERNS, QUESTION, SIDE, Scene, place_cards, search_scene)
+from model import Chunk, Engine, Muon, Sequence, UserError
+from reward import is_correct
+from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Dialogue, Frame, Trace, call_text, parse_points, parse_turn, spoken,
+                     window, zoom)
+
+# ------------------------------------------------------------------------------------------------ (a) the tiny base
+
+TINY_PROMPTS = {"direct": "Answer.", "think": "Think.", "grounded": "Point.", "zoom": "Zoom."}
+SHOW = ("Show each", " card.")         # instructed dialogue: look at all of them
+LIST = "List the cards."
+SEEN = 64                              # px: the side of what the tiny base sees, of drawings and of close-ups
+
+
+def tiny_strings():
+    """What the tiny tokenizer has as single tokens: the fixed strings of the grammar and the words of the drawn questions."""
+    call = call_text((0, 0)).partition("[0, 0]")
+    fixed = ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>", "<observation>", "</observation>",
+             *OBSERVATION, "</think>\n" + call[0] + "[", "]" + call[2], "</think>\n<answer>", "system\n", "user\n", "assistant\n"]
+    words = [*TINY_PROMPTS.values(), *QUESTION, *SHOW, LIST, " Card ", "Card ", " at (", ", ", ").", " None.", "Nothing.", ":"]
+    words += [BACKTRACK] + [" " + c for c in COLOURS] + list(PATTERNS) + [p.capitalize() + "." for p in PATTERNS]
+    return fixed + words
+
+
+def card_text(number, point):
+    return f"Card {number} at {spoken(point)}."
+
+
+class Lesson:
+    """Writes one pretraining sequence: text that is learned, text that is only read, and images."""
+
+    def __init__(self, policy, system, user, image):
+        content = [{"type": "image"}, {"type": "text", "text": user}]
+        self.policy = policy
+        self.sequence = Sequence(policy.prompt([{"role": "system", "content": system}, {"role": "user", "content": content}], [image]))
+
+    def write(self, text, learned=True):
+        self.sequence.add(Chunk(self.policy.encode(text)), sampled=learned)
+        return self
+
+    def observe(self, image):
+        end = self.policy.tokenizer.eos_token
+        before, after = ({"type": "text", "text": text} for text in OBSERVATION)
+        self.write(end).sequence.add(self.policy.reply([before, {"type": "image"}, after], [image]))
+        return self
+
+
+def overview(scene):
+    """The drawing as the tiny base sees it: the means of its blocks (what the image processor's box filter makes of it)."""
+    return scene.draw().reduce(SIDE // SEEN)
+
+
+def mixed_scene(rng, n=None, repeats=True):
+    """1 to 6 cards; with repeats, most colours have two or three cards."""
+    n = n or rng.randint(4, 9)
+    colours = [c for c in rng.sample(list(COLOURS), 6) for _ in range(rng.choice((1, 2, 3, 3)) if repeats else 1)][:n]
+    return Scene(place_cards(rng, [(c, rng.choice(("plain", *PATTERNS))) for c in colours]), colours[0])
+
+
+def lesson_list(policy, rng, n=None, repeats=True):
+    """Locate: list the cards of every colour, in reading order, and say where there is none (or no more)."""
+    scene = mixed_scene(rng, n, repeats)
+    frame = Frame((SEEN, SEEN), (SIDE, SIDE))
+    lesson = Lesson(policy, TINY_PROMPTS["grounded"], LIST, overview(scene))
+    present = {c.colour for c in scene.cards}
+    colours = sorted(present) + [c for c in COLOURS if c not in present][:1]
+    for colour in rng.sample(colours, len(colours)):
+        lesson.write(f" {colour}:", learned=False)
+        for number, card in enumerate(Scene(scene.cards, colour).candidates, 1):
+            lesson.write(" " + card_text(number, frame.to_seen((card.x, card.y))))
+        lesson.write(" None.")
+    return lesson.sequence
+
+
+def lesson_read(policy, rng):
+    """Read: what is on the card in the close-up? Up to four of them in turn."""
+    scene = mixed_scene(rng)
+    drawing, lesson = scene.draw(), None
+    for card in rng.sample(scene.cards, min(4, len(scene.cards))):
+        point = card.x + rng.randint(-16, 16), card.y + rng.randint(-16, 16)
+        close_up = zoom(drawing, point, SEEN // 2, SEEN)
+        user = f"{QUESTION[0]} {card.colour}{QUESTION[1]}"
+        if lesson is None:
+            lesson = Lesson(policy, TINY_PROMPTS["direct"], user, close_up)
+        else:
+            lesson.write(policy.tokenizer.eos_token).sequence.add(
+                policy.reply([{"type": "image"}, {"type": "text", "text": user}], [close_up]))
+        lesson.write(f"<answer>{card.pattern}</answer>")
+    return lesson.write(policy.tokenizer.eos_token).sequence
+
+
+def lesson_dialogue(policy, rng, go_on, show):
+    """The dialogue of the mode `zoom`, with decisions that are not sensible: after each look, whatever it showed, it goes on to
+    the next candidate with probability `go_on` and otherwise answers; after a plain card, with any pattern. So the base learns the
+    grammar, where cards are and what a close-up shows, but not when to look on. show: the instructed kind, which looks at all.
+
+    Some looks are astray (their points are not learned), so that it also learns to say that nothing is there."""
+    colour, count = rng.choice(list(COLOURS)), rng.choice((1, 2, 3, 3))
+    scene = search_scene(rng, colour, count)
+    faces = {id(c): rng.choice(("plain", *ANSWERS)) for c in scene.candidates}     # here any of them may bear a pattern
+    scene = Scene(tuple(type(c)(c.colour, faces.get(id(c), c.pattern), c.x, c.y) for c in scene.cards), colour)
+    frame, drawing, candidates = Frame((SEEN, SEEN), (SIDE, SIDE)), scene.draw(), scene.candidates
+    words = SHOW if show else QUESTION
+    lesson = Lesson(policy, TINY_PROMPTS["zoom"], f"{words[0]} {colour}{words[1]}", overview(scene))
+    if not show and rng.random() < 0.05:               # answering without a look: a guess
+        return lesson.write(FORCED_ANSWER, learned=False).write(
+            rng.choice(ANSWERS) + "</answer>" + policy.tokenizer.eos_token).sequence
+    number, thought = 0, ""
+    for turn in range(5):
+        astray = rng.random() < 0.1
+        if astray:
+            target = point = rng.randrange(SIDE), rng.randrange(SIDE)
+        else:
+            target = candidates[number].x, candidates[number].y
+            point = tuple(min(max(v + rng.choice((0, rng.randint(-16, 16))), 0), SIDE - 1) for v in target)
+        spot = frame.to_seen(target)
+        lesson.write(f"<think>{thought}Card {number + 1} at (").write(f"{spoken(spot)[1:]}.", learned=not astray)
+        lesson.write(f"</think>\n{call_text(spot)}")
+        box = window(drawing.size, point, SEEN // 2)
+        lesson.observe(zoom(drawing, point, SEEN // 2, SEEN))
+        seen = scene.shown(box)
+        found = seen[0].pattern if seen else None
+        thought = f"{found.capitalize()}. " if found else "Nothing. "
+        if found is None and turn < 3:
+            continue
+        if number + 1 < len(candidates) and turn < 3 and (show or rng.random() < go_on):
+            number += 1
+            continue
+        break
+    answer = found if found in ANSWERS else rng.choice(ANSWERS)
+    return lesson.write(f"<think>{thought.strip()}</think>\n<answer>{answer}</answer>{policy.tokenizer.eos_token}").sequence
+
+
+def learning_rate(step, steps, warm_up, final):
+    """Factor on the learning rate: linear warm-up over `warm_up` steps, then linear decay to `final` at the end."""
+    return min(1, (step + 1) / warm_up) * (1 - (1 - final) * step / steps)
+
+
+def tiny_optimizers(policy, muon_lr, adamw_lr, vision):
+    """Muon for the hidden matrices and AdamW for the rest, the pair that learns a small model fastest."""
+    params = {n: p for n, p in policy.model.named_parameters() if vision or ".visual." not in n}
+    hidden = [p for n, p in params.items() if p.ndim == 2 and "embed_tokens" not in n and "lm_head" not in n]
+    chosen = set(map(id, hidden))
+    rest = [p for p in params.values() if id(p) not in chosen]
+    return [Muon(hidden, lr=muon_lr), torch.optim.AdamW(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def pretrain(policy, steps, seed, *, batch=16, go_on=0.3, log=print):
+    """Teaches the tiny base to see and to speak the grammar: first to list few cards of different colours, then more, then
+    dialogues and reading among them. Half of the dialogues from half-time on are of the instructed kind."""
+    rng = random.Random(f"pretraining {seed}")
+    policy.train_vision = True
+    policy.model.train()
+    optimizers = tiny_optimizers(policy, muon_lr=0.01, adamw_lr=5e-3, vision=True)
+    started, early = time.time(), 0.15
+    for step in range(steps):
+        u = step / steps
+        dialogues = 0 if u < 0.2 else batch * 5 // 16 if u < 0.5 else batch // 2
+        readings = 1 if u < early else rng.randrange(2)
+        if u < early:
+            lessons = [lesson_list(policy, rng, 1 + rng.randrange(int(1 + 5 * u / early)), repeats=False)
+                       for _ in range(batch - readings)]
+        else:
+            lessons = [lesson_list(policy, rng) for _ in range(batch - readings - dialogues)]
+        lessons += [lesson_read(policy, rng) for _ in range(readings)]
+        lessons += [lesson_dialogue(policy, rng, go_on, show=rng.random() < 0.6) for _ in range(dialogues)]
+        loss = -policy.log_probs([[lesson] for lesson in lessons]).mean()
+        loss.backward()
+        descend(policy, optimizers, learning_rate(step, steps, 30, 0.05))
+        if step % 50 == 49 or step + 1 == steps:
+            log(f"pretraining {step + 1}/{steps}  loss {loss.item():.3f}  {remaining(started, step + 1, steps)}")
+    policy.model.eval()
+    policy.train_vision = False
+
+
+def descend(policy, optimizers, factor, clip=1.0):
+    """One step along the accumulated gradients, at `factor` times each optimizer's own learning rate; then they are cleared.
+    -> their norm before clipping to `clip`."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def remaining(started, done, total):
+    """"12 s, 48 s left"."""
+    spent = time.time() - started
+    return f"{spent:.0f} s, {spent / done * (total - done):.0f} s left"
+
+
+# ------------------------------------------------------------------------------------------------ (b) tree search
+
+BACKTRACK = "That was not it. "        # put before a right roll-out that follows a wrong one
+POINT_STEP = re.compile(POINT.pattern + r"[.,;:!]*")
+SENTENCE_STEP = re.compile(r"[.!?](?=\s)")
+
+
+@dataclass(eq=False)
+class Node:
+    """A path of steps (paper, section 3.2). trace: the tokens of the path; rollouts: complete traces sampled from here."""
+    trace: Trace
+    parent: "Node | None" = None
+    points: tuple = ()             # the points used on the path, px as seen
+    children: list = field(default_factory=list)
+    rollouts: list = field(default_factory=list)
+    visits: int = 0
+    value: float = 0.0             # mean reward of all roll-outs below
+
+    def back_up(self, reward):
+        node = self
+        while node:
+            node.visits += 1
+            node.value += (reward - node.value) / node.visits
+            node = node.parent
+
+    def select(self, c):
+        """The leaf that UCB1 leads to: value + c * sqrt(ln(N_parent + 1) / (N_child + 1))."""
+        node = self
+        while node.children:
+            explore = math.log(node.visits + 1)
+            node = max(node.children, key=lambda child: child.value + c * math.sqrt(explore / (child.visits + 1)))
+        return node
+
+    def walk(self):
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+def first_step_end(policy, trace, begin):
+    """Where the step of a complete trace that begins at token `begin` ends. In the mode `zoom` a step is a turn with its
+    observation; in the others it is a sentence with its point (`think`: a sentence), and the last one runs to the end."""
+    if trace.mode == "zoom":
+        return next((start for start in trace.starts if start > begin), len(trace.ids))
+    step, text = POINT_STEP if trace.mode == "grounded" else SENTENCE_STEP, ""
+    for end in range(begin + 1, len(trace.ids)):
+        text = policy.decode(trace.ids[begin:end])
+        if "</think>" in text:
+            break
+        if (found := step.search(text)) and found.end() < len(text) or text.endswith(").") and found:
+            return end
+    return len(trace.ids)
+
+
+def cut_trace(policy, trace, end):
+    """The first `end` tokens of a trace (a step's end), to be continued."""
+    if end >= len(trace.ids):
+        return trace
+    turns = [t for t, start in zip(trace.turns, trace.starts[1:]) if start <= end]
+    pictures = trace.pictures[:sum(1 for t in turns if t.crop)]
+    starts = [s for s in trace.starts if s <= end]
+    return Trace(trace.prompt, trace.ids[:end], trace.sampled[:end], trace.log_probs[:end], pictures, question=trace.question,
+                 mode=trace.mode, frames=trace.frames, turns=turns, starts=starts, begun=policy.decode(trace.ids[starts[-1]:end]))
+
+
+def continue_from(policy, dialogue, prefixes, count, sampling):
+    """`count` complete traces from each prefix; the prefix is run once for them. -> lists of Traces, in the prefixes' order."""
+    def jobs():
+        for prefix in prefixes:
+            prompt = Chunk(prefix.prompt.ids + prefix.ids, prefix.prompt.pictures + prefix.pictures)
+            job = [Trace(prompt, question=prefix.question, mode=prefix.mode, frames=prefix.frames, turns=list(prefix.turns),
+                         begun=prefix.begun) for _ in range(count)]
+            place[id(job)] = len(place), job
+            yield job
+
+    def whole(prefix, rest):
+        shift = len(prefix.ids)
+        return Trace(prefix.prompt, prefix.ids + rest.ids, prefix.sampled + rest.sampled, prefix.log_probs + rest.log_probs,
+                     prefix.pictures + rest.pictures, question=rest.question, mode=rest.mode, frames=rest.frames,
+                     turns=rest.turns, ended=rest.ended, starts=prefix.starts + [s + shift for s in rest.starts[1:]])
+
+    place, found = {}, {}
+    for job in Engine(policy, **sampling).run(jobs(), lambda trace, cut: dialogue.on_turn(policy, trace, cut)):
+        found[place[id(job)][0]] = job
+    return [[whole(prefix, rest) for rest in found[i]] for i, prefix in enumerate(prefixes)]
+
+
+def search(policy, questions, dialogue, sampling, *, simulations=8, width=3, rollouts=2, depth=10, c=2.0, min_distance=10,
+           log=print):
+    """Monte Carlo tree search for right traces of each question (paper, section 3.2). -> the trees' roots.
+
+    All trees take a simulation at the same time: UCB1 selects a leaf in each; `width` continuations are sampled from it to
+    their ends; the first step of each becomes a child unless it repeats a point of its path or a sibling; each child gets
+    `rollouts` roll-outs, the one that it came with among them; rewards (1 right, 0 wrong) are backed up."""
+    roots = [Node(dialogue.start(policy, question, 1)[0]) for question in questions]
+    started = time.time()
+    for simulation in range(simulations):
+        leaves, new = [root.select(c) for root in roots], []
+        for leaf in leaves:
+            if leaf.trace.ended:                       # nothing to expand: its reward counts again
+                leaf.back_up(is_correct(leaf.trace))
+        leaves = [leaf for leaf in leaves if not leaf.trace.ended]
+        for leaf, traces in zip(leaves, continue_from(policy, dialogue, [leaf.trace for leaf in leaves], width, sampling)):
+            leaf.rollouts += traces
+            for trace in traces:
+                child = expand(policy, leaf, trace, min_distance, depth)
+                if child is None:
+                    leaf.back_up(0.0)
+                    continue
+                if child not in leaf.children:
+                    leaf.children.append(child)
+                    new.append(child)
+                child.back_up(is_correct(trace))
+        new = [child for child in new if not child.trace.ended]
+        for child, traces in zip(new, continue_from(policy, dialogue, [child.trace for child in new], rollouts - 1, sampling)):
+            child.rollouts += traces
+            for trace in traces:
+                child.back_up(is_correct(trace))
+        solved = sum(root.value > 0 for root in roots)
+        log(f"search {simulation + 1}/{simulations}  questions with a right trace {solved}/{len(roots)}  "
+            f"{remaining(started, simulation + 1, simulations)}")
+    return roots
+
+
+def expand(policy, leaf, trace, min_distance, depth):
+    """The child of `leaf` that the first new step of `trace` leads to: a new one, a sibling that is the same, or None where the
+    step repeats a point already used on the path."""
+    step = cut_trace(policy, trace, first_step_end(policy, trace, len(leaf.trace.ids)))
+    text = policy.decode(step.ids[len(leaf.trace.ids):])
+    if trace.mode == "zoom":
+        points = step.crops[len(leaf.trace.crops):]
+    else:
+        points = parse_points(text) if not step.ended else []
+    if any(near(p, used, min_distance) for p in points for used in leaf.points):
+        return None
+    for sibling in leaf.children:
+        if sibling.trace.ids == step.ids:
+            return sibling
+    node = Node(step, leaf, leaf.points + tuple(points))
+    level, above = 1, leaf
+    while above.parent:
+        level, above = level + 1, above.parent
+    if level >= depth and not step.ended:              # too deep: the answer is asked for
+        step.add(Chunk(policy.encode("</think>\n<answer>")))
+        step.begun += "</think>\n<answer>"
+    return node
+
+
+def near(a, b, distance):
+    return max(abs(a[0] - b[0]), abs(a[1] - b[1])) < distance
+
+
+# ------------------------------------------------------------------------------------------------ (c) linearising
+
+def linearise(root, min_distance=10):
+    """The chains of a tree, each a list of turns' texts: from each node, every right roll-out, and every pair of a wrong one and a
+    right one with a back-tracking sentence between (paper, section 3.2); nothing twice. The shortest first."""
+    chains = {}
+    for node in root.walk():
+        right = [t for t in node.rollouts if t.ended == "answer" and is_correct(t)]
+        wrong = [t for t in node.rollouts if t.ended == "answer" and not is_correct(t)]
+        for trace in right:
+            chains.setdefault(tuple(t.text for t in trace.turns))
+        for bad in wrong:
+            for good in right:
+                join = join_turns if root.trace.mode == "zoom" else join_steps
+                if chain := join(node, bad, good, min_distance):
+                    chains.setdefault(tuple(chain))
+    return sorted(map(list, chains), key=lambda chain: sum(map(len, chain)))
+
+
+def join_turns(node, bad, good, min_distance):
+    """The looks of a wrong trace, a back-tracking sentence, and of a right trace the turns that look at other places."""
+    shared = len(node.trace.turns)
+    looks = [t for t in bad.turns[:-1] if t.crop]
+    rest = [t for t in good.turns[shared:] if not (t.crop and any(near(t.call, seen.call, min_distance) for seen in looks))]
+    if len(looks) <= shared or not any(t.crop for t in rest):
+        return None                                    # nothing wrong was looked at, or nothing new after it
+    texts = [t.text for t in rest]
+    return [t.text for t in looks] + [texts[0].replace("<think>", "<think>" + BACKTRACK, 1)] + texts[1:]
+
+
+def join_steps(node, bad, good, min_distance):
+    """The same for a single turn: the wrong trace's thought, the sentence, and what the right trace says after the shared prefix."""
+    begun = node.trace.begun
+    wrong, right = bad.turns[0], good.turns[0]
+    if not wrong.thought or not right.text.startswith(begun):
+        return None
+    rest = right.text[len(begun):] if begun else right.text.removeprefix("<think>")
+    return [f"<think>{wrong.thought} {BACKTRACK}{rest.lstrip()}"]
+
+
+def to_multi_turn(text, max_crops=4, later=0.3, rng=random):
+    """A single-turn chain as turns of the mode `zoom` (paper, section 3.3): cut at its points, each new point becomes a look,
+    at most `max_crops`; what is left of the thought goes with the answer. With probability `later` the first look comes after the
+    second, so that looking again after a miss is seen too. -> the turns' texts, or None without points or answer."""
+    turn = parse_turn(text)
+    steps, last = [], 0
+    for found in POINT_STEP.finditer(turn.thought):
+        point = parse_points(found[0])[0]
+        if len(steps) < max_crops and all(near(point, p, 1) is False for _, p in steps):
+            steps.append((turn.thought[last:found.end()].strip(), point))
+            last = found.end()
+    if not steps or not turn.answer:
+        return None
+    if len(steps) > 1 and rng.random() < later:
+        steps[0], steps[1] = steps[1], steps[0]
+    rest = turn.thought[last:].strip()
+    turns = [f"<think>{thought}</think>\n{call_text(point)}" for thought, point in steps]
+    return turns + [f"<think>{rest}</think>\n<answer>{turn.answer}</answer>"]
+
+
+def replay(policy, dialogue, question, texts):
+    """Turns' texts as a Trace, with the close-ups that the tool really gives. Tokens of the policy's turns count as sampled."""
+    trace = dialogue.start(policy, question, 1)[0]
+    for text in texts:
+        if trace.ended:
+            break
+        trace.add(Chunk(policy.encode(text) + [policy.tokenizer.eos_token_id]), sampled=True)
+        if chunk := dialogue.on_turn(policy, trace, cut=False):
+            trace.add(chunk)
+    return trace
+
+
+# ------------------------------------------------------------------------------------------------ traces on disk
+
+def write_traces(path, chains):
+    """chains: [(question, turns' texts)] -> JSON lines that a person can read, written whole."""
+    rows = [json.dumps({"id": q.id, "question": q.text, "answer": q.answer, "turns": turns}, ensure_ascii=False, default=str)
+            for q, turns in chains]
+    models.write_text(path, "\n".join(rows) + "\n")
+
+
+def read_traces(path, questions):
+    """The chains of a file that `write_traces` wrote, with the questions of the same ids. Raises UserError."""
+    by_id, chains = {q.id: q for q in questions}, []
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            turns, question = row["turns"], by_id[row["id"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: no trace of this task ({error!r}); it needs 'turns' and the 'id' of one of "
+                            f"the first {len(by_id)} training questions (--search-questions)") from None
+        if not (isinstance(turns, list) and turns and all(isinstance(t, str) for t in turns)):
+            raise UserError(f"{path}, line {number}: 'turns' must be a list of texts")
+        chains.append((question, turns))
+    if not chains:
+        raise UserError(f"{path}: holds no traces")
+    return chains
+
+
+# ------------------------------------------------------------------------------------------------ (d) supervised fine-tuning
+
+def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16_384, clip=1.0, final=0.1, log=print):
+    """Maximises the likelihood of the policy's own tokens of `traces`, `batch` traces a step, each as often as the others."""
+    rng, order, started = random.Random(f"fine-tuning {seed}"), [], time.time()
+    policy.model.train()
+    for step in range(steps):
+        while len(order) < batch:
+            order += rng.sample(traces, len(traces))
+        groups, order = [[trace] for trace in order[:batch]], order[batch:]
+        tokens, total = sum(sum(trace.sampled) for (trace,) in groups), 0.0
+        for micro in policy.micro_batches(groups, micro_tokens):
+            loss = -policy.log_probs(micro).sum() / tokens
+            loss.backward()
+            total += loss.item()
+        norm = descend(policy, optimizers, learning_rate(step, steps, max(1, steps * 0.03), final), clip)
+        if step % 20 == 19 or step + 1 == steps:
+            log(f"sft {step + 1}/{steps}  loss {total:.3f}  grad norm {norm:.2f}  {remaining(started, step + 1, steps)}")
+    policy.model.eval()
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+def add_training_arguments(parser):
+    """The flags that both training scripts share."""
+    add = parser.add_argument
+    add("--out", metavar="DIR", help="the run's folder (runs/<task>-<mode>)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--teacher", metavar="PATH", help="checkpoint that searches for traces (the policy itself)")
+    add("--traces", metavar="FILE", help="fine-tune on these traces instead of searching")
+    add("--base-steps", type=int, default=2000, help="pretraining steps of the tiny base (%(default)s)")
+    add("--search-questions", type=int, default=128, help="training questions to search (%(default)s)")
+    add("--simulations", type=int, default=8, help="of the tree search, each question (%(default)s)")
+    add("--chains", type=int, default=3, help="traces kept a question at most (%(default)s)")
+    add("--sft-steps", type=int, default=60, help="steps of supervised fine-tuning (%(default)s)")
+    add("--sft-batch", type=int, default=32, help="traces a step (%(default)s)")
+    add("--sft-lr", type=float, default=1e-3, help="peak learning rate of fine-tuning (%(default)s)")
+    add("--micro-tokens", type=int, default=16_384, help="tokens in one forward and backward pass at most (%(default)s)")
+
+
+def folder_of(args):
+    return Path(args.out or f"runs/{Path(args.task).stem}-{args.mode}")
+
+
+def make_base(args, log):
+    """The checkpoint to start from: --model, or the tiny base, made once a seed. -> its path"""
+    if args.model:
+        return args.model
+    folder = Path(f"runs/tiny/seed-{args.seed}-steps-{args.base_steps}")
+    if folder.is_dir():
+        log(f"base: {folder} is there")
+        return str(folder)
+    log(f"base: making {folder} from random weights")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    start = folder.with_name(folder.name + "-random")
+    models.make_tiny(start, tiny_strings(), TINY_PROMPTS)
+    policy = models.load(str(start))
+    shutil.rmtree(start)
+    pretrain(policy, args.base_steps, args.seed, log=log)
+    policy.save(folder)
+    return str(folder)
+
+
+def make_traces(args, base, out, log):
+    """Chains for fine-tuning, [(question, turns' texts)]: from --traces, from the run's own file, or searched for now."""
+    questions = evaluation.questions_of(args, "train", args.search_questions)
+    path = Path(args.traces) if args.traces else out / "search.jsonl"
+    if args.traces or path.is_file():
+        log(f"traces: reading {path}")
+        return read_traces(path, questions)
+    teacher = models.load(args.teacher or base, max_pixels=args.max_pixels)
+    log(f"traces: searching {len(questions)} questions with {args.teacher or base}")
+    roots = search(teacher, questions, evaluation.dialogue_of(args), evaluation.sampling_of(args, args.seed),
+                   simulations=args.simulations, log=log)
+    rng = random.Random(f"chains {args.seed}")
+    chains = []
+    for root in roots:
+        found = linearise(root)
+        chains += [(root.trace.question, chain) for chain in rng.sample(found, min(args.chains, len(found)))]
+    if not chains:
+        raise UserError(f"the search found no right trace in {len(questions)} questions; give a stronger --teacher or more "
+                        "--search-questions")
+    write_traces(path, chains)
+    return chains
+
+
+def warm_start(args, log):
+    """Makes the run's `sft/` unless it is there: base, traces, fine-tuning. -> the base's path"""
+    out = folder_of(args)
+    out.mkdir(parents=True, exist_ok=True)
+    base = make_base(args, log)
+    if (out / "sft").is_dir():
+        log(f"sft: {out / 'sft'} is there")
+        return base
+    chains = make_traces(args, base, out, log)
+    policy, dialogue = models.load(base, max_pixels=args.max_pixels), evaluation.dialogue_of(args)
+    traces = [replay(policy, dialogue, question, texts) for question, texts in chains]
+    fit = [t for t in traces if t.ended == "answer" and is_correct(t)]
+    log(f"sft: {len(fit)} of {len(traces)} traces are whole and right; "
+        f"{sum(len(t.crops) > 1 for t in fit)} of them look more than once")
+    optimizers = [torch.optim.AdamW(policy.trainable(), lr=args.sft_lr, weight_decay=0.01)]
+    fine_tune(policy, fit, optimizers, steps=args.sft_steps, batch=args.sft_batch, seed=args.seed,
+              micro_tokens=args.micro_tokens, log=log)
+    policy.save(out / "sft")
+    return base
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Warm start: search for right traces, then supervised fine-tuning on them.")
+    evaluation.add_arguments(parser)
+    add_training_arguments(parser)
+    args = evaluation.finish_arguments(parser.parse_args())
+    out = folder_of(args)
+    if (out / "sft").is_dir() and not args.resume:
+        raise UserError(f"{out / 'sft'} is there already; give --resume to keep it, or another --out")
+    warm_start(args, print)
+    print(f"done: {out / 'sft'}")
+
+
+if __name__ == "__main__":
+    evaluation.run(main)
