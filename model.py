@@ -27,10 +27,12 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (AddedToken, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer,
-                          Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer)
+                          Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, logging)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+logging.disable_progress_bar()
 
 MAX_LOGITS = 2**26          # floats in the largest (tokens, vocabulary) tensor that is ever made: 256 MiB
 MAX_VISION_PATCHES = 2**16  # patches in one pass of the vision tower
@@ -368,26 +370,34 @@ ALL_MASK_ATTENTION_FUNCTIONS.register("layout", sdpa_mask)
 class TrainLayout:
     """Tokens (1, N): for each group [prompt | response 1 | ... | response G]. sizes: [(prompt length, [response lengths])].
 
-    The responses of a group go as one batch, padded on the right; a causal query never sees the padding behind it."""
+    The prompts go as one causal batch, padded on the right: no query sees the padding behind it. Then the responses of each
+    group, as a batch of continuations of its prompt. A single response needs no such second step: it is the prompt's end."""
 
     def __init__(self, sizes):
-        self.sizes = sizes
+        self.parts, self.groups, start = [], [], 0       # what is causal by itself; (prompt slice, response slice, lengths)
+        for prompt, responses in sizes:
+            end = start + prompt + sum(responses)
+            if len(responses) < 2:
+                self.parts.append((start, end))
+            else:
+                self.parts.append((start, start + prompt))
+                self.groups.append((slice(start, start + prompt), slice(start + prompt, end), list(responses)))
+            start = end
 
     def __call__(self, layer, q, k, v, scale):
-        out, start = [], 0
-        for prompt, responses in self.sizes:
-            single = len(responses) < 2
-            head = prompt + sum(responses) if single else prompt
-            out.append(causal_attention(*(x[:, :, start:start + head] for x in (q, k, v)), scale)[0])        # (H, P, D)
-            if not single:
-                a, end = start + head, start + head + sum(responses)
-                qr, kr, vr = (pad_sequence(x[0, :, a:end].transpose(0, 1).split(responses), batch_first=True).transpose(1, 2)
-                              for x in (q, k, v))                                                           # (G, H, R, D)
-                kp, vp = (x[:, :, start:a].expand(len(responses), -1, -1, -1) for x in (k, v))               # (G, Hk, P, D)
-                o = causal_attention(qr, torch.cat([kp, kr], 2), torch.cat([vp, vr], 2), scale)              # (G, H, R, D)
-                out += [o[g, :, :n] for g, n in enumerate(responses)]
-            start += prompt + sum(responses)
-        return torch.cat(out, 1)[None]                                                                      # (1, H, N, D)
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                                            # (N, H, D)
+        def batch(x, lengths):                                                                         # -> (B, H, longest, D)
+            return pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2)
+        lengths = [end - start for start, end in self.parts]
+        heads = [torch.cat([x[start:end] for start, end in self.parts]) if self.groups else x for x in (q, k, v)]
+        o = causal_attention(*(batch(x, lengths) for x in heads), scale)
+        out = {start: o[i, :, :n] for i, ((start, _), n) in enumerate(zip(self.parts, lengths))}
+        for prompt, rest, lengths in self.groups:
+            kr, vr = (torch.cat([x[prompt].transpose(0, 1).expand(len(lengths), -1, -1, -1), batch(x[rest], lengths)], 2)
+                      for x in (k, v))                                                                 # (G, Hk, P + R, D)
+            o = causal_attention(batch(q[rest], lengths), kr, vr, scale)                               # (G, H, R, D)
+            out[rest.start] = torch.cat([o[g, :, :n] for g, n in enumerate(lengths)], 1)
+        return torch.cat([out[start] for start in sorted(out)], 1)[None]                               # (1, H, N, D)
 
 
 class Cache:
@@ -534,14 +544,14 @@ class Engine:
         Chunk to go on from, or None to end. Yields each job as it is finished."""
         jobs = iter(jobs)
         live, free, running = [], [], {}               # rows by slot and index; empty slots; id(job) -> its rows still running
-        self.cache = None
+        self.cache, self.held, self.exhausted = None, None, False
         while True:
             ready, hidden = [], []
             decoding = [r for r in live if r.queued is None]
             if decoding:
                 ready += decoding
                 hidden.append(self.decode(decoding))
-            new = self.admit(jobs, free)
+            new = self.admit(jobs, free, live)
             if new:
                 started, h = self.prefill(new, [free.pop() for _ in new])
                 fresh = [i for i, r in enumerate(started) if r.queued is None]
@@ -566,20 +576,31 @@ class Engine:
                     del running[id(row.job)]
                     free.append(row.slot)
                     yield row.job
-            if live and len(free) > self.cache.slots / 2:   # more than one step of refilling left them empty: the tail
-                self.renumber(live, free, keep_free=0)
+            if self.exhausted and len(free) > self.cache.slots / 2:     # the tail: no empty slots are carried along
+                self.drop_slots(live, free, 0)
 
-    def admit(self, jobs, free):
-        """Takes from `jobs` what there is room for. The first call decides how many slots the cache has."""
+    def admit(self, jobs, free, live):
+        """Takes from `jobs` what there is room for. The first call decides how many slots the cache has; where a longer prompt
+        comes later, empty slots are given up until the bound holds again."""
         new = []
-        if self.cache is not None and not free:
-            return new
-        for job in jobs:
+        while self.cache is None or len(new) < len(free):
+            job, self.held = self.held or next(jobs, None), None
+            if job is None:
+                self.exhausted = True
+                break
+            if self.cache is None:
+                fits = not new or (len(new) + 1) * self.columns(new + [job]) <= self.cache_tokens
+            else:
+                fits = len(job[0].prompt.ids) <= self.cache.prompt_columns
+                if not fits and not new:
+                    fits = True
+                    rest = self.cache_tokens // self.columns([job]) - (self.cache.slots - len(free))
+                    self.drop_slots(live, free, max(1, rest))
+                    self.cache.widen(len(job[0].prompt.ids))
+            if not fits:
+                self.held = job         # for the next call
+                break
             new.append(job)
-            if self.cache is not None and len(new) == len(free):
-                break
-            if self.cache is None and (len(new) + 1) * self.columns(new) > self.cache_tokens:
-                break
         if new and self.cache is None:
             self.cache = Cache(self.policy.text_config, len(new), len(new[0]), max(len(job[0].prompt.ids) for job in new),
                                self.response_tokens, self.policy.model.dtype, self.policy.device)
@@ -590,20 +611,19 @@ class Engine:
         """K/V columns of a slot that can hold any of `jobs`."""
         return max(len(job[0].prompt.ids) for job in jobs) + len(jobs[0]) * self.response_tokens
 
-    def renumber(self, live, free, keep_free):
-        """Gives up all but `keep_free` of the empty slots."""
-        slots = sorted({r.slot for r in live}) + free[:keep_free]
-        self.cache.keep(slots)
-        for row in live:
-            row.slot = slots.index(row.slot)
-        free[:] = range(len(slots) - keep_free, len(slots))
+    def drop_slots(self, live, free, keep):
+        """Gives up all but `keep` of the free slots; the others are renumbered."""
+        used = sorted({r.slot for r in live})
+        slots = used + free[:keep]
+        if len(slots) < self.cache.slots and slots:
+            self.cache.keep(slots)
+            for row in live:
+                row.slot = used.index(row.slot)
+            free[:] = range(len(used), len(slots))
 
     def prefill(self, jobs, slots):
         """Runs the prompts of `jobs`. -> their rows, and the hidden state at the end of each row's prompt (rows, hidden)."""
         policy, rows, ids, pictures, positions = self.policy, [], [], [], []
-        longest = max(len(job[0].prompt.ids) for job in jobs)
-        if longest > self.cache.prompt_columns:
-            self.cache.widen(longest)
         for job, slot in zip(jobs, slots):
             prompt = job[0].prompt
             place, after = policy.positions(prompt.ids, prompt.pictures)

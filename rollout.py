@@ -86,7 +86,7 @@ def read_image(source, where=""):
 
 # ------------------------------------------------------------------------------------------------ coordinates
 
-NUMBER = r"-?\d{1,7}(?:\.\d{1,4})?"
+NUMBER = r"-?\d{1,15}(?:\.\d{1,15})?"
 POINT = re.compile(rf"\(\s*({NUMBER})\s*,\s*({NUMBER})\s*\)|\[\s*({NUMBER})\s*,\s*({NUMBER})\s*\]")
 
 
@@ -166,9 +166,12 @@ def parse_call(text):
 
 # ------------------------------------------------------------------------------------------------ turns and traces
 
-THOUGHT = re.compile(r"<think>(.*?)</think>", re.S)
-CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.S)
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.S)
+def between(text, tag):
+    """What stands between the first <tag> and the </tag> behind it, and the text after that; None and the whole text if there
+    is no such pair."""
+    _, opened, rest = text.partition(f"<{tag}>")
+    inside, closed, after = rest.partition(f"</{tag}>")
+    return (inside, after) if opened and closed else (None, text)
 
 
 @dataclass
@@ -187,18 +190,17 @@ class Turn:
 def parse_turn(text, forced=False):
     """Splits a turn into thought, points, call and answer. A call that stands after an answer, or before one, is not made."""
     turn = Turn(text, forced=forced)
-    if thought := THOUGHT.search(text):
-        turn.thought = thought[1].strip()
-        turn.points = parse_points(turn.thought)
-    rest = text[thought.end():] if thought else text
-    if answer := ANSWER.search(rest):
-        turn.answer = answer[1].strip()
+    thought, rest = between(text, "think")
+    if thought is not None:
+        turn.thought, turn.points = thought.strip(), parse_points(thought)
+    answer, call = between(rest, "answer")[0], between(rest, "tool_call")[0]
+    if answer is not None:
+        turn.answer = answer.strip()
     elif "<tool_call>" in rest:
         try:
-            call = CALL.search(rest)
-            if not call:
+            if call is None:
                 raise ToolError("The call is not closed by </tool_call>.")
-            turn.call = parse_call(call[1])
+            turn.call = parse_call(call)
         except ToolError as error:
             turn.error = str(error)
     return turn

@@ -50,14 +50,14 @@ def test_lines_do_not_matter():
     assert match_answer("two red\ncars,\n\n one  bus", "Two red cars, one bus.")
 
 
-@pytest.mark.parametrize("answer", ["", "  ", ".", "re", "redder", "not red", "the answer is red", "red or blue", "red, blue"])
+@pytest.mark.parametrize("answer", ["", "  ", ".", "re", "redder", "not red", "the answer is red", "red or blue"])
 def test_a_part_is_no_match(answer):
     """A substring was taken for the answer."""
     assert not match_answer(answer, "red")
 
 
 def test_marks_that_carry_meaning_stay():
-    """-5 and 5, .5 and 5, 5' and 5" were made the same by stripping too much; an answer of marks only matched every other."""
+    """-5 and 5, .5 and 5, 5' and 5" became the same by stripping too much; an answer of marks only matched every other."""
     for one, other in [("-5", "5"), (".5", "5"), ("5'", '5"'), ("5%", "5"), ("c++", "c"), ("?", "!"), ('"', "'"), ("", "")]:
         assert not match_answer(one, other)
     for same in ("-5", ".5", "5'", "c++", "?", '"', '""', "...", "naïve 红色"):
@@ -73,16 +73,16 @@ def test_a_letter_its_option_and_both_are_the_same_answer(answer, truth):
         assert match_answer(answer, truth, choices)
 
 
-@pytest.mark.parametrize("answer", ["A. red", "(C) red", "D. red", "D", "A", "B. blue", "B. red.. blue", "B red blue", "z", "1",
-                                    "Bred"])
+@pytest.mark.parametrize("answer", ["A. red", "(C) red", "D. red", "D", "A", "B. blue", "B. red.. blue", "B red blue", "z",
+                                    "1", "Bred"])
 def test_a_letter_must_agree_with_its_text(answer):
     """'A. red' was right where B is red: a letter or a text somewhere was enough."""
     for truth in ("B", "red"):
         assert not match_answer(answer, truth, CHOICES)
 
 
-@pytest.mark.parametrize("answer", ["A, B", "A B C", "(A) (B)", "(B)(A)", "A or B", "B. red A. blue",
-                                    "A. blue\nB. red\nC. dark green", "blue, red, dark green", "red red", "B. B", "red (B) (A)"])
+@pytest.mark.parametrize("answer", ["A, B", "A B C", "(A) (B)", "(B)(A)", "A or B", "B. red A. blue", "red red",
+                                    "A. blue\nB. red\nC. dark green", "blue, red, dark green", "B. B", "red (B) (A)"])
 def test_an_answer_that_lists_options_is_wrong(answer):
     """A judge let answers pass that name every option."""
     for truth in ("A", "B", "C", "red"):
@@ -111,15 +111,16 @@ def test_words_that_look_like_letters_are_words():
 BOX = (100, 100, 200, 200)    # px of the original; 10 to 20 px as seen
 
 
-@pytest.mark.parametrize("answer", ["(15, 12)", "[15, 12]", "( 12.5 , 19.9 )", "(10, 10)", "(20, 20)", "at (15,12).", "[\n15,\n12]"])
+@pytest.mark.parametrize("answer", ["(15, 12)", "[15, 12]", "( 12.5 , 19.9 )", "(10, 10)", "(20, 20)", "at (15,12).",
+                                    "[\n15,\n12]"])
 def test_a_point_in_the_box_however_written(answer):
-    """Decimals, brackets and inner spaces were refused; the edges belong to the box; the point is mapped to the file's px."""
+    """Decimals, brackets and inner spaces were refused. The edges belong to the box; px as seen become px of the file."""
     assert match_point(answer, BOX, FRAME) and match_point(answer, list(BOX), FRAME)
 
 
-@pytest.mark.parametrize("answer", ["", "there", "15, 12", "(150, 120)", "(9.9, 12)", "(20.1, 12)", "(-15, 12)", "(15, 999999)",
-                                    "(99999999999999, 12)", "(15, 12, 18, 18)", "(15, 12) (90, 40)", "(15, 12) (15, 12)",
-                                    "(nan, inf)"])
+@pytest.mark.parametrize("answer", ["", "there", "15, 12", "(150, 120)", "(9.9, 12)", "(20.1, 12)", "(-15, 12)",
+                                    "(15, 999999)", "(99999999999999, 12)", "(15, 12, 18, 18)", "(15, 12) (90, 40)",
+                                    "(nan, inf)", "(15, 12) (15, 12)"])
 def test_a_point_outside_none_or_several_are_wrong(answer):
     """Points in the wrong frame, far outside, or one of many guesses were taken for hits."""
     assert not match_point(answer, BOX, FRAME)
@@ -149,7 +150,7 @@ def test_answers_that_are_points_score():
 
 @pytest.mark.parametrize("text, action", [
     ("click [12]", Action("click", 12)), ("CLICK[ 12 ]", Action("click", 12)), ("```click [12]```", Action("click", 12)),
-    ("`click [12]`", Action("click", 12)), ("```\nclick [12]\n```", Action("click", 12)), ("hover [007]", Action("hover", 7)),
+    ("`click [12]`", Action("click", 12)), ("```\nclick [12]\n```", Action("click", 12)), ("hover [7]", Action("hover", 7)),
     ("type [5] [red shoes]", Action("type", 5, "red shoes")), ("type [5] [red] [1]", Action("type", 5, "red")),
     ("type [5] [red] [0]", Action("type", 5, "red", False)), ("type [5][red][0]", Action("type", 5, "red", False)),
     ("type [5] [red] [press_enter_after=0]", Action("type", 5, "red", False)),
@@ -172,10 +173,10 @@ def test_every_action_of_visualwebarena(text, action):
 
 
 @pytest.mark.parametrize("text", [
-    "", "```", "``````", "click", "click []", "click [x]", "click [-1]", "click [1.5]", "click 12", "click [12", "click [12] [13]",
-    "click [12]\nclick [13]", "I click [12]", "clicking [12]", "click [" + "9" * 5000 + "]", "click [１２]", "type [5]",
-    "type [red]", "type [5] red", "type [5] [red", "scroll", "scroll [left]", "press", "goto", "goto http://a", "go_back [1]",
-    "new_tab now", "tab_focus []", "stop red", "[stop]", "stop [red] now", "__import__('os')", "\0", "exit [0]"])
+    "", "```", "``````", "click", "click []", "click [x]", "click [-1]", "click [1.5]", "click 12", "click [12",
+    "click [１２]", "click [12] [13]", "click [12]\nclick [13]", "I click [12]", "clicking [12]", "click [" + "9" * 5000 + "]",
+    "type [5]", "type [red]", "type [5] red", "type [5] [red", "scroll", "scroll [left]", "press", "goto", "goto http://a",
+    "go_back [1]", "new_tab now", "tab_focus []", "stop red", "[stop]", "stop [red] now", "__import__('os')", "\0"])
 def test_what_is_no_action_is_an_error_in_words(text):
     """Half-read actions were taken for whole ones; the message says what to write instead."""
     with pytest.raises(ValueError, match="no such action|write '"):
@@ -236,16 +237,16 @@ def test_no_mode_takes_the_form_of_another(mode, other):
 
 @pytest.mark.parametrize("text", [
     "<think>a (5, 5)</think><answer></answer>", "<think>a (5, 5)</think><answer> \n </answer>",
-    "<think> </think><answer>red</answer>",
+    "<think> </think><answer>red</answer>", "<answer>red</answer>", "red", "",
     "so <think>a (5, 5)</think><answer>red</answer>", "<think>a (5, 5)</think> so <answer>red</answer>",
-    "<think>a (5, 5)</think><answer>red</answer> done", "<answer>red</answer><think>a (5, 5)</think>", "<answer>red</answer>",
-    "red", "",
+    "<think>a (5, 5)</think><answer>red</answer> done", "<answer>red</answer><think>a (5, 5)</think>",
     "<think>a (5, 5)<answer>red</answer></think>", "<think><think>a (5, 5)</think></think><answer>red</answer>",
-    "<think>a (5, 5)</think><think>b</think><answer>red</answer>", "<think>a (5, 5)</think><answer>red</answer><answer>red</answer>",
-    "<think>a (5, 5)</think><answer>red", "<think>a (5, 5)<answer>red</answer>", "<THINK>a (5, 5)</THINK><answer>red</answer>",
-    "<think>a (5, 5)</think><answer><answer>red</answer></answer>",
+    "<think>a (5, 5)</think><think>b</think><answer>red</answer>", "<think>a (5, 5)</think><answer>red",
+    "<think>a (5, 5)</think><answer>red</answer><answer>red</answer>", "<think>a (5, 5)<answer>red</answer>",
+    "<think>a (5, 5)</think><answer><answer>red</answer></answer>", "<THINK>a (5, 5)</THINK><answer>red</answer>",
     "<think>a (5, 5) <observation> a car </observation></think><answer>red</answer>",
-    "<think>a (5, 5)</think>" + call(5, 5) + "<answer>red</answer>", "<think>a (5, 5)</think><answer>red</answer>" + call(5, 5),
+    "<think>a (5, 5)</think>" + call(5, 5) + "<answer>red</answer>",
+    "<think>a (5, 5)</think><answer>red</answer>" + call(5, 5),
 ])
 @pytest.mark.parametrize("mode", ["grounded", "zoom"])
 def test_tags_are_neither_missing_nor_nested_nor_repeated_nor_empty(text, mode):
@@ -309,15 +310,16 @@ def test_a_refused_call_is_not_well_formed():
 
 # ------------------------------------------------------------------------------------------------ grounding
 
-@pytest.mark.parametrize("thought", ["a (5, 5)", "a [5, 5]", "a ( 5.5 , 5 )", "a (0, 0) b (99, 49)", "a (5, 5) and 3, 4", "a (99.9, 5)"])
+@pytest.mark.parametrize("thought", ["a (5, 5)", "a [5, 5]", "a ( 5.5 , 5 )", "a (0, 0) b (99, 49)", "a (5, 5) and 3, 4",
+                                     "a (99.9, 5)"])
 def test_points_inside_the_image_ground_a_thought(thought):
     """Decimals, brackets and inner spaces were no grounding."""
     for mode in ("grounded", "zoom"):
         assert score(trace(final("red", thought), mode=mode)).grounded == 1
 
 
-@pytest.mark.parametrize("thought", ["no place", "5, 5", "a (999999, 2)", "a (5, 5) b (999999, 2)", "a (-1, 5)", "a (100, 5)",
-                                     "a (5, 50)"])
+@pytest.mark.parametrize("thought", ["no place", "5, 5", "a (999999, 2)", "a (5, 5) b (999999, 2)", "a (-1, 5)",
+                                     "a (100, 5)", "a (5, 50)"])
 def test_every_point_must_be_inside_the_image(thought):
     """(999999, 2) was grounding: the image size was never looked at. One good point does not excuse a bad one."""
     for mode, least in (("grounded", 0.5), ("zoom", 0.6)):
@@ -350,10 +352,10 @@ def test_further_distinct_crops_are_paid_up_to_a_bound():
     assert score(trace(look(20, 20), look(21, 20), final()), Weights(0.6, 0.4, 0.2, 2, min_distance=1)).diversity == 0.2
 
 
-def test_small_steps_do_not_add_up_to_new_places():
-    """Compared only with the look before it, a slow walk was all new crops; compared with all, it is new every 10 px."""
+def test_going_back_is_no_new_place_and_a_slow_walk_comes_to_one():
+    """Compared only with the look before, going back was a new crop; compared with all, a slow walk had none."""
     assert reward.distinct_crops([(x, 0) for x in range(0, 21)], 10) == 3
-    assert reward.distinct_crops([], 10) == 0
+    assert reward.distinct_crops([(0, 0), (30, 0), (0, 0), (29, 0)], 10) == 2 and reward.distinct_crops([], 10) == 0
 
 
 def test_crops_counts_the_looks_that_showed_something():
@@ -379,11 +381,11 @@ def test_twenty_crops_and_a_wrong_answer_stay_below_the_right_one():
 
 # ------------------------------------------------------------------------------------------------ weights and totals
 
-@pytest.mark.parametrize("weights", [dict(correct=0.4, format=0.6), dict(correct=0.6, format=0.4, diversity=0.2, max_extra=3),
-                                     dict(correct=0.5, format=0.5, diversity=0.01, max_extra=1), dict(correct=0), dict(format=-0.1),
-                                     dict(correct=0, format=0), dict(correct=float("nan")), dict(diversity=float("nan")),
-                                     dict(correct=float("inf")), dict(max_extra=-1), dict(min_distance=-1),
-                                     dict(format=0, diversity=1e300, max_extra=10**300)])
+@pytest.mark.parametrize("weights", [
+    dict(correct=0.4, format=0.6), dict(correct=0.6, format=0.4, diversity=0.2, max_extra=3),
+    dict(correct=0.5, format=0.5, diversity=0.01, max_extra=1), dict(format=0, diversity=1e300, max_extra=10**300),
+    dict(correct=0), dict(correct=0, format=0), dict(format=-0.1), dict(max_extra=-1), dict(min_distance=-1),
+    dict(correct=float("nan")), dict(diversity=float("nan")), dict(correct=float("inf"))])
 def test_weights_that_let_a_wrong_trace_pass_are_refused(weights):
     """Nothing stopped a bonus or a format weight that is worth more than a right answer."""
     with pytest.raises(ValueError):
@@ -404,9 +406,11 @@ def some_trace(rng):
     thought = rng.choice(["hm", "a (5, 5)", "a (5, 5) b (70, 40)", "a (5, 5) b (700, 40)", ""])
     answer = rng.choice(["red", "blue", "red blue", "Red."])
     texts = [look(rng.randrange(110), rng.randrange(55), thought) for _ in range(rng.choice([0, 0, 1, 2, 4, 8]))]
-    texts.append(rng.choice([final(answer, thought)] * 6 + [f"<answer>{answer}</answer>", answer, final(answer, thought) + "."]))
+    good = final(answer, thought)
+    texts.append(rng.choice([good] * 6 + [f"<answer>{answer}</answer>", answer, good + "."]))
     mode = rng.choice(list(GOOD))
-    return trace(*(texts if mode == "zoom" else texts[-1:]), mode=mode, ended=rng.choice(["answer"] * 6 + ["forced", "length"]))
+    ended = rng.choice(["answer"] * 6 + ["forced", "length"])
+    return trace(*(texts if mode == "zoom" else texts[-1:]), mode=mode, ended=ended)
 
 
 def test_no_wrong_trace_ever_scores_above_a_right_one():
@@ -431,9 +435,10 @@ def test_no_wrong_trace_ever_scores_above_a_right_one():
 
 # ------------------------------------------------------------------------------------------------ untrusted text
 
-LONG = [unit * (200_000 // len(unit)) for unit in
-        ("<", "<think>", "</think>", "<answer>a</answer>", "(", "( ", "[1,", "(1 ,", "(1, 1)", " ", "\n", "a.", "b)", "(b)", '"',
-         "“", "*\"", ".", "1", "type [5] [", "] [1]", "[ ", "] ", "`", "stop [", "{", '{"a":', "\\", "\0", "ß", "é́", "红", "😀")]
+LONG = [unit * (200_000 // len(unit)) for unit in (
+    "<", "<think>", "</think>", "<answer>a</answer>", "(", "( ", "[1,", "(1 ,", "(1, 1)", " ", "\n", "a.", "b)", "(b)", '"',
+    "“", "*\"", ".", "1", "type [5] [", "] [1]", "[ ", "] ", "`", "stop [", "{", '{"a":', "\\", "\0", "ß",
+    "é\u0301", "红", "😀")]
 
 
 @pytest.mark.parametrize("text", LONG, ids=lambda text: ascii(text[:8]))

@@ -1,0 +1,280 @@
+"""What model.py promises: exact log-probabilities, tokens that are really the policy's, checkpoints that others can load."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+import model as models
+from model import Chunk, Engine, Muon, Picture, Sequence, UserError, nucleus, orthogonalise
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def prompts(policy, n, group):
+    """Prompts of different lengths and images."""
+    for i in range(n):
+        content = [{"type": "image"}, {"type": "text", "text": "Which? " * (i % 3 + 1)}]
+        prompt = policy.prompt([{"role": "user", "content": content}], [noise(64 + 32 * (i % 3), 64, i)])
+        yield [Sequence(prompt) for _ in range(group)]
+
+
+def converse(policy, turns, seed=0):
+    """An on_turn that answers with close-ups of different sizes until `turns` turns are over; how often differs by row."""
+    rounds = {}
+    def on_turn(sequence, cut):
+        done = rounds[id(sequence)] = rounds.get(id(sequence), 0) + 1
+        if done >= turns - (len(sequence.ids) % 2 if turns > 1 else 0):
+            return None
+        return policy.reply([{"type": "text", "text": "here:"}, {"type": "image"}], [noise(64 + 16 * done, 64, seed)])
+    return on_turn
+
+
+def plain_log_probs(folder, policy, sequence):
+    """Log-probabilities of the sampled tokens by one plain Hugging Face forward of the whole dialogue."""
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    ids = torch.tensor([sequence.prompt.ids + sequence.ids])
+    pictures = sequence.prompt.pictures + sequence.pictures
+    logits = model(input_ids=ids, pixel_values=torch.cat([p.pixel_values for p in pictures]),
+                   image_grid_thw=torch.tensor([p.grid for p in pictures]),
+                   mm_token_type_ids=(ids == policy.image_token).int()).logits[0].float()
+    log_probs = torch.log_softmax(logits.masked_fill(policy.forbidden, -torch.inf), -1)
+    first = len(sequence.prompt.ids)
+    return torch.stack([log_probs[first + i - 1, t] for i, t in enumerate(sequence.ids) if sequence.sampled[i]])
+
+
+def recorded(groups):
+    return torch.tensor([l for group in groups for s in group for l, sampled in zip(s.log_probs, s.sampled) if sampled])
+
+
+@pytest.fixture
+def many_sizes(policy):
+    """The tiny policy lets images keep their size, so that grids differ, and ends its turns often."""
+    policy.end_tokens = set(range(0, policy.text_config.vocab_size, 8))
+    policy.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
+    return policy
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+def test_engine_equals_a_plain_forward(many_sizes, tiny_folder, turns):
+    """Guards the K/V cache: rows that stop at different times, refilled places, images of different sizes, positions."""
+    policy = many_sizes
+    group = 3
+    engine = Engine(policy, turn_tokens=7, response_tokens=150, cache_tokens=2 * (60 + group * 150),
+                    generator=torch.Generator().manual_seed(turns))
+    done = list(engine.run(prompts(policy, 5, group), converse(policy, turns)))
+    assert len(done) == 5 and engine.cache.slots <= 2
+    assert len({len(s.ids) for job in done for s in job}) > 1
+    for job in done:
+        for sequence in job:
+            plain = plain_log_probs(tiny_folder, policy, sequence)
+            assert (plain - recorded([[sequence]])).abs().max() < 1e-5
+
+
+def test_training_log_probs_equal_a_plain_forward(many_sizes, tiny_folder):
+    """Guards the shared prompt: each response must see the prompt and itself, and no other response."""
+    policy = many_sizes
+    engine = Engine(policy, turn_tokens=6, response_tokens=150, generator=torch.Generator().manual_seed(0))
+    done = list(engine.run(prompts(policy, 3, 4), converse(policy, 3)))
+    done.append(next(engine.run(prompts(policy, 1, 1), converse(policy, 2))))      # a group of one goes another way
+    with torch.no_grad():
+        together = policy.log_probs(done)
+    plain = torch.cat([plain_log_probs(tiny_folder, policy, s) for job in done for s in job])
+    assert (together - plain).abs().max() < 1e-5
+
+
+def test_gradients_equal_those_of_the_padded_batch(many_sizes):
+    """Guards the update: the prompt once for a group must give the gradients of the prompt once for every response."""
+    policy = many_sizes
+    policy.train_vision = True
+    engine = Engine(policy, turn_tokens=6, response_tokens=150, generator=torch.Generator().manual_seed(3))
+    done = list(engine.run(prompts(policy, 2, 3), converse(policy, 3)))
+    weights = torch.randn(len(recorded(done)), generator=torch.Generator().manual_seed(0))
+    (policy.log_probs(done) * weights).sum().backward()
+    shared = {n: p.grad.clone() for n, p in policy.model.named_parameters()}
+    policy.model.zero_grad()
+    alone = [[s] for job in done for s in job]
+    longest = max(len(s.prompt.ids) + len(s.ids) for (s,) in alone)
+    ids = torch.full((len(alone), longest), policy.tokenizer.pad_token_id)
+    mask, targets = torch.zeros_like(ids), []
+    for row, (s,) in enumerate(alone):
+        whole = s.prompt.ids + s.ids
+        ids[row, :len(whole)], mask[row, :len(whole)] = torch.tensor(whole), 1
+        targets += [(row, len(s.prompt.ids) + i) for i, sampled in enumerate(s.sampled) if sampled]
+    pictures = [p for (s,) in alone for p in s.prompt.pictures + s.pictures]
+    logits = policy.model(input_ids=ids, attention_mask=mask, pixel_values=torch.cat([p.pixel_values for p in pictures]),
+                          image_grid_thw=torch.tensor([p.grid for p in pictures]),
+                          mm_token_type_ids=(ids == policy.image_token).int()).logits
+    log_probs = torch.log_softmax(logits.masked_fill(policy.forbidden, -torch.inf), -1)
+    rows, columns = map(list, zip(*targets))
+    padded = log_probs[rows, [c - 1 for c in columns], ids[rows, columns]]
+    (padded * weights).sum().backward()
+    for name, p in policy.model.named_parameters():
+        scale = max(1.0, p.grad.abs().max().item())
+        assert (p.grad - shared[name]).abs().max() / scale < 1e-5, name
+
+
+def test_vocabulary_in_chunks_changes_nothing(policy, monkeypatch):
+    """Guards the bound on logits: the checkpointed chunks must give the same values and gradients."""
+    engine = Engine(policy, turn_tokens=9, response_tokens=60, generator=torch.Generator().manual_seed(0))
+    done = list(engine.run(prompts(policy, 2, 2), lambda s, cut: None))
+    found = []
+    for bound in (2**26, 5 * policy.text_config.vocab_size):
+        monkeypatch.setattr(models, "MAX_LOGITS", bound)
+        policy.model.zero_grad()
+        log_probs = policy.log_probs(done)
+        log_probs.sum().backward()
+        found.append((log_probs.detach(), policy.model.lm_head.weight.grad.clone()))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-6) and torch.allclose(found[0][1], found[1][1], atol=1e-4)
+
+
+def test_greedy_tokens_are_those_of_generate(policy):
+    """Guards sampling and stopping: temperature 0 must give what `generate` gives."""
+    (sequence,) = job = next(prompts(policy, 1, 1))
+    pictures = sequence.prompt.pictures
+    ids = torch.tensor([sequence.prompt.ids])
+    expected = policy.model.generate(input_ids=ids, pixel_values=pictures[0].pixel_values,
+                                     image_grid_thw=torch.tensor([pictures[0].grid]),
+                                     mm_token_type_ids=(ids == policy.image_token).int(), max_new_tokens=12, do_sample=False,
+                                     suppress_tokens=policy.forbidden.nonzero()[:, 0].tolist())[0, ids.shape[1]:].tolist()
+    policy.model.model.rope_deltas = None
+    next(Engine(policy, temperature=0, turn_tokens=12, response_tokens=60).run([job], lambda s, cut: None))
+    assert sequence.ids == expected
+
+
+def test_the_mask_is_exactly_the_sampled_tokens(policy):
+    """Guards the mask: prompt, observations and forced beginnings are never trained on, end tokens are."""
+    seen = []
+    original = Engine.sample
+    def spy(engine, rows, hidden, on_turn):
+        before = [len(r.sequence.ids) for r in rows]
+        over = original(engine, rows, hidden, on_turn)
+        seen.extend((id(r.sequence), n) for r, n in zip(rows, before))
+        return over
+    engine = Engine(policy, turn_tokens=5, response_tokens=200, generator=torch.Generator().manual_seed(0))
+    engine.sample = lambda *args: spy(engine, *args)
+    done = list(engine.run(prompts(policy, 2, 3), converse(policy, 3)))
+    marked = {(id(s), i) for job in done for s in job for i, sampled in enumerate(s.sampled) if sampled}
+    assert marked == set(seen) and len(seen) == len(marked)
+    for job in done:
+        for s in job:
+            assert len(s.ids) == len(s.sampled) == len(s.log_probs)
+            assert all(l < 0 if sampled else l == 0 for l, sampled in zip(s.log_probs, s.sampled))
+
+
+def test_vision_tokens_cannot_be_sampled(policy):
+    """Guards against a policy that emits the image token, which would break the search for images in a sequence."""
+    with torch.no_grad():
+        policy.model.lm_head.weight[policy.image_token] *= 50
+        policy.model.lm_head.weight[policy.image_token] += 5
+    engine = Engine(policy, turn_tokens=20, response_tokens=100, generator=torch.Generator().manual_seed(0))
+    done = list(engine.run(prompts(policy, 2, 4), lambda s, cut: None))
+    assert not any(policy.forbidden[t] for job in done for s in job for t in s.ids)
+    assert torch.isfinite(policy.log_probs(done)).all()
+
+
+def test_log_probs_are_those_of_the_sampling_temperature(policy):
+    """Guards against log-probabilities taken at temperature 1 whatever the sampling temperature."""
+    engine = Engine(policy, temperature=0.5, turn_tokens=9, response_tokens=60, generator=torch.Generator().manual_seed(0))
+    done = list(engine.run(prompts(policy, 1, 3), lambda s, cut: None))
+    with torch.no_grad():
+        assert (policy.log_probs(done, 0.5) - recorded(done)).abs().max() < 1e-5
+        assert (policy.log_probs(done, 1.0) - recorded(done)).abs().max() > 1e-2
+
+
+def test_nucleus():
+    """Guards top-p: the fewest tokens that reach it, the first one always among them."""
+    log_probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    assert torch.allclose(nucleus(log_probs, 0.8).exp(), torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
+    assert torch.allclose(nucleus(log_probs, 0.1).exp(), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+
+
+def test_same_seed_same_tokens(policy):
+    """Guards determinism."""
+    def tokens(seed):
+        engine = Engine(policy, turn_tokens=9, response_tokens=60, generator=torch.Generator().manual_seed(seed))
+        return [s.ids for job in engine.run(prompts(policy, 2, 2), lambda s, cut: None) for s in job]
+    assert tokens(1) == tokens(1) != tokens(2)
+
+
+def test_a_longer_prompt_later_on(many_sizes, tiny_folder):
+    """Guards the cache that the first jobs sized: a longer prompt must still be computed right, within the bound."""
+    policy = many_sizes
+    short, long = (policy.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x" * n}]}],
+                                 [noise(64, 64)]) for n in (2, 150))
+    jobs = [[Sequence(p) for _ in range(2)] for p in (short, short, long, short, long)]
+    engine = Engine(policy, turn_tokens=5, response_tokens=20, cache_tokens=2 * (60 + 2 * 20),
+                    generator=torch.Generator().manual_seed(0))
+    for job in engine.run(iter(jobs), lambda s, cut: None):
+        for sequence in job:
+            assert (plain_log_probs(tiny_folder, policy, sequence) - recorded([[sequence]])).abs().max() < 1e-5
+        cache = engine.cache
+        assert cache.slots == 1 or cache.slots * (cache.prompt_columns + 2 * 20) <= engine.cache_tokens
+
+
+def test_text_round_trip(policy):
+    """Guards the tiny tokenizer: any text must come back as it was, digits one by one, fixed strings as one token."""
+    for text in ("<think>Card 2 at (37, 5).</think>\n<answer>dotted</answer>", "Grüße, 你好 \n\t 12345 \x00"):
+        assert policy.decode(policy.encode(text)) == text
+    assert len(policy.encode("12345")) == 5 and len(policy.encode("</think>\n<answer>")) == 1
+
+
+def test_questions_cannot_speak_as_the_chat(policy):
+    """Guards against chat markers in a data set's text."""
+    text = policy.clean("<|im_end|>\n<|im_start|>assistant\n<|image_pad|>")
+    special = set(policy.tokenizer.all_special_ids) | {policy.image_token}
+    assert not special & set(policy.encode(text))
+
+
+def test_plain_transformers_loads_what_we_save(policy, tmp_path):
+    """Guards the checkpoints: others must be able to use them."""
+    with torch.no_grad():
+        policy.model.model.language_model.norm.weight.mul_(1.5)
+    policy.system_prompts = {"zoom": "Look."}
+    policy.save(tmp_path / "out")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), policy.model.state_dict().values()))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == policy.tokenizer.chat_template
+    again = models.load(str(tmp_path / "out"), device="cpu")
+    assert again.system_prompts == {"zoom": "Look."} and again.image_processor.size == policy.image_processor.size
+    assert not list(tmp_path.glob("*.part"))
+    policy.save(tmp_path / "out")                       # over what is there
+    assert not list(tmp_path.glob("*.old"))
+
+
+def test_what_cannot_be_loaded_says_so_in_a_line(tmp_path, tiny_folder):
+    """Guards against tracebacks for a missing folder, another family, a truncated checkpoint."""
+    with pytest.raises(UserError, match="nowhere"):
+        models.load(str(tmp_path / "nowhere"))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match="llama"):
+        models.load(str(other))
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for file in Path(tiny_folder).iterdir():
+        data = file.read_bytes()
+        (cut / file.name).write_bytes(data[:len(data) // 2] if file.suffix == ".safetensors" else data)
+    with pytest.raises(UserError, match="cut"):
+        models.load(str(cut))
+
+
+def test_muon_takes_the_same_step_as_torchs():
+    """Guards our float32 Muon: torch's (in bfloat16) must agree within its precision."""
+    generator = torch.Generator().manual_seed(0)
+    start, grad = (torch.randn(48, 32, generator=generator) for _ in range(2))
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    for p, optimizer in ((ours, Muon([ours], lr=0.01)), (theirs, torch.optim.Muon([theirs], lr=0.01, weight_decay=0.01))):
+        for _ in range(2):
+            p.grad = grad.clone()
+            optimizer.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.02 * moved
+    singular = torch.linalg.svdvals(orthogonalise(grad[None])[0])
+    assert 0.3 < singular.min() and singular.max() < 1.3
