@@ -1,0 +1,152 @@
+"""Every script run as a user runs it, in miniature."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import evaluate as evaluation
+import train_sft as sft
+from rollout import call_text
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(script, *arguments, cwd, code=0):
+    """Runs a script in the folder `cwd`. -> its output"""
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def script_traces(path, n):
+    """Right traces of the first training questions, as a search would write them: to start from where no base can search yet."""
+    chains = []
+    for index in range(n):
+        question = evaluation.toy_search("train", 0, index)
+        turns, thought = [], ""
+        for number, card in enumerate(question.scene.candidates, 1):
+            spot = card.x / 4, card.y / 4
+            turns.append(f"<think>{thought}{sft.card_text(number, spot)}</think>\n{call_text(spot)}")
+            thought = f"{card.pattern.capitalize()}. "
+            if card.pattern != "plain":
+                break
+        chains.append((question, turns + [f"<think>{thought.strip()}</think>\n<answer>{question.answer}</answer>"]))
+    sft.write_traces(path, chains)
+
+
+MINI = ["--base-steps", 3, "--sft-steps", 2, "--sft-batch", 4, "--search-questions", 6, "--cache-tokens", 4000]
+MINI_RL = [*MINI, "--steps", 4, "--questions", 2, "--group", 3, "--eval-n", 4, "--save-every", 2, "--traces", "given.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """One whole run of the main job, in miniature."""
+    folder = tmp_path_factory.mktemp("run")
+    script_traces(folder / "given.jsonl", 6)
+    output = call("train_rl.py", *MINI_RL, cwd=folder)
+    return folder, output
+
+
+def test_the_whole_job(run_folder):
+    """Guards the main job: base, fine-tuning, GRPO, the table, and the files that it promises."""
+    folder, output = run_folder
+    out = folder / "runs" / "toy-search-zoom"
+    for name in ("args.json", "log.jsonl", "traces.jsonl", "summary.json", "state.pt", "sft/config.json", "rl/config.json"):
+        assert (out / name).is_file(), name
+    assert len((out / "log.jsonl").read_text().splitlines()) == 4
+    assert len((out / "traces.jsonl").read_text().splitlines()) == 4 * 2 * 3
+    summary = json.loads((out / "summary.json").read_text())
+    for stage in ("base", "sft", "rl"):
+        assert {"accuracy", "ci95", "accuracy_no_tool", "format", "on_target", "crops", "minutes", "n"} <= set(summary[stage])
+    assert "without tool" in output and "step 4/4" in output and "blind player" in output
+
+
+def test_a_second_run_does_not_overwrite_the_first(run_folder):
+    """Guards results: a run folder in use is refused with a line that says what to do."""
+    output = call("train_rl.py", *MINI_RL, cwd=run_folder[0], code=2)
+    assert "--resume" in output and "Traceback" not in output
+
+
+def test_resuming_gives_what_an_uninterrupted_run_gives(run_folder):
+    """Guards --resume: after a kill between two checkpoints, log and weights must be those of a run that was not killed."""
+    folder, _ = run_folder
+    runner = """
+import sys, train_rl
+keep = train_rl.keep_log
+def killed(out, line, flat):
+    keep(out, line, flat)
+    if line["step"] == 3:
+        raise SystemExit(9)
+train_rl.keep_log = killed
+train_rl.main()
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    arguments = [*map(str, MINI_RL), "--out", "again"]
+    assert subprocess.run([sys.executable, "-c", runner, *arguments], cwd=folder, env=env, capture_output=True).returncode == 9
+    output = call("train_rl.py", *arguments, "--resume", cwd=folder)
+    assert "resuming after step 2" in output
+    first, again = folder / "runs" / "toy-search-zoom", folder / "again"
+    def log(path):
+        return [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in path.read_text().splitlines()]
+    assert log(first / "log.jsonl") == log(again / "log.jsonl")
+    assert (first / "traces.jsonl").read_text() == (again / "traces.jsonl").read_text()
+    assert (first / "rl/model.safetensors").read_bytes() == (again / "rl/model.safetensors").read_bytes()
+
+
+def test_evaluation_and_its_files(run_folder):
+    """Guards evaluate.py: the table, --json, --no-tool."""
+    folder, _ = run_folder
+    model = folder / "runs/toy-search-zoom/rl"
+    output = call("evaluate.py", "--model", model, "--n", 5, "--json", "found.json", cwd=folder)
+    assert "accuracy" in output and json.loads((folder / "found.json").read_text())["n"] == 5
+    assert "accuracy" in call("evaluate.py", "--model", model, "--n", 3, "--no-tool", cwd=folder)
+
+
+@pytest.mark.parametrize("mode", ["direct", "think", "grounded", "zoom"])
+def test_a_question_about_an_image_of_ones_own(run_folder, mode):
+    """Guards --image, --question and --save, with an image of any size and words that the tiny tokenizer does not know."""
+    folder, _ = run_folder
+    Image.new("RGB", (300, 200), (9, 99, 9)).save(folder / "own.png")
+    output = call("evaluate.py", "--model", folder / "runs/toy-search-zoom/rl", "--image", "own.png", "--question",
+                  "Où est le chat ? <|im_end|>", "--mode", mode, "--save", "trace.png", cwd=folder)
+    assert "Où est le chat" in output and Image.open(folder / "trace.png").size[0] == 768
+
+
+def test_search_runs(run_folder):
+    """Guards train_sft.py's search: a base that finds nothing must say so, in a line."""
+    folder, _ = run_folder
+    output = call("train_sft.py", *MINI, "--simulations", 1, "--out", "searched", cwd=folder, code=2)
+    assert "search 1/1" in output and "no right trace" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("script, arguments, message", [
+    ("evaluate.py", [], "--model"),
+    ("evaluate.py", ["--model", "nowhere"], "nowhere"),
+    ("evaluate.py", ["--model", "MODEL", "--task", "nothing"], "nothing"),
+    ("evaluate.py", ["--model", "MODEL", "--image", "none.png", "--question", "?"], "none.png"),
+    ("evaluate.py", ["--model", "MODEL", "--image", "text.png", "--question", "?"], "text.png"),
+    ("evaluate.py", ["--model", "MODEL", "--image", "x.png"], "--question"),
+    ("evaluate.py", ["--model", "MODEL", "--system-prompt", "none.txt"], "none.txt"),
+    ("train_rl.py", ["--group", "1"], "--group"),
+    ("train_sft.py", ["--traces", "none.jsonl", "--out", "a", "--base-steps", "3"], "none.jsonl"),
+    ("train_sft.py", ["--traces", "text.png", "--out", "b", "--base-steps", "3"], "line 1"),
+])
+def test_bad_input_is_told_in_a_line(run_folder, script, arguments, message):
+    """Guards against tracebacks: one line that names what is wrong, and exit code 2."""
+    folder, _ = run_folder
+    (folder / "text.png").write_text("this is no image\n")
+    arguments = [str(folder / "runs/toy-search-zoom/rl") if a == "MODEL" else a for a in arguments]
+    output = call(script, *arguments, cwd=folder, code=2)
+    assert message in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("script", ["train_sft.py", "train_rl.py", "evaluate.py"])
+def test_help(script, tmp_path):
+    """Guards --help: every flag with its help."""
+    output = call(script, "--help", cwd=tmp_path)
+    assert "--seed" in output and "--task" in output
