@@ -48,7 +48,7 @@ PATTERNS = {                    # added to a card's colour, times CONTRAST; each
     "falling": np.where((_row - _column) % 4 < 2, 1.0, -1.0),
     "dotted": np.where((_row % 3 > 0) & (_column % 3 > 0), 1.5, -0.5),
 }
-CONTRAST = 40
+CONTRAST = 36
 ANSWERS = tuple(p for p in PATTERNS if p != "plain")
 QUESTION = ("One", " card bears a pattern. Which?")     # the colour stands between
 
@@ -117,9 +117,9 @@ def place_cards(rng, faces):
 
 
 def search_scene(rng, colour=None, candidates=None):
-    """4 to 6 cards, 1 to 3 of them candidates (2 and 3 twice as often as 1), the first card the one that bears the pattern."""
+    """4 to 6 cards, 1, 2 or 3 of them candidates (in one, two and three cases of six), the first card the one that bears the pattern."""
     colour = colour or rng.choice(list(COLOURS))
-    candidates = candidates or rng.choice((1, 2, 2, 3, 3))
+    candidates = candidates or rng.choice((1, 2, 2, 3, 3, 3))
     others = [c for c in COLOURS if c != colour]
     faces = [(colour, rng.choice(ANSWERS))] + [(colour, "plain")] * (candidates - 1)
     faces += [(rng.choice(others), rng.choice(list(PATTERNS))) for _ in range(rng.randint(4, 6) - candidates)]

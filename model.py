@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (AddedToken, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer,
                           Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, logging)
@@ -265,7 +264,7 @@ class Policy:
                 pictures += sequence.pictures
             sizes.append((prompt_length, [len(s.ids) for s in group]))
         x = self.embed(ids, pictures)[None]                                                # (1, N, hidden)
-        hidden = self.hidden(x, torch.cat(positions, 1)[:, None], TrainLayout(sizes))[0]   # (N, hidden)
+        hidden = self.hidden(x, torch.cat(positions, 1)[:, None], TrainLayout(sizes, self.device))[0]   # (N, hidden)
         targets = torch.tensor(ids, device=self.device)[target]
         return self.token_log_probs(hidden[source], targets, temperature)
 
@@ -367,37 +366,54 @@ ALL_ATTENTION_FUNCTIONS.register("layout", layout_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("layout", sdpa_mask)
 
 
+class Padded:
+    """Pieces (start, length) of a row of tokens as a batch, padded on the right, and back."""
+
+    def __init__(self, pieces, device):
+        self.longest, self.n = max(length for _, length in pieces), len(pieces)
+        column = torch.arange(self.longest)
+        starts, lengths = torch.tensor(pieces).T[..., None]
+        self.index = torch.where(column < lengths, starts + column, 0).flatten().to(device)
+        self.tokens = (column < lengths).flatten().nonzero()[:, 0].to(device)
+
+    def batch(self, x):       # (N, H, D) -> (B, H, longest, D)
+        return x.index_select(0, self.index).view(self.n, self.longest, *x.shape[1:]).transpose(1, 2)
+
+    def flat(self, x):        # (B, H, longest, D) -> (tokens, H, D), piece after piece
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.tokens)
+
+
 class TrainLayout:
     """Tokens (1, N): for each group [prompt | response 1 | ... | response G]. sizes: [(prompt length, [response lengths])].
 
     The prompts go as one causal batch, padded on the right: no query sees the padding behind it. Then the responses of each
     group, as a batch of continuations of its prompt. A single response needs no such second step: it is the prompt's end."""
 
-    def __init__(self, sizes):
-        self.parts, self.groups, start = [], [], 0       # what is causal by itself; (prompt slice, response slice, lengths)
+    def __init__(self, sizes, device):
+        heads, self.groups, start = [], [], 0
         for prompt, responses in sizes:
             end = start + prompt + sum(responses)
             if len(responses) < 2:
-                self.parts.append((start, end))
+                heads.append((start, end - start))
             else:
-                self.parts.append((start, start + prompt))
-                self.groups.append((slice(start, start + prompt), slice(start + prompt, end), list(responses)))
+                heads.append((start, prompt))
+                ends = torch.tensor(responses).cumsum(0) + start + prompt
+                pieces = [(int(e) - n, n) for e, n in zip(ends, responses)]
+                self.groups.append((len(heads) - 1, prompt, Padded(pieces, device)))
             start = end
+        self.heads = Padded(heads, device)
+        computed = torch.cat([p.index[p.tokens] for p in (self.heads, *(rest for *_, rest in self.groups))])
+        self.order = computed.argsort()     # from heads, then responses, to the tokens' own order
 
     def __call__(self, layer, q, k, v, scale):
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                                            # (N, H, D)
-        def batch(x, lengths):                                                                         # -> (B, H, longest, D)
-            return pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2)
-        lengths = [end - start for start, end in self.parts]
-        heads = [torch.cat([x[start:end] for start, end in self.parts]) if self.groups else x for x in (q, k, v)]
-        o = causal_attention(*(batch(x, lengths) for x in heads), scale)
-        out = {start: o[i, :, :n] for i, ((start, _), n) in enumerate(zip(self.parts, lengths))}
-        for prompt, rest, lengths in self.groups:
-            kr, vr = (torch.cat([x[prompt].transpose(0, 1).expand(len(lengths), -1, -1, -1), batch(x[rest], lengths)], 2)
-                      for x in (k, v))                                                                 # (G, Hk, P + R, D)
-            o = causal_attention(batch(q[rest], lengths), kr, vr, scale)                               # (G, H, R, D)
-            out[rest.start] = torch.cat([o[g, :, :n] for g, n in enumerate(lengths)], 1)
-        return torch.cat([out[start] for start in sorted(out)], 1)[None]                               # (1, H, N, D)
+        kh, vh = self.heads.batch(k), self.heads.batch(v)                                              # (B, Hk, P, D)
+        out = [self.heads.flat(causal_attention(self.heads.batch(q), kh, vh, scale))]
+        for i, prompt, rest in self.groups:
+            keys, values = (torch.cat([h[i:i + 1, :, :prompt].expand(rest.n, -1, -1, -1), rest.batch(x)], 2)
+                            for h, x in ((kh, k), (vh, v)))                                            # (G, Hk, P + R, D)
+            out.append(rest.flat(causal_attention(rest.batch(q), keys, values, scale)))
+        return torch.cat(out).index_select(0, self.order).transpose(0, 1)[None]                        # (1, H, N, D)
 
 
 class Cache:

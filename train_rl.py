@@ -95,7 +95,7 @@ def parse_arguments():
     evaluation.add_arguments(parser)
     sft.add_training_arguments(parser)
     add = parser.add_argument
-    add("--steps", type=int, default=300, help="GRPO steps (%(default)s)")
+    add("--steps", type=int, default=160, help="GRPO steps (%(default)s)")
     add("--questions", type=int, default=16, help="questions a step (%(default)s)")
     add("--group", type=int, default=8, help="traces a question (%(default)s)")
     add("--lr", type=float, default=2.5e-3, help="learning rate of the hidden matrices, by Muon (%(default)s)")

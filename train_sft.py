@@ -172,7 +172,7 @@ def tiny_optimizers(policy, muon_lr, adamw_lr, vision):
     return [Muon(hidden, lr=muon_lr), torch.optim.AdamW(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def pretrain(policy, steps, seed, *, batch=16, go_on=0.3, log=print):
+def pretrain(policy, steps, seed, *, batch=16, go_on=0.1, log=print):
     """Teaches the tiny base to see and to speak the grammar: first to list few cards of different colours, then more, then
     dialogues and reading among them. Half of the dialogues from half-time on are of the instructed kind."""
     rng = random.Random(f"pretraining {seed}")
@@ -221,7 +221,7 @@ def remaining(started, done, total):
 # ------------------------------------------------------------------------------------------------ (b) tree search
 
 BACKTRACK = "That was not it. "        # put before a right roll-out that follows a wrong one
-POINT_STEP = re.compile(POINT.pattern + r"[.,;:!]*")
+POINT_STEP = re.compile(f"(?:{POINT.pattern})[.,;:!]*")
 SENTENCE_STEP = re.compile(r"[.!?](?=\s)")
 
 
@@ -503,11 +503,11 @@ def add_training_arguments(parser):
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--teacher", metavar="PATH", help="checkpoint that searches for traces (the policy itself)")
     add("--traces", metavar="FILE", help="fine-tune on these traces instead of searching")
-    add("--base-steps", type=int, default=2000, help="pretraining steps of the tiny base (%(default)s)")
+    add("--base-steps", type=int, default=2200, help="pretraining steps of the tiny base (%(default)s)")
     add("--search-questions", type=int, default=128, help="training questions to search (%(default)s)")
     add("--simulations", type=int, default=8, help="of the tree search, each question (%(default)s)")
-    add("--chains", type=int, default=3, help="traces kept a question at most (%(default)s)")
-    add("--sft-steps", type=int, default=60, help="steps of supervised fine-tuning (%(default)s)")
+    add("--chains", type=int, default=2, help="traces kept a question at most (%(default)s)")
+    add("--sft-steps", type=int, default=30, help="steps of supervised fine-tuning (%(default)s)")
     add("--sft-batch", type=int, default=32, help="traces a step (%(default)s)")
     add("--sft-lr", type=float, default=1e-3, help="peak learning rate of fine-tuning (%(default)s)")
     add("--micro-tokens", type=int, default=16_384, help="tokens in one forward and backward pass at most (%(default)s)")

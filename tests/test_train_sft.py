@@ -1,0 +1,230 @@
+"""Warm start: the search, linearising, conversion, fine-tuning, and what the tiny base is shown."""
+import math
+import random
+
+import pytest
+import torch
+
+import train_sft as sft
+from evaluate import SIDE, toy_search
+from model import Chunk, UserError
+from reward import is_correct, score
+from rollout import Dialogue, Question, Trace, call_text, parse_turn
+from train_sft import (BACKTRACK, Node, continue_from, cut_trace, expand, first_step_end, linearise, read_traces, replay, search,
+                       to_multi_turn, write_traces)
+
+SAMPLING = dict(turn_tokens=30, response_tokens=200)
+
+
+def look(x, y, thought="Here"):
+    return f"<think>{thought} ({x}, {y}).</think>\n{call_text((x, y))}"
+
+
+def answer(text, thought="So."):
+    return f"<think>{thought}</think>\n<answer>{text}</answer>"
+
+
+@pytest.fixture
+def question():
+    return toy_search("train", 0, 0)
+
+
+# ------------------------------------------------------------------------------------------------ the tree
+
+def test_ucb1():
+    """Guards selection: value + c * sqrt(ln(N_parent + 1) / (N_child + 1)), and means backed up to the root."""
+    root = Node(None)
+    root.children = [Node(None, root), Node(None, root)]
+    for reward in (1, 0, 1):
+        root.children[0].back_up(reward)
+    root.children[1].back_up(0)
+    assert root.visits == 4 and root.value == pytest.approx(0.5) and root.children[0].value == pytest.approx(2 / 3)
+    bounds = [child.value + 2 * math.sqrt(math.log(5) / (child.visits + 1)) for child in root.children]
+    assert root.select(2) is root.children[bounds.index(max(bounds))] is root.children[0]
+    assert root.select(10) is root.children[1]
+
+
+def finished(policy, question, texts, mode="zoom"):
+    return replay(policy, Dialogue(mode), question, texts)
+
+
+def test_steps_of_the_zoom_mode_are_turns(policy, question):
+    """Guards the cut: a step ends where the next turn begins, its observation included, and can be continued from there."""
+    trace = finished(policy, question, [look(10, 10), look(40, 40), answer("dotted")])
+    end = first_step_end(policy, trace, 0)
+    step = cut_trace(policy, trace, end)
+    assert end == trace.starts[1] and step.crops == [(10, 10)] and not step.ended and len(step.pictures) == 1
+    second = cut_trace(policy, trace, first_step_end(policy, trace, end))
+    assert second.crops == [(10, 10), (40, 40)]
+    assert cut_trace(policy, trace, first_step_end(policy, trace, trace.starts[2])) is trace
+
+
+def test_steps_of_a_single_turn_are_sentences_with_points(policy, question):
+    """Guards single-turn search: a step ends behind its point; the last one runs to the end."""
+    trace = finished(policy, question, ["<think>A cup (1, 2). A pot (3, 4). Done.</think>\n<answer>red</answer>"], "grounded")
+    first = first_step_end(policy, trace, 0)
+    assert policy.decode(trace.ids[:first]).rstrip(". ").endswith("(1, 2)")
+    second = first_step_end(policy, trace, first)
+    assert policy.decode(trace.ids[first:second]).rstrip(". ").endswith("(3, 4)")
+    assert first_step_end(policy, trace, second) == len(trace.ids)
+    assert cut_trace(policy, trace, second).begun.startswith("<think>A cup (1, 2)")
+
+
+def test_a_step_that_repeats_a_point_is_dropped(policy, question):
+    """Guards expansion: a point 1 px from one already used on the path is a repetition; a sibling's own step is the sibling."""
+    path = cut_trace(policy, (trace := finished(policy, question, [look(10, 10), answer("dotted")])), trace.starts[1])
+    leaf = Node(path, Node(None), points=((10, 10),))
+    repeat = finished(policy, question, [look(10, 10), look(11, 10), answer("dotted")])
+    other = finished(policy, question, [look(10, 10), look(40, 40), answer("dotted")])
+    assert expand(policy, leaf, repeat, 10, 10) is None
+    child = expand(policy, leaf, other, 10, 10)
+    assert child.points == ((10, 10), (40, 40)) and child.parent is leaf
+    leaf.children.append(child)
+    assert expand(policy, leaf, other, 10, 10) is child
+
+
+def test_too_deep_a_path_is_made_to_answer(policy, question):
+    """Guards the bound on depth: the answer is asked for, in tokens that are not the policy's."""
+    trace = finished(policy, question, [look(10, 10), look(40, 40), answer("dotted")])
+    node = expand(policy, Node(finished(policy, question, [])), trace, 10, depth=1)
+    assert node.trace.begun.endswith("<answer>") and not node.trace.sampled[-1]
+
+
+def test_continuing_from_a_path_gives_whole_traces(policy, question):
+    """Guards the reuse of prefixes: what comes back begins with the path, and its log-probabilities are those of a plain pass."""
+    path = cut_trace(policy, (trace := finished(policy, question, [look(10, 10), answer("dotted")])), trace.starts[1])
+    root = Dialogue().start(policy, question, 1)[0]
+    found = continue_from(policy, Dialogue(), [root, path], 2, {**SAMPLING, "generator": torch.Generator().manual_seed(0)})
+    assert [len(traces) for traces in found] == [2, 2]
+    for whole in found[1]:
+        assert whole.ids[:len(path.ids)] == path.ids and whole.turns[0].call == (10, 10) and whole.ended
+        assert len(whole.ids) == len(whole.sampled) == len(whole.log_probs)
+        new = [l for l, s in list(zip(whole.log_probs, whole.sampled))[len(path.ids):] if s]
+        with torch.no_grad():
+            again = policy.log_probs([[whole]])[-len(new):] if new else torch.zeros(0)
+        assert torch.allclose(again, torch.tensor(new), atol=1e-5)
+
+
+def test_search_counts_every_roll_out(policy):
+    """Guards the search as a whole: visits add up, children are at most `width`, the value is the mean reward."""
+    questions = [toy_search("train", 0, i) for i in range(3)]
+    roots = search(policy, questions, Dialogue(), SAMPLING, simulations=2, width=3, rollouts=2, log=lambda line: None)
+    for root in roots:
+        assert root.visits >= 4 and 0 <= root.value <= 1
+        for node in root.walk():
+            assert len(node.children) <= 3
+            assert all(child.parent is node for child in node.children)
+
+
+# ------------------------------------------------------------------------------------------------ linearising
+
+def tree(policy, question, rollouts, path=()):
+    root = Node(Dialogue().start(policy, question, 1)[0])
+    root.rollouts = [finished(policy, question, texts) for texts in rollouts]
+    return root
+
+
+def test_a_tree_without_a_right_roll_out_gives_nothing(policy, question):
+    """Guards the data: nothing is learnt from wrong traces alone."""
+    wrong = next(a for a in ("dotted", "checked") if a != question.answer)
+    assert linearise(tree(policy, question, [[look(9, 9), answer(wrong)]])) == []
+
+
+def test_chains_straight_and_with_back_tracking(policy, question):
+    """Guards linearising: right ones as they are; a wrong one, the sentence, and then the looks of the right one that are new; each
+    chain once, its common prefix once."""
+    wrong = next(a for a in ("dotted", "checked") if a != question.answer)
+    bad = [look(10, 10), answer(wrong)]
+    good = [look(11, 10), look(40, 40, "Plain. There"), answer(question.answer)]
+    chains = linearise(tree(policy, question, [bad, good, good]))
+    assert good in chains and len(chains) == 2
+    (joined,) = [c for c in chains if c != good]
+    assert joined == [bad[0], look(40, 40, BACKTRACK + "Plain. There"), good[2]]
+    trace = replay(policy, Dialogue(), question, joined)
+    assert is_correct(trace) and trace.ended == "answer" and score(trace).format == 1
+
+
+def test_back_tracking_within_a_single_turn(policy, question):
+    """Guards single-turn linearising: the wrong thought, the sentence, the rest of the right one; one answer."""
+    root = Node(Dialogue("grounded").start(policy, question, 1)[0])
+    wrong = next(a for a in ("dotted", "checked") if a != question.answer)
+    texts = [f"<think>A (1, 2).</think>\n<answer>{wrong}</answer>", f"<think>B (3, 4).</think>\n<answer>{question.answer}</answer>"]
+    root.rollouts = [finished(policy, question, [t], "grounded") for t in texts]
+    assert [f"<think>A (1, 2). {BACKTRACK}B (3, 4).</think>\n<answer>{question.answer}</answer>"] in linearise(root)
+
+
+def test_single_turn_to_multi_turn():
+    """Guards the conversion: each new point a look, at most four, what is left stays with the answer, answers may be points."""
+    text = "<think>A cup (1, 2). Again (1, 2). A pot [30, 4]: odd. So be it.</think>\n<answer>(3, 4)</answer>"
+    turns = to_multi_turn(text, later=0)
+    assert [parse_turn(t).call for t in turns] == [(1, 2), (30, 4), None]
+    assert parse_turn(turns[1]).thought == "Again (1, 2). A pot [30, 4]:"
+    assert parse_turn(turns[2]).thought == "odd. So be it." and parse_turn(turns[2]).answer == "(3, 4)"
+    many = "<think>" + " ".join(f"P ({i * 20}, 5)." for i in range(7)) + "</think><answer>x</answer>"
+    assert len(to_multi_turn(many, max_crops=4, later=0)) == 5
+    assert [parse_turn(t).call for t in to_multi_turn(text, later=1)] == [(30, 4), (1, 2), None]
+    assert to_multi_turn("<think>no point</think><answer>x</answer>") is None
+
+
+def test_traces_on_disk(policy, question, tmp_path):
+    """Guards --traces: what was written is read again; a broken row is told with its line."""
+    chains = [(question, [look(10, 10), answer("dotted")])]
+    write_traces(tmp_path / "t.jsonl", chains)
+    assert read_traces(tmp_path / "t.jsonl", [question]) == chains
+    for broken in ("{", '{"turns": ["x"]}', '{"turns": "x", "id": "train-0-0"}', "[]"):
+        (tmp_path / "t.jsonl").write_text('{"id": "train-0-0", "turns": ["a"]}\n' + broken + "\n")
+        with pytest.raises(UserError, match="line 2"):
+            read_traces(tmp_path / "t.jsonl", [question])
+
+
+# ------------------------------------------------------------------------------------------------ learning
+
+def test_only_the_policys_tokens_are_learnt(policy, question):
+    """Guards the mask of fine-tuning: prompt and observations are not learnt, end tokens are."""
+    trace = replay(policy, Dialogue(), question, [look(10, 10), answer("dotted")])
+    learnt = policy.decode([t for t, s in zip(trace.ids, trace.sampled) if s])
+    assert learnt == look(10, 10) + "<|im_end|>" + answer("dotted") + "<|im_end|>"
+    assert "<observation>" in policy.decode(trace.ids)
+
+
+def test_fine_tuning_lowers_the_loss_whatever_the_micro_batches(policy, tiny_folder):
+    """Guards the loss: it falls, and it does not depend on how the batch is cut."""
+    import model as models
+    traces = []
+    for i in range(4):
+        question = toy_search("train", 0, i)
+        traces.append(replay(policy, Dialogue(), question, [look(10 + i, 10), answer(question.answer)]))
+    logs = []
+    for micro_tokens in (1, 10**6):
+        fresh = models.load(tiny_folder, device="cpu")
+        lines = []
+        optimizer = torch.optim.AdamW(fresh.trainable(), lr=3e-3)
+        sft.fine_tune(fresh, traces, [optimizer], steps=20, batch=4, seed=0, micro_tokens=micro_tokens, log=lines.append)
+        with torch.no_grad():
+            logs.append(-fresh.log_probs([[t] for t in traces]).mean().item())
+    with torch.no_grad():
+        before = -policy.log_probs([[t] for t in traces]).mean().item()
+    assert logs[0] < 0.7 * before and logs[0] == pytest.approx(logs[1], rel=0.02)
+
+
+def test_lessons_are_true(policy):
+    """Guards pretraining: what a lesson says of a scene must be so, and the overview must be what the image processor makes."""
+    rng = random.Random(0)
+    for _ in range(20):
+        scene = sft.mixed_scene(rng)
+        seen, drawn = policy.picture(sft.overview(scene)), policy.picture(scene.draw())
+        assert torch.equal(seen.pixel_values, drawn.pixel_values)
+        lesson = sft.lesson_list(policy, rng)
+        text = policy.decode(lesson.ids)
+        assert text.count(" None.") == text.count(":") and all(0 < v < SIDE // 4 for p in sft.parse_points(text) for v in p)
+        dialogue = policy.decode(sft.lesson_dialogue(policy, rng, 0.3, False).ids)
+        assert dialogue.endswith("</answer><|im_end|>")
+
+
+def test_the_tiny_base_can_be_pretrained(policy):
+    """Guards pretraining end to end: a few steps lower the loss, and the vision tower learns too."""
+    lines = []
+    before = policy.model.model.visual.patch_embed.proj.weight.detach().clone()
+    sft.pretrain(policy, 50, 0, batch=4, log=lines.append)
+    loss = float(lines[-1].split("loss ")[1].split()[0])
+    assert loss < 4 and not torch.equal(before, policy.model.model.visual.patch_embed.proj.weight)
