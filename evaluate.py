@@ -12,14 +12,20 @@ it: each pattern has a mean of zero over every block of 4x4 px, the cards' edges
 of the blocks. So it has to look at a candidate, see whether it is plain, and look at the next.
 """
 import argparse
+import ast
+import base64
+import csv
 import json
 import math
-import os
 import random
+import re
 import sys
 import time
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from string import ascii_uppercase as LETTERS
 
 import numpy as np
 import torch
@@ -27,8 +33,8 @@ from PIL import Image, ImageDraw
 
 import model as models
 from model import UserError
-from reward import distinct_crops, score
-from rollout import MODES, Dialogue, Question, rollout, window
+from reward import USAGE, distinct_crops, in_region, option_text, parse_action, score
+from rollout import MODES, Dialogue, Question, parse_points, read_image, rollout, window
 
 # ------------------------------------------------------------------------------------------------ toy-search: drawn scenes
 
@@ -117,7 +123,7 @@ def place_cards(rng, faces):
 
 
 def search_scene(rng, colour=None, candidates=None):
-    """4 to 6 cards, 1, 2 or 3 of them candidates (in one, two and three cases of six), the first card the one that bears the pattern."""
+    """4 to 6 cards, of which 1, 2 or 3 (in one, two and three cases of six) are candidates; the first card bears the pattern."""
     colour = colour or rng.choice(list(COLOURS))
     candidates = candidates or rng.choice((1, 2, 2, 3, 3, 3))
     others = [c for c in COLOURS if c != colour]
@@ -127,7 +133,7 @@ def search_scene(rng, colour=None, candidates=None):
 
 
 def toy_search(split, seed, index):
-    """Question number `index` of a split ("train", "validation", "test"); every (split, seed, index) has a stream of its own."""
+    """Question number `index` of a split ("train", "validation", "test"); each (split, seed, index) has its own stream."""
     scene = search_scene(random.Random(f"toy-search {split} {seed} {index}"))
     return Question(f"{QUESTION[0]} {scene.colour}{QUESTION[1]}", [scene.draw], scene.cards[0].pattern, "string",
                     id=f"{split}-{seed}-{index}", category=str(len(scene.candidates)), scene=scene)
@@ -161,22 +167,338 @@ def blind_accuracy(questions, dialogue, looks, guesses=len(ANSWERS), seed=0):
     return right / len(questions)
 
 
+# ------------------------------------------------------------------------------------------------ data sets: a row
+
+FACET = " | "          # between the parts of a category, "mobile | text": `summarise` groups by each, and by all together
+EMBEDDED = object()    # an image that is in the row itself
+PLATFORMS = {"ios": "mobile", "android": "mobile", "windows": "desktop", "macos": "desktop"}    # all others are web pages
+OPTIONS = (re.compile(r"\(([A-Z])\)\s*(.*?)(?=\s*\([A-Z]\)|\n|$)"),     # (A) red (B) blue: on one line or several
+           re.compile(r"^\s*([A-Z])[.)][^\S\n]+(.+)$", re.M))           # A. red: a line each
+WHOLE_BOX = re.compile(r"[(\[]\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]")
+NUMBERS = re.compile(r"[(\[]+\s*-?[\d.]+(?:[\s,()\[\]]+-?[\d.]+)+\s*[)\]]+")
+ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S)    # "stop" alone is a word
+ASKS_FOR_SHARES = re.compile(r"\s*Your answer should be formatted as a list of tuples.*", re.S)
+
+
+class Unusable(Exception):
+    """Why a row cannot be asked or scored."""
+
+
+def parse_options(text):
+    """The options' texts in the order of their letters: "Which?\\nA. Yes, left\\nB. No" -> ("Yes, left", "No"), or ()."""
+    text = text.rpartition("Answer Choices:")[2]
+    for pattern in OPTIONS:
+        found = pattern.findall(text)
+        letters = "".join(letter for letter, _ in found)
+        start = letters.rfind("A")
+        if 0 <= start < len(letters) - 1 and LETTERS.startswith(letters[start:]):
+            return tuple(option.strip() for _, option in found[start:])
+    return ()
+
+
+def as_box(values, limit=10**6):
+    """Corners (x1, y1, x2, y2), checked. limit: the largest value there may be."""
+    if not (len(values) == 4 and all(type(v) in (int, float) for v in values)
+            and 0 <= values[0] <= values[2] <= limit and 0 <= values[1] <= values[3] <= limit):
+        raise Unusable(f"{list(values)} are not the corners of a box in " + ("[0, 1]" if limit == 1 else "px"))
+    return tuple(values)
+
+
+def scored_by(text, answer, letter=False):
+    """How an answer is scored -> `kind`, `answer` and `choices` of the Question. letter: the answer is an option's letter.
+
+    A box in whole px is to be hit by a point; a web action is an action; where the text has options and the answer is the
+    letter or the text of one, it is a choice, and stays letter or text; all else ("yes" too) is compared as a string."""
+    answer = str(answer).strip() if type(answer) in (str, int, float) else ""
+    if not answer:
+        raise Unusable("it has no answer in words")
+    if WHOLE_BOX.fullmatch(answer):
+        return dict(kind="point", answer=as_box([int(v) for v in re.findall(r"\d+", answer)]))
+    if NUMBERS.fullmatch(answer):
+        raise Unusable(f"its answer, {answer}, is neither in words nor a box (x1, y1, x2, y2) in whole px")
+    if ACTION.fullmatch(answer):
+        parse_action(answer)
+        return dict(kind="action", answer=answer)
+    choices = parse_options(text)
+    places = [i for i, c in enumerate(choices) if c.casefold().rstrip(".") == answer.casefold().rstrip(".")]
+    named = re.fullmatch(r"\(?([A-Z])[.)]?", answer)
+    if choices and named and (letter or not places):
+        places = [LETTERS.index(named[1])]
+        if places[0] >= len(choices):
+            raise Unusable(f"its answer, {answer}, is none of its {len(choices)} options")
+    if not places:
+        return dict(kind="string", answer=answer)
+    return dict(kind="choice", answer=LETTERS[places[0]] if named else choices[places[0]], choices=choices)
+
+
+def read_conversation(row):
+    """ViGoRL, evaluation and search: what is said first is the question, then comes the answer. The sub-task of BLINK is in
+    the id ("val_Art_Style_7"), that of V* in the image's folder."""
+    turns = row["conversations"]
+    said = turns["value"] if isinstance(turns, dict) else [turn["value"] for turn in turns]
+    text, answer = (said[0] if isinstance(said[0], list) else said)[:2]
+    images = [row["image"]] if isinstance(row.get("image"), str) else row.get("image")
+    task = re.match(r"(?:val|test)_(.+)_\d+$", str(row.get("id"))) or re.search("(direct_attributes|relative_position)",
+                                                                                str(images))
+    return dict(text=text, images=images, category=task and task[1], **scored_by(text, answer))
+
+
+def read_sft(row):
+    """ViGoRL, SFT: the first turn of the user's is the question. Later images are close-ups: they belong to the trace."""
+    text = next(turn["content"] for turn in row["messages"] if turn["role"] in ("user", "human"))
+    return dict(text=text, images=row["images"][:max(1, text.count("<image>"))], **scored_by(text, row["gt_answer"]))
+
+
+def read_problem(row, answer):
+    text = row["problem"]
+    return dict(text=text, images=row["images"], category=row.get("data_source"), **scored_by(text, row[answer]))
+
+
+def read_vstar(row):
+    scored = scored_by(row["text"], row["label"], letter=True)
+    return dict(text=row["text"], images=[row["image"]], category=row["category"], **scored)
+
+
+def read_robospatial(row):
+    """Yes or no; in the category "context", a polygon in [0, 1]. There the question asks for points in [0, 1] too: that
+    sentence is left out, for points are said in px here."""
+    text, answer = ASKS_FOR_SHARES.sub("", row["question"]), row["answer"]
+    if answer[:1] in ("[", "("):
+        corners = ast.literal_eval(answer)
+        if len(corners) < 3 or not all(0 <= x <= 1 and 0 <= y <= 1 for x, y in corners):
+            raise Unusable("its answer is no polygon in [0, 1]")
+        scored = dict(kind="point", answer=lambda size: tuple((x * size[0], y * size[1]) for x, y in corners))
+    else:
+        scored = scored_by(text, answer)
+    return dict(text=text, images=[row["img"]], category=row["category"], **scored)
+
+
+def read_element(row, answer, *category):
+    """An element of a screen, described in the words of ViGoRL's own rows."""
+    return dict(text=f"Description: {row['instruction']}", images=[row["img_filename"]], kind="point", answer=answer,
+                category=FACET.join(category))
+
+
+def read_screenspot(row):
+    """bbox: x, y, width, height in px."""
+    x, y, width, height = row["bbox"]
+    box = as_box([x, y, x + width, y + height])
+    return read_element(row, box, PLATFORMS.get(row["data_source"], "web"), row["data_type"])
+
+
+def read_screenspot_pro(row):
+    """bbox: x1, y1, x2, y2 in px."""
+    return read_element(row, as_box(row["bbox"]), row["group"], row["ui_type"])
+
+
+def read_os_atlas(row):
+    """bbox: x1, y1, x2, y2 in [0, 1]."""
+    box = as_box(row["bbox"], limit=1)
+    return read_element(row, lambda size: tuple(v * side for v, side in zip(box, size * 2)))
+
+
+def read_hr_bench(row):
+    if row["answer"] not in ("A", "B", "C", "D"):
+        raise Unusable(f"its answer, {row['answer']}, is none of its 4 options")
+    text = "\n".join([row["question"], *(f"({letter}) {row[letter]}" for letter in "ABCD")])
+    return dict(text=text, images=[EMBEDDED] if row["image"] else [], kind="choice", answer=row["answer"],
+                choices=tuple(row[letter] for letter in "ABCD"),
+                category=FACET.join([row["category"], f"cycle {row['cycle_category']}"]))
+
+
+# A file has the format of its first row that has all the fields of one. What the numbers of a box mean follows from the
+# format, never from the numbers. A reader makes the fields of a Question; an answer that needs the image's size (width,
+# height) is a function of it. Sources: the data cards and the evaluation code of each benchmark.
+FORMATS = (
+    ("ViGoRL SFT", ("messages", "images"), read_sft),
+    ("ViGoRL evaluation or search", ("conversations",), read_conversation),
+    ("VisualProbe", ("problem", "solution"), partial(read_problem, answer="solution")),
+    ("ViGoRL RL", ("problem", "answer"), partial(read_problem, answer="answer")),
+    ("V*Bench", ("text", "label", "category"), read_vstar),
+    ("RoboSpatial-Home", ("question", "answer", "img"), read_robospatial),
+    ("ScreenSpot-Pro", ("img_filename", "bbox", "instruction", "ui_type"), read_screenspot_pro),
+    ("ScreenSpot or ScreenSpot-V2", ("img_filename", "bbox", "instruction", "data_source"), read_screenspot),
+    ("OS-Atlas", ("img_filename", "bbox", "instruction"), read_os_atlas),
+    ("HR-Bench", ("question", "A", "B", "C", "D", "cycle_category"), read_hr_bench),
+)
+
+
+def find_format(row):
+    """-> the name of a row's format, and its reader. Raises Unusable."""
+    seen = set(row) if isinstance(row, dict) else set()
+    for name, fields, read in FORMATS:
+        if seen.issuperset(fields):
+            return name, read
+    known = "; ".join(f"{name} ({', '.join(fields)})" for name, fields, _ in FORMATS)
+    raise Unusable(f"unknown format, its fields are {', '.join(sorted(seen)) or '(none)'}. Known are: {known}")
+
+
+def make_question(read, row):
+    """A row -> the fields of its Question, checked. No image is opened. Raises Unusable."""
+    try:
+        made = read(row)
+        made.update(text=made["text"].replace("<image>", "").strip(), category=str(made.get("category") or ""))
+    except KeyError as error:
+        raise Unusable(f"it has no field {error}") from None
+    except (AttributeError, IndexError, RecursionError, StopIteration, SyntaxError, TypeError, ValueError) as error:
+        raise Unusable(f"its fields do not hold what they should ({type(error).__name__}: {error})") from None
+    images = made["images"]
+    if not (images and isinstance(images, list) and all(i is EMBEDDED or isinstance(i, str) and i for i in images)):
+        raise Unusable("it has no image")
+    if not made["text"]:
+        raise Unusable("it has no question")
+    return made
+
+
+# ------------------------------------------------------------------------------------------------ data sets: a file
+
+ROOTS = (".", "images", "../images", "..", "../..")    # where images are looked for, from the file's folder
+
+
+def read_questions(path, image_root=None, n=None):
+    """A file in one of the FORMATS, or a folder of .json files, -> QuestionFile. n: at most so many, spread evenly."""
+    path = Path(path)
+    if not path.is_dir() and path.suffix not in (".jsonl", ".json", ".tsv"):
+        raise UserError(f"{path}: not a .jsonl, .json or .tsv file, nor a folder of .json files. (SAT and BLINK, which are "
+                        "parquet: take the .jsonl files of the ViGoRL release.)")
+    return QuestionFile(path, image_root, n)
+
+
+class QuestionFile:
+    """The questions of a file, each made when it is asked for.
+
+    Of rows on lines only the offsets are kept, some 150 bytes a row; a JSON list has to be in memory as a whole. All rows
+    are read once at the start, to know the unusable ones: `skipped` counts them, `first_skipped` is where and why."""
+
+    def __init__(self, path, image_root, n):
+        self.format, self.index, self.skipped, self.first_skipped = "", [], 0, ""
+        for file, number, place, row in scan(path):
+            try:
+                if not self.format:
+                    self.format, self.read = find_format(row)
+                make_question(self.read, row)
+                self.index.append((file, number, place))
+            except Unusable as why:
+                self.skipped += 1
+                self.first_skipped = self.first_skipped or f"{file}:{number}: {why}"
+        if not self.index:
+            raise UserError(f"{path}: no usable row among {self.skipped}. {self.first_skipped or 'Is it empty?'}")
+        if n and n < len(self.index):            # files are often sorted
+            self.index = [self.index[i * len(self.index) // n] for i in range(n)]
+        self.root = self.find_root(path if path.is_dir() else path.parent, image_root)
+
+    def find_root(self, folder, image_root):
+        """The folder that images are named from: the one given, or the first of ROOTS that has the first image."""
+        file, number, place = self.index[0]
+        name = make_question(self.read, fetch(file, place))["images"][0]
+        roots = [Path(image_root)] if image_root else [folder / root for root in ROOTS]
+        for root in roots:
+            if name is EMBEDDED or (root / name).exists():
+                return root
+        raise UserError(f"{file}:{number}: no such image, {roots[0] / name}; "
+                        "give as --image-root the folder that its path starts from")
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        file, number, place = self.index[i]
+        row, where = fetch(file, place), f"{file}:{number}"
+        made = make_question(self.read, row)
+        images = [partial(embedded_image, file, place, where) if name is EMBEDDED else self.root / name
+                  for name in made.pop("images")]
+        if callable(made["answer"]):
+            made["answer"] = made["answer"](image_size(images[0], where))
+        name = next((row[key] for key in ("id", "question_id", "doc_id", "index") if key in row), number)
+        return Question(images=images, id=str(name), where=where, **made)
+
+
+def scan(path):
+    """Yields (file, number, place, row) of all rows of a file, or of the .json files in a folder or in its `annotations`.
+    place: the row's offset in the file; in a JSON list, the row itself."""
+    files = (sorted(path.glob("annotations/*.json")) or sorted(path.glob("*.json"))) if path.is_dir() else [path]
+    for name in files:
+        number = 1
+        try:
+            with open(name, "rb") as file:
+                header = read_header(name, file)
+                if file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+                    yield from ((name, i, row, row) for i, row in enumerate(json.loads(file.read()), 1))
+                while file.peek(1):
+                    place = file.tell()
+                    row = read_row(file, header)
+                    if row is not None:
+                        yield name, number, place, row
+                    number += 1
+        except OSError as error:
+            raise UserError(f"{name}: {error.strerror}; give the path of a data file") from None
+        except (ValueError, RecursionError, csv.Error) as error:
+            line = number + getattr(error, "lineno", 1) - 1
+            raise UserError(f"{name}:{line}: cannot be read ({getattr(error, 'msg', error)}); mend or remove it") from None
+
+
+def read_header(name, file):
+    """The names of the columns of a .tsv file; None for others."""
+    return file.readline().decode().rstrip("\r\n").split("\t") if name.suffix == ".tsv" else None
+
+
+def read_row(file, header):
+    """The next row of an open file of JSON lines or, with a header, of tab-separated ones. None: a blank line."""
+    if header is None:
+        line = file.readline()
+        return json.loads(line) if line.strip() else None
+    csv.field_size_limit(2**31 - 1)              # a cell may be an image
+    cells = next(csv.reader(iter(lambda: file.readline().decode(), ""), delimiter="\t"))    # in quotes, a row may span lines
+    return dict(zip(header, cells)) if cells else None
+
+
+def fetch(name, place):
+    """The row at a place, see `scan`."""
+    if not isinstance(place, int):
+        return place
+    with open(name, "rb") as file:
+        header = read_header(name, file)
+        file.seek(place)
+        return read_row(file, header)
+
+
+def embedded_image(name, place, where):
+    """The image in a row, which is read again for it: no Question holds on to megabytes."""
+    try:
+        data = base64.b64decode(fetch(name, place)["image"])
+    except ValueError:
+        data = b""
+    return read_image(data, where)
+
+
+def image_size(path, where):
+    """(width, height) in px, from the file's header."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError):
+        return read_image(path, where).size      # says what is wrong
+
+
 # ------------------------------------------------------------------------------------------------ how well a policy does
 
 @dataclass
 class Report:
     """What an evaluation found. ci95: bounds of the accuracy's 95 % interval (Wilson). format: share of well-formed traces.
-    on_target: share of points looked at or answered that lie on what was asked for (a candidate; the box). crops: looks a trace.
-    looks_again: share of traces that looked at two or more places. by_category: accuracy, and how many questions."""
+    on_target: share of the points looked at that lie on what was asked for (a candidate; the box), where that is known. crops:
+    looks a trace. looks_again: share of traces that looked at two or more places. by: accuracy by category; official: by the
+    benchmark's own rules; lenient: accuracy by the public code's rule."""
     n: int
     accuracy: float
     ci95: tuple[float, float]
     format: float
-    on_target: float
+    on_target: float | None
     crops: float
     looks_again: float
     minutes: float
-    by_category: dict
+    by: dict
+    official: dict
+    lenient: float
 
 
 def interval(right, n, z=1.96):
@@ -190,11 +512,11 @@ def interval(right, n, z=1.96):
 
 def on_target(trace, point):
     """Whether a point (px as seen) lies on what the question is about; None where that is not known."""
-    point = trace.frames[0].to_original(point)
-    if trace.question.scene:
-        card = trace.question.scene.card_at(point)
-        return card is not None and card.colour == trace.question.scene.colour
-    return None
+    point, question = trace.frames[0].to_original(point), trace.question
+    if question.scene:
+        card = question.scene.card_at(point)
+        return card is not None and card.colour == question.scene.colour
+    return in_region(point, question.answer) if question.kind == "point" else None
 
 
 def evaluate(policy, questions, dialogue, *, group=1, log=None, on_trace=None, **sampling):
@@ -209,21 +531,19 @@ def evaluate(policy, questions, dialogue, *, group=1, log=None, on_trace=None, *
                 on_trace(trace, scores[-1])
         if log and len(traces) % 100 < group:
             spent = time.time() - started
-            log(f"{len(traces)}/{len(questions) * group} questions, accuracy {mean(s.correct for s in scores):.3f}, "
+            log(f"{len(traces)}/{len(questions) * group} traces, accuracy {mean(s.correct for s in scores):.3f}, "
                 f"{spent / len(traces) * (len(questions) * group - len(traces)):.0f} s left")
     return report(traces, scores, (time.time() - started) / 60)
 
 
 def report(traces, scores, minutes):
-    categories = {}
-    for trace, s in zip(traces, scores):
-        categories.setdefault(trace.question.category, []).append(s.correct)
-    hits = [on_target(t, p) for t in traces for p in t.crops]
-    right = sum(s.correct for s in scores)
-    return Report(len(traces), mean(s.correct for s in scores), interval(right, len(scores)), mean(s.format for s in scores),
-                  mean(h for h in hits if h is not None), mean(s.crops for s in scores),
-                  mean(distinct_crops(t.crops, 10) > 1 for t in traces), minutes,
-                  {c: (mean(v), len(v)) for c, v in sorted(categories.items())})
+    hits = [hit for t in traces for p in t.crops if (hit := on_target(t, p)) is not None]
+    strict = [bool(s.correct) for s in scores]
+    found = summarise([(t.question.category, official_rule(t, c)) for t, c in zip(traces, strict)])
+    return Report(len(traces), mean(strict), interval(sum(strict), len(strict)), mean(s.format for s in scores),
+                  mean(hits) if hits else None, mean(s.crops for s in scores),
+                  mean(distinct_crops(t.crops, 10) > 1 for t in traces), minutes, found["by"], found["official"],
+                  mean(lenient_rule(t, c) for t, c in zip(traces, strict)))
 
 
 def mean(values):
@@ -231,11 +551,67 @@ def mean(values):
     return sum(values) / len(values) if values else 0.0
 
 
+BLINK = ("Art_Style Counting Forensic_Detection Functional_Correspondence IQ_Test Jigsaw Multi-view_Reasoning "
+         "Object_Localization Relative_Depth Relative_Reflectance Semantic_Correspondence Spatial_Relation "
+         "Visual_Correspondence Visual_Similarity").split()
+OFFICIAL = (    # name, the categories it is about, and: the "mean" of their accuracies, or that of their questions, "pooled"
+    ("BLINK, mean of sub-tasks", BLINK, "mean"),
+    ("BLINK, mean of the spatial three", ["Multi-view_Reasoning", "Relative_Depth", "Spatial_Relation"], "mean"),
+    ("HR-Bench, mean of option cycles", [f"cycle {i}" for i in range(4)], "mean"),
+    ("RoboSpatial-Home, yes or no", ["configuration", "compatibility"], "pooled"),    # the ViGoRL paper's 228
+)
+
+
+def rate(correct):
+    """[1, 0, 1, 1] (or shares of right answers, a number a question) -> accuracy, 95 % interval, number of questions."""
+    return {"accuracy": mean(correct), "ci95": interval(sum(correct), len(correct)), "n": len(correct)}
+
+
+def summarise(results):
+    """(category, correct) of each question -> accuracy, ci95 and n of all; the same `by` category and by its parts; and the
+    `official` scores of these categories. V*, ScreenSpot and ScreenSpot-Pro: the accuracy of all is the official one."""
+    groups, official = defaultdict(list), {}
+    for category, correct in results:
+        for name in {"", category, *category.split(FACET)}:
+            groups[name].append(float(correct))
+    total = rate(groups.pop("", []))
+    for name, categories, how in OFFICIAL:
+        found = [groups[category] for category in categories if category in groups]
+        if len(found) > 1:
+            official[name] = rate(sum(found, []))
+            if how == "mean":
+                official[name] = {"accuracy": mean(map(mean, found)), "n": official[name]["n"]}
+    return total | {"by": {name: rate(groups[name]) for name in sorted(groups)}, "official": official}
+
+
+def official_rule(trace, strict):
+    """Whether the answer is right by the benchmark's own rule. Only RoboSpatial-Home's differs from `strict`: of yes and no
+    a prefix will do, of several points the first counts."""
+    question, answer = trace.question, trace.answer or ""
+    if question.category not in ("configuration", "compatibility", "context"):
+        return strict
+    if question.kind == "point":
+        return any(in_region(trace.frames[0].to_original(point), question.answer) for point in parse_points(answer)[:1])
+    return answer.strip().casefold().startswith(question.answer.casefold())
+
+
+def lenient_rule(trace, strict):
+    """Whether the answer is right by the public code's rule. The right text need only occur in it, blanks and punctuation
+    aside: "left or right" passes for "right". (A letter stands for its option here too.) Points and actions: `strict`."""
+    if trace.question.kind not in ("choice", "string"):
+        return strict
+    truth, said = ("".join(c for c in option_text(text, trace.question.choices) if c.isalnum())
+                   for text in (trace.question.answer, trace.answer or ""))
+    return truth in said if truth else strict
+
+
 def table(rows):
     """Lists of cells -> aligned lines, the first column to the left and the others to the right."""
     rows = [[str(c) for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in rows)
+    def line(row):
+        return "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
+    return "\n".join(map(line, rows))
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -276,9 +652,10 @@ def draw_trace(trace, width=768):
 
 # ------------------------------------------------------------------------------------------------ the command line
 
-# What goes with a family of tasks, unless a flag says otherwise: the close-ups, the bounds of an answer, and of what is seen.
+# What goes with a task, unless a flag says otherwise: the close-ups, and the bounds of an answer.
 PRESETS = {
-    "toy": dict(crop_half=32, crop_size=64, turn_tokens=48, response_tokens=288, cache_tokens=65_536),
+    "drawn": dict(crop_half=32, crop_size=64, turn_tokens=48, response_tokens=288, cache_tokens=65_536),
+    "file": dict(crop_half=182, crop_size=672, turn_tokens=1024, response_tokens=4608, cache_tokens=262_144),   # V* in the paper
 }
 
 
@@ -286,26 +663,27 @@ def add_arguments(parser):
     """The flags that all three scripts share."""
     add = parser.add_argument
     add("--model", metavar="PATH", help="checkpoint folder or hub id of the Qwen2.5-VL family")
-    add("--task", default="toy-search", metavar="NAME|FILE", help=f"one of {', '.join(TOYS)} (%(default)s)")
+    add("--task", default="toy-search", metavar="NAME|FILE", help=f"{', '.join(TOYS)}, or a file (%(default)s)")
+    add("--image-root", metavar="DIR", help="folder that the images of a file are named from (looked for around the file)")
     add("--mode", default="zoom", choices=MODES, help="how the policy answers (%(default)s)")
     add("--system-prompt", metavar="FILE", help="text to use instead of the mode's own system prompt")
     add("--seed", type=int, default=0, help="decides everything that is random (%(default)s)")
     add("--temperature", type=float, default=1.0, help="of sampling; 0: the likeliest token (%(default)s)")
-    add("--crop-half", type=int, metavar="PX", help="half the side of a close-up, px of the original image (toy: 32)")
-    add("--crop-size", type=int, metavar="PX", help="side of the close-up as shown (toy: 64)")
+    add("--crop-half", type=int, metavar="PX", help="half the side of a close-up, px of the original image (drawn 32, files 182)")
+    add("--crop-size", type=int, metavar="PX", help="side of the close-up as shown (drawn 64, files 672)")
     add("--crop-dot", action="store_true", help="mark the point looked at with a red dot in the close-up")
     add("--max-crops", type=int, default=4, help="looks a trace; after that the answer is asked for (%(default)s)")
     add("--max-pixels", type=int, metavar="N", help="area that the policy sees of an image at most (the checkpoint's own)")
-    add("--turn-tokens", type=int, metavar="N", help="tokens sampled a turn at most (toy: 48)")
-    add("--response-tokens", type=int, metavar="N", help="tokens behind the question at most, close-ups included (toy: 288)")
-    add("--cache-tokens", type=int, metavar="N", help="K/V columns of all roll-outs in flight: bounds their memory (toy: 65536)")
+    add("--turn-tokens", type=int, metavar="N", help="tokens sampled a turn at most (drawn 48, files 1024)")
+    add("--response-tokens", type=int, metavar="N", help="tokens behind the question at most, close-ups included (drawn 288, files 4608)")
+    add("--cache-tokens", type=int, metavar="N", help="K/V columns of all roll-outs in flight; bounds their memory (drawn 65536, files 262144)")
 
 
 def finish_arguments(args):
     """Fills in what goes with the task where no flag was given."""
-    if args.task not in TOYS:
-        raise UserError(f"--task {args.task}: no such task; choose from {', '.join(TOYS)}")
-    for name, value in PRESETS["toy"].items():
+    if args.task not in TOYS and not Path(args.task).exists():
+        raise UserError(f"--task {args.task}: neither a file nor one of {', '.join(TOYS)}")
+    for name, value in PRESETS["drawn" if args.task in TOYS else "file"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in ("crop_half", "crop_size", "turn_tokens", "response_tokens", "cache_tokens"):
@@ -334,7 +712,9 @@ def sampling_of(args, seed, **more):
 
 
 def questions_of(args, split, n, first=0):
-    """`n` questions of the task, from number `first` on."""
+    """`n` questions of a drawn task, from number `first` on."""
+    if args.task not in TOYS:
+        raise UserError(f"--task {args.task}: training takes a drawn task ({', '.join(TOYS)}); files can be evaluated on")
     return [TOYS[args.task](split, args.seed, index) for index in range(first, first + n)]
 
 
@@ -355,7 +735,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     add = parser.add_argument
-    add("--n", type=int, default=512, help="questions (%(default)s)")
+    add("--n", type=int, help="questions (drawn 512; of a file all, or so many spread evenly over it)")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that add up to this (%(default)s)")
     add("--no-tool", action="store_true", help="no looks: the answer is asked for at once")
     add("--json", metavar="FILE", help="write the figures to this file")
@@ -367,7 +747,7 @@ def main():
         raise UserError("--model PATH is needed: a checkpoint folder, such as runs/toy-search-zoom/rl, or a hub id")
     if bool(args.image) != bool(args.question):
         raise UserError("--image and --question go together")
-    if args.n < 1 or not 0 < args.top_p <= 1:
+    if args.n is not None and args.n < 1 or not 0 < args.top_p <= 1:
         raise UserError("--n must be at least 1, and --top-p above 0 and at most 1")
     policy = models.load(args.model, max_pixels=args.max_pixels)
     dialogue, sampling = dialogue_of(args, not args.no_tool), sampling_of(args, args.seed, top_p=args.top_p)
@@ -380,16 +760,21 @@ def main():
             draw_trace(trace).save(args.save)
         return
     first = []
-    questions = DrawnQuestions(args.task, "test", args.n, args.seed)
+    if args.task in TOYS:
+        questions = DrawnQuestions(args.task, "test", args.n or 512, args.seed)
+    else:
+        questions = read_questions(args.task, args.image_root, args.n)
+        print(f"{args.task}: {questions.format}, {len(questions)} questions"
+              + (f"; {questions.skipped} rows cannot be used, the first: {questions.first_skipped}" if questions.skipped else ""))
     found = evaluate(policy, questions, dialogue, log=print, on_trace=lambda t, s: first or first.append(t), **sampling)
     print(first[0].text(), end="\n\n")
     low, high = found.ci95
-    rows = [["", "accuracy", "95 %", "format", "on target", "looks", "looks again", "n"],
-            [args.task, f"{found.accuracy:.3f}", f"{low:.3f}-{high:.3f}", f"{found.format:.3f}", f"{found.on_target:.3f}",
-             f"{found.crops:.2f}", f"{found.looks_again:.3f}", found.n]]
-    rows += [[f"  {c}", f"{accuracy:.3f}", "", "", "", "", "", n] for c, (accuracy, n) in found.by_category.items()]
+    rows = [["", "accuracy", "95 %", "lenient", "format", "on target", "looks", "looks again", "n"],
+            [Path(args.task).stem, f"{found.accuracy:.3f}", f"{low:.3f}-{high:.3f}", f"{found.lenient:.3f}", f"{found.format:.3f}",
+             "-" if found.on_target is None else f"{found.on_target:.3f}", f"{found.crops:.2f}", f"{found.looks_again:.3f}", found.n]]
+    rows += [[f"  {name}", f"{r['accuracy']:.3f}", *([""] * 6), r["n"]] for name, r in {**found.by, **found.official}.items()]
     print(table(rows))
-    if args.task == "toy-search":
+    if args.task in TOYS:
         blind = [blind_accuracy(questions, dialogue, looks) for looks in (0, 1, 4)]
         print("a blind player, 0 / 1 / 4 looks at random places: " + " / ".join(f"{b:.3f}" for b in blind))
     if args.save:

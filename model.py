@@ -256,7 +256,7 @@ class Policy:
             for sequence in group:
                 first = len(ids)
                 for i, sampled in enumerate(sequence.sampled):
-                    if sampled:                                  # predicted by the token before it: the prompt's last if it is first
+                    if sampled:            # predicted by the token before it, the first by the prompt's last
                         source.append(first + i - 1 if i else start + prompt_length - 1)
                         target.append(first + i)
                 positions.append(self.positions(sequence.ids, sequence.pictures, after)[0])
@@ -282,8 +282,8 @@ class Policy:
         if batch:
             yield batch
 
-    def save(self, folder):
-        """Writes a Hugging Face checkpoint folder, whole or not at all."""
+    def save(self, folder, **notes):
+        """Writes a Hugging Face checkpoint folder, whole or not at all. notes: what else shall be known of it (notes.json)."""
         folder = Path(folder)
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
@@ -291,6 +291,7 @@ class Policy:
         self.tokenizer.save_pretrained(part)
         self.image_processor.save_pretrained(part)
         (part / "system_prompts.json").write_text(json.dumps(self.system_prompts, indent=1))
+        (part / "notes.json").write_text(json.dumps(notes))
         replace(part, folder)
 
 
@@ -324,7 +325,7 @@ def load(path, *, max_pixels=None, min_pixels=None, dtype=None, device=None):
     try:
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "qwen2_5_vl":
-            raise UserError(f"{path}: model type '{config.model_type}' is not of the Qwen2.5-VL family; give a checkpoint of it")
+            raise UserError(f"{path}: model type '{config.model_type}' is not Qwen2.5-VL's; give a checkpoint of that family")
         tokenizer = AutoTokenizer.from_pretrained(path)
         processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=None)
@@ -356,7 +357,7 @@ def causal_attention(q, k, v, scale):
 
 
 def layout_attention(module, q, k, v, mask, scaling=None, layout=None, **kwargs):
-    """Hugging Face's attention interface: q (B, H, L, D), k and v (B, Hk, L, D) -> (B, L, H, D). Without a layout, plain SDPA."""
+    """Hugging Face's attention interface: q (B, H, L, D), k, v (B, Hk, L, D) -> (B, L, H, D). Without a layout: plain SDPA."""
     if layout is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, scaling=scaling, **kwargs)
     return layout(module.layer_idx, q, k, v, scaling).transpose(1, 2), None
@@ -467,7 +468,7 @@ class PrefillLayout:
 
 
 class ExtendLayout:
-    """Tokens (1, N): chunks of several rows end to end, appended to their own columns. places: [(row, column, length, prompt)]."""
+    """Tokens (1, N): chunks of several rows, end to end, for their own columns. places: [(row, column, length, prompt)]."""
 
     def __init__(self, cache, places):
         self.cache, self.places = cache, places

@@ -76,7 +76,7 @@ def read_image(source, where=""):
                 raise UserError(f"{name}{at}: {image.width}x{image.height} px is more than {MAX_IMAGE_PIXELS:,} px; "
                                 "scale it down first")
             if max(image.size) > 200 * min(image.size):
-                raise UserError(f"{name}{at}: {image.width}x{image.height} px is too long and thin; the model takes at most 200:1")
+                raise UserError(f"{name}{at}: {image.width}x{image.height} px is too thin; the model takes at most 200:1")
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{name}{at}: no such image; check the path and --image-root") from None
@@ -313,7 +313,8 @@ class Dialogue:
         """The observation (a picture or words) as a user turn, and what the policy's next turn is begun with."""
         words = isinstance(shown, str)
         before, after = ({"type": "text", "text": text} for text in OBSERVATION)
-        chunk = policy.reply([before, {"type": "text", "text": shown} if words else {"type": "image"}, after], [] if words else [shown])
+        part = {"type": "text", "text": shown} if words else {"type": "image"}
+        chunk = policy.reply([before, part, after], [] if words else [shown])
         chunk = Chunk(chunk.ids + policy.encode(trace.begun), chunk.pictures)
         trace.starts.append(len(trace.ids) + len(chunk.ids))
         return chunk

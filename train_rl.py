@@ -48,8 +48,8 @@ def grpo_loss(new, old, ref, advantages, *, kl, clip_low=0.2, clip_high=0.28, du
     """The summed loss of some tokens, and what to log; all arguments are (N,).
 
     new, old, ref: log-probabilities under the policy, at sampling time, and under the reference model (None: no penalty).
-    Clipped surrogate: max(-A * ratio, -A * clip(ratio)), for negative A at most -A * dual_clip; penalty: k3 = exp(d) - d - 1 with
-    d = ref - new. The caller divides by the number of tokens of the whole update."""
+    Clipped surrogate: max(-A * ratio, -A * clip(ratio)), for negative A at most -A * dual_clip; penalty: k3 = exp(d) - d - 1
+    with d = ref - new. The caller divides by the number of tokens of the whole update."""
     ratio = (new - old).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(-advantages * ratio, -advantages * clipped)
@@ -141,7 +141,8 @@ def train(policy, reference, args, out):
         weights = weights_at(args, step)
         scored = [(traces, [score(t, weights) for t in traces]) for traces in groups]
         counted = [[t.ended not in ("length", "forced") for t in traces] for traces in groups]
-        advantages = [group_advantages([s.total for s in scores], ok, not args.no_std) for (_, scores), ok in zip(scored, counted)]
+        advantages = [group_advantages([s.total for s in scores], ok, not args.no_std)
+                      for (_, scores), ok in zip(scored, counted)]
         factor = sft.learning_rate(step, args.steps, 5, 0.2)
         learnt = train_step(policy, reference, [(t, a) for (t, _), a in zip(scored, advantages)], optimizers, args, factor)
 
@@ -203,7 +204,8 @@ def restore(policy, optimizers, out):
             for optimizer, kept in zip(optimizers, state["optimizers"]):
                 optimizer.load_state_dict(kept)
         except Exception as error:
-            raise UserError(f"{path}: cannot be resumed from ({str(error).splitlines()[0]}); delete it to start GRPO again") from error
+            raise UserError(f"{path}: cannot be resumed from ({str(error).splitlines()[0]}); "
+                            "delete it to start GRPO again") from error
         step = state["step"]
     for name in ("log.jsonl", "traces.jsonl"):
         if (out / name).is_file():
@@ -213,20 +215,32 @@ def restore(policy, optimizers, out):
     return step
 
 
+def check_arguments(args, out):
+    """A run is resumed as it was begun: other arguments would not give the result of either."""
+    free = {"resume", "out", "eval_n", "save_every", "show_every", "micro_tokens", "cache_tokens"}
+    try:
+        began = json.loads((out / "args.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out / 'args.json'}: cannot be read ({error}); there is nothing to resume, so leave out --resume") from None
+    other = [f"--{k.replace('_', '-')} {began.get(k)}" for k, v in vars(args).items() if k not in free and began.get(k) != v]
+    if other:
+        raise UserError(f"{out} was begun with {', '.join(other)}; resume it with the same, or give another --out")
+
+
 def final_table(args, stages, out):
-    """Evaluates the checkpoints {name: (path, minutes)} on held-out questions, prints the table and writes summary.json."""
+    """Evaluates the checkpoints {name: path} on held-out questions, prints the table and writes summary.json."""
     questions = evaluation.questions_of(args, "test", args.eval_n)
     summary, rows = {}, [["", "accuracy", "95 %", "without tool", "format", "on target", "looks", "looks again", "minutes"]]
-    for name, (path, minutes) in stages.items():
-        policy = models.load(str(path), max_pixels=args.max_pixels)
+    for name, path in stages.items():
+        policy, notes = models.load(str(path), max_pixels=args.max_pixels), Path(path) / "notes.json"
+        minutes = json.loads(notes.read_text()).get("minutes", 0.0) if notes.is_file() else 0.0
         sampling = evaluation.sampling_of(args, hash_seed(args.seed, "test"))
         found = evaluation.evaluate(policy, questions, evaluation.dialogue_of(args), **sampling)
         bare = evaluation.evaluate(policy, questions, evaluation.dialogue_of(args, tool=False), **sampling)
-        summary[name] = {"accuracy": found.accuracy, "ci95": found.ci95, "accuracy_no_tool": bare.accuracy, "format": found.format,
-                         "on_target": found.on_target, "crops": found.crops, "looks_again": found.looks_again,
-                         "minutes": minutes, "n": found.n, "by_category": found.by_category}
-        rows.append([name, f"{found.accuracy:.3f}", "{:.3f}-{:.3f}".format(*found.ci95), f"{bare.accuracy:.3f}", f"{found.format:.3f}",
-                     f"{found.on_target:.3f}", f"{found.crops:.2f}", f"{found.looks_again:.3f}", f"{minutes:.1f}"])
+        summary[name] = {**vars(found), "accuracy_no_tool": bare.accuracy, "minutes": minutes}
+        rows.append([name, f"{found.accuracy:.3f}", "{:.3f}-{:.3f}".format(*found.ci95), f"{bare.accuracy:.3f}",
+                     f"{found.format:.3f}", "-" if found.on_target is None else f"{found.on_target:.3f}", f"{found.crops:.2f}",
+                     f"{found.looks_again:.3f}", f"{minutes:.1f}"])
     print(f"\n{args.eval_n} held-out questions, temperature {args.temperature:g}:\n" + evaluation.table(rows))
     if args.task in evaluation.TOYS:
         dialogue = evaluation.dialogue_of(args)
@@ -242,16 +256,16 @@ def main():
     if not args.resume and any((out / name).exists() for name in ("log.jsonl", "state.pt", "rl")):
         raise UserError(f"{out} holds a run already; give --resume to go on with it, or another --out")
     out.mkdir(parents=True, exist_ok=True)
+    if args.resume:
+        check_arguments(args, out)
     models.write_text(out / "args.json", json.dumps(vars(args), indent=1) + "\n")
-    began = time.time()
     base = sft.warm_start(args, print)
-    warm = (time.time() - began) / 60
     policy = models.load(str(out / "sft"), max_pixels=args.max_pixels)
     reference = models.load(str(out / "sft"), max_pixels=args.max_pixels) if args.kl else None
-    began = time.time()
     train(policy, reference, args, out)
-    policy.save(out / "rl")
-    final_table(args, {"base": (base, 0), "sft": (out / "sft", warm), "rl": (out / "rl", (time.time() - began) / 60)}, out)
+    seconds = sum(json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text().splitlines())
+    policy.save(out / "rl", minutes=seconds / 60)
+    final_table(args, {"base": base, "sft": out / "sft", "rl": out / "rl"}, out)
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ class Lesson:
 
     def __init__(self, policy, system, user, image):
         content = [{"type": "image"}, {"type": "text", "text": user}]
-        self.policy = policy
-        self.sequence = Sequence(policy.prompt([{"role": "system", "content": system}, {"role": "user", "content": content}], [image]))
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        self.policy, self.sequence = policy, Sequence(policy.prompt(messages, [image]))
 
     def write(self, text, learned=True):
         self.sequence.add(Chunk(self.policy.encode(text)), sampled=learned)
@@ -118,8 +118,9 @@ def lesson_read(policy, rng):
 
 def lesson_dialogue(policy, rng, go_on, show):
     """The dialogue of the mode `zoom`, with decisions that are not sensible: after each look, whatever it showed, it goes on to
-    the next candidate with probability `go_on` and otherwise answers; after a plain card, with any pattern. So the base learns the
-    grammar, where cards are and what a close-up shows, but not when to look on. show: the instructed kind, which looks at all.
+    the next candidate (or back to the one that it missed) with probability `go_on` and otherwise answers, if need be with any
+    pattern. So the base learns the grammar, where cards are and what a close-up shows, but not when to look on. show: the
+    instructed kind, which looks at all of them.
 
     Some looks are astray (their points are not learned), so that it also learns to say that nothing is there."""
     colour, count = rng.choice(list(COLOURS)), rng.choice((1, 2, 3, 3))
@@ -133,7 +134,7 @@ def lesson_dialogue(policy, rng, go_on, show):
         return lesson.write(FORCED_ANSWER, learned=False).write(
             rng.choice(ANSWERS) + "</answer>" + policy.tokenizer.eos_token).sequence
     number, thought = 0, ""
-    for turn in range(5):
+    for turn in range(4):
         astray = rng.random() < 0.1
         if astray:
             target = point = rng.randrange(SIDE), rng.randrange(SIDE)
@@ -148,12 +149,10 @@ def lesson_dialogue(policy, rng, go_on, show):
         seen = scene.shown(box)
         found = seen[0].pattern if seen else None
         thought = f"{found.capitalize()}. " if found else "Nothing. "
-        if found is None and turn < 3:
-            continue
-        if number + 1 < len(candidates) and turn < 3 and (show or rng.random() < go_on):
-            number += 1
-            continue
-        break
+        left = found is None or number + 1 < len(candidates)
+        if turn == 3 or not left or not (show or rng.random() < go_on):
+            break
+        number += found is not None
     answer = found if found in ANSWERS else rng.choice(ANSWERS)
     return lesson.write(f"<think>{thought.strip()}</think>\n<answer>{answer}</answer>{policy.tokenizer.eos_token}").sequence
 
@@ -172,7 +171,7 @@ def tiny_optimizers(policy, muon_lr, adamw_lr, vision):
     return [Muon(hidden, lr=muon_lr), torch.optim.AdamW(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def pretrain(policy, steps, seed, *, batch=16, go_on=0.1, log=print):
+def pretrain(policy, steps, seed, *, batch=16, go_on=0.2, log=print):
     """Teaches the tiny base to see and to speak the grammar: first to list few cards of different colours, then more, then
     dialogues and reading among them. Half of the dialogues from half-time on are of the instructed kind."""
     rng = random.Random(f"pretraining {seed}")
@@ -373,8 +372,8 @@ def near(a, b, distance):
 # ------------------------------------------------------------------------------------------------ (c) linearising
 
 def linearise(root, min_distance=10):
-    """The chains of a tree, each a list of turns' texts: from each node, every right roll-out, and every pair of a wrong one and a
-    right one with a back-tracking sentence between (paper, section 3.2); nothing twice. The shortest first."""
+    """The chains of a tree, each a list of turns' texts: from each node, every right roll-out, and every pair of a wrong one
+    and a right one with a back-tracking sentence between (paper, section 3.2); nothing twice. The shortest first."""
     chains = {}
     for node in root.walk():
         right = [t for t in node.rollouts if t.ended == "answer" and is_correct(t)]
@@ -401,7 +400,7 @@ def join_turns(node, bad, good, min_distance):
 
 
 def join_steps(node, bad, good, min_distance):
-    """The same for a single turn: the wrong trace's thought, the sentence, and what the right trace says after the shared prefix."""
+    """The same for a single turn: the wrong trace's thought, the sentence, what the right trace says after the shared prefix."""
     begun = node.trace.begun
     wrong, right = bad.turns[0], good.turns[0]
     if not wrong.thought or not right.text.startswith(begun):
@@ -526,6 +525,7 @@ def make_base(args, log):
         log(f"base: {folder} is there")
         return str(folder)
     log(f"base: making {folder} from random weights")
+    started = time.time()
     folder.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     start = folder.with_name(folder.name + "-random")
@@ -533,7 +533,7 @@ def make_base(args, log):
     policy = models.load(str(start))
     shutil.rmtree(start)
     pretrain(policy, args.base_steps, args.seed, log=log)
-    policy.save(folder)
+    policy.save(folder, minutes=(time.time() - started) / 60)
     return str(folder)
 
 
@@ -568,6 +568,7 @@ def warm_start(args, log):
     if (out / "sft").is_dir():
         log(f"sft: {out / 'sft'} is there")
         return base
+    started = time.time()
     chains = make_traces(args, base, out, log)
     policy, dialogue = models.load(base, max_pixels=args.max_pixels), evaluation.dialogue_of(args)
     traces = [replay(policy, dialogue, question, texts) for question, texts in chains]
@@ -577,7 +578,7 @@ def warm_start(args, log):
     optimizers = [torch.optim.AdamW(policy.trainable(), lr=args.sft_lr, weight_decay=0.01)]
     fine_tune(policy, fit, optimizers, steps=args.sft_steps, batch=args.sft_batch, seed=args.seed,
               micro_tokens=args.micro_tokens, log=log)
-    policy.save(out / "sft")
+    policy.save(out / "sft", minutes=(time.time() - started) / 60)
     return base
 
 

@@ -96,7 +96,7 @@ def test_the_figures_of_a_report(policy):
     looks = [1 + [c.pattern == "plain" for c in q.scene.candidates].index(False) for q in questions]
     assert found.n == 12 and found.accuracy == 0.75 and found.format == 1 and found.on_target == 1
     assert found.crops == pytest.approx(sum(looks) / 12) and found.looks_again == pytest.approx(sum(l > 1 for l in looks) / 12)
-    assert sum(n for _, n in found.by_category.values()) == 12
+    assert sum(row["n"] for row in found.by.values()) == 12
 
 
 def test_evaluation_streams_every_question_once(policy):
