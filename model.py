@@ -599,6 +599,8 @@ class Engine:
     def admit(self, jobs, free, live):
         """Takes from `jobs` what there is room for. The first call decides how many slots the cache has; where a longer prompt
         comes later, empty slots are given up until the bound holds again."""
+        def columns(jobs):              # of a slot that can hold any of them
+            return max(len(job[0].prompt.ids) for job in jobs) + len(jobs[0]) * self.response_tokens
         new = []
         while self.cache is None or len(new) < len(free):
             job, self.held = self.held or next(jobs, None), None
@@ -606,12 +608,12 @@ class Engine:
                 self.exhausted = True
                 break
             if self.cache is None:
-                fits = not new or (len(new) + 1) * self.columns(new + [job]) <= self.cache_tokens
+                fits = not new or (len(new) + 1) * columns(new + [job]) <= self.cache_tokens
             else:
                 fits = len(job[0].prompt.ids) <= self.cache.prompt_columns
                 if not fits and not new:
                     fits = True
-                    rest = self.cache_tokens // self.columns([job]) - (self.cache.slots - len(free))
+                    rest = self.cache_tokens // columns([job]) - (self.cache.slots - len(free))
                     self.drop_slots(live, free, max(1, rest))
                     self.cache.widen(len(job[0].prompt.ids))
             if not fits:
@@ -623,10 +625,6 @@ class Engine:
                                self.response_tokens, self.policy.model.dtype, self.policy.device)
             free.extend(range(len(new)))
         return new
-
-    def columns(self, jobs):
-        """K/V columns of a slot that can hold any of `jobs`."""
-        return max(len(job[0].prompt.ids) for job in jobs) + len(jobs[0]) * self.response_tokens
 
     def drop_slots(self, live, free, keep):
         """Gives up all but `keep` of the free slots; the others are renumbered."""
@@ -725,46 +723,6 @@ def nucleus(log_probs, top_p):
     beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
     dropped = torch.zeros_like(beyond).scatter(-1, index, beyond)
     return torch.log_softmax(log_probs.masked_fill(dropped, -torch.inf), -1)
-
-
-# ------------------------------------------------------------------------------------------------ optimizers
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: for hidden weight matrices of small models (Jordan 2024). torch.optim.Muon does the same in
-    bfloat16, which on a CPU without bfloat16 units took five times as long as the rest of a step; this one stays in float32
-    and takes all matrices of a shape at once."""
-
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
-                grads = torch.stack([p.grad for p in params])                                         # (n, rows, columns)
-                for p in params:
-                    self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momenta = [self.state[p]["momentum"] for p in params]
-                torch._foreach_lerp_(momenta, list(grads), 1 - group["momentum"])
-                update = orthogonalise(grads.lerp(torch.stack(momenta), group["momentum"]))
-                scale = max(1, shape[0] / shape[1])**0.5
-                for p, u in zip(params, update):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * scale)
-
-
-def orthogonalise(x, steps=5):
-    """Brings the singular values of matrices (n, rows, columns) near 1, by the quintic Newton-Schulz iteration."""
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
-    return x.mT if tall else x
 
 
 # ------------------------------------------------------------------------------------------------ the tiny base

@@ -98,20 +98,22 @@ def parse_arguments():
     add("--steps", type=int, default=160, help="GRPO steps (%(default)s)")
     add("--questions", type=int, default=16, help="questions a step (%(default)s)")
     add("--group", type=int, default=8, help="traces a question (%(default)s)")
-    add("--lr", type=float, default=2.5e-3, help="learning rate of the hidden matrices, by Muon (%(default)s)")
-    add("--adamw-lr", type=float, default=3e-4, help="learning rate of all else (%(default)s)")
-    add("--kl", type=float, default=0.01, help="coefficient of the KL penalty to the SFT model; 0: none (%(default)s)")
+    add("--lr", type=float, help="learning rate (Muon 2.5e-3, AdamW 1e-6)")
+    add("--adamw-lr", type=float, default=3e-4, help="with Muon: learning rate of all but the hidden matrices (%(default)s)")
+    add("--kl", type=float, help="coefficient of the KL penalty to the SFT model; 0: none (tiny base 0.05, with --model 0.01)")
     add("--clip-norm", type=float, default=1.0, help="norm to which gradients are clipped (%(default)s)")
     add("--no-std", action="store_true", help="advantages without the division by the group's standard deviation")
-    add("--diversity", type=float, default=0.2, help="reward of a further distinct look, as a share of the format reward; "
-        "it fades out by half-time (%(default)s)")
+    add("--diversity", type=float, default=0.0, help="reward of a further distinct look, as a share of the format reward; "
+        "it fades out by half-time; the paper's: 0.2 (%(default)s)")
     add("--eval-n", type=int, default=1024, help="held-out questions of the final table (%(default)s)")
     add("--save-every", type=int, default=25, help="steps between checkpoints to resume from (%(default)s)")
     add("--show-every", type=int, default=50, help="steps between traces printed in full (%(default)s)")
-    args = evaluation.finish_arguments(parser.parse_args())
+    args = sft.finish_arguments(parser.parse_args())
     for name in ("questions", "group", "steps", "eval_n", "save_every", "show_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    args.lr = args.lr or {"muon": 2.5e-3, "adamw": 1e-6}[args.optimizer]
+    args.kl = (0.01 if args.model else 0.05) if args.kl is None else args.kl
     if args.group < 2:
         raise UserError("--group must be at least 2: advantages compare the traces of a group")
     return args
@@ -128,7 +130,7 @@ def weights_at(args, step):
 def train(policy, reference, args, out):
     """The GRPO loop."""
     dialogue = evaluation.dialogue_of(args)
-    optimizers = sft.tiny_optimizers(policy, args.lr, args.adamw_lr, vision=False)
+    optimizers = sft.make_optimizers(policy, args.optimizer, args.lr, args.adamw_lr)
     first = restore(policy, optimizers, out) if args.resume else 0
     started = time.time()
     for step in range(first, args.steps):

@@ -26,7 +26,7 @@ import torch
 import evaluate as evaluation
 import model as models
 from evaluate import (ANSWERS, COLOURS, PATTERNS, QUESTION, SIDE, Scene, place_cards, search_scene)
-from model import Chunk, Engine, Muon, Sequence, UserError
+from model import Chunk, Engine, Sequence, UserError
 from reward import is_correct
 from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Dialogue, Frame, Trace, call_text, parse_points, parse_turn, spoken,
                      window, zoom)
@@ -162,13 +162,54 @@ def learning_rate(step, steps, warm_up, final):
     return min(1, (step + 1) / warm_up) * (1 - (1 - final) * step / steps)
 
 
-def tiny_optimizers(policy, muon_lr, adamw_lr, vision):
-    """Muon for the hidden matrices and AdamW for the rest, the pair that learns a small model fastest."""
-    params = {n: p for n, p in policy.model.named_parameters() if vision or ".visual." not in n}
-    hidden = [p for n, p in params.items() if p.ndim == 2 and "embed_tokens" not in n and "lm_head" not in n]
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: for hidden weight matrices of small models (Jordan 2024). torch.optim.Muon does the same in
+    bfloat16, which on a CPU without bfloat16 units took five times as long as the rest of a step; this one stays in float32
+    and takes all matrices of a shape at once."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():
+                grads = torch.stack([p.grad for p in params])                                         # (n, rows, columns)
+                for p in params:
+                    self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momenta = [self.state[p]["momentum"] for p in params]
+                torch._foreach_lerp_(momenta, list(grads), 1 - group["momentum"])
+                update = orthogonalise(grads.lerp(torch.stack(momenta), group["momentum"]))
+                scale = max(1, shape[0] / shape[1])**0.5
+                for p, u in zip(params, update):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * scale)
+
+
+def orthogonalise(x, steps=5):
+    """Brings the singular values of matrices (n, rows, columns) near 1, by the quintic Newton-Schulz iteration."""
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
+def make_optimizers(policy, kind, lr, adamw_lr=None):
+    """"adamw", or "muon": Muon for the hidden matrices and AdamW for the rest, the pair that learns a small model fastest."""
+    if kind == "adamw":
+        return [torch.optim.AdamW(policy.trainable(), lr=lr, weight_decay=0.01)]
+    named = dict(policy.model.named_parameters())
+    outer = {id(p) for n, p in named.items() if "embed_tokens" in n or "lm_head" in n}
+    hidden = [p for p in policy.trainable() if p.ndim == 2 and id(p) not in outer]
     chosen = set(map(id, hidden))
-    rest = [p for p in params.values() if id(p) not in chosen]
-    return [Muon(hidden, lr=muon_lr), torch.optim.AdamW(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    rest = [p for p in policy.trainable() if id(p) not in chosen]
+    return [Muon(hidden, lr=lr), torch.optim.AdamW(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def pretrain(policy, steps, seed, *, batch=16, go_on=0.2, log=print):
@@ -177,7 +218,7 @@ def pretrain(policy, steps, seed, *, batch=16, go_on=0.2, log=print):
     rng = random.Random(f"pretraining {seed}")
     policy.train_vision = True
     policy.model.train()
-    optimizers = tiny_optimizers(policy, muon_lr=0.01, adamw_lr=5e-3, vision=True)
+    optimizers = make_optimizers(policy, "muon", 0.01, adamw_lr=5e-3)
     started, early = time.time(), 0.15
     for step in range(steps):
         u = step / steps
@@ -508,8 +549,19 @@ def add_training_arguments(parser):
     add("--chains", type=int, default=2, help="traces kept a question at most (%(default)s)")
     add("--sft-steps", type=int, default=30, help="steps of supervised fine-tuning (%(default)s)")
     add("--sft-batch", type=int, default=32, help="traces a step (%(default)s)")
-    add("--sft-lr", type=float, default=1e-3, help="peak learning rate of fine-tuning (%(default)s)")
+    add("--sft-lr", type=float, help="peak learning rate of fine-tuning, by AdamW (tiny base 1e-3, with --model 1e-6)")
+    add("--optimizer", choices=("muon", "adamw"), help="of GRPO (tiny base muon, with --model adamw)")
     add("--micro-tokens", type=int, default=16_384, help="tokens in one forward and backward pass at most (%(default)s)")
+
+
+def finish_arguments(args):
+    """As `evaluate.finish_arguments`, and what goes with the base."""
+    args.sft_lr = args.sft_lr or (1e-6 if args.model else 1e-3)
+    args.optimizer = args.optimizer or ("adamw" if args.model else "muon")
+    for name in ("base_steps", "search_questions", "simulations", "chains", "sft_steps", "sft_batch", "micro_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    return evaluation.finish_arguments(args)
 
 
 def folder_of(args):
@@ -575,7 +627,7 @@ def warm_start(args, log):
     fit = [t for t in traces if t.ended == "answer" and is_correct(t)]
     log(f"sft: {len(fit)} of {len(traces)} traces are whole and right; "
         f"{sum(len(t.crops) > 1 for t in fit)} of them look more than once")
-    optimizers = [torch.optim.AdamW(policy.trainable(), lr=args.sft_lr, weight_decay=0.01)]
+    optimizers = make_optimizers(policy, "adamw", args.sft_lr)
     fine_tune(policy, fit, optimizers, steps=args.sft_steps, batch=args.sft_batch, seed=args.seed,
               micro_tokens=args.micro_tokens, log=log)
     policy.save(out / "sft", minutes=(time.time() - started) / 60)
@@ -586,7 +638,7 @@ def main():
     parser = argparse.ArgumentParser(description="Warm start: search for right traces, then supervised fine-tuning on them.")
     evaluation.add_arguments(parser)
     add_training_arguments(parser)
-    args = evaluation.finish_arguments(parser.parse_args())
+    args = finish_arguments(parser.parse_args())
     out = folder_of(args)
     if (out / "sft").is_dir() and not args.resume:
         raise UserError(f"{out / 'sft'} is there already; give --resume to keep it, or another --out")

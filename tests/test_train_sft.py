@@ -7,11 +7,11 @@ import torch
 
 import train_sft as sft
 from evaluate import SIDE, toy_search
-from model import Chunk, UserError
+from model import UserError
 from reward import is_correct, score
-from rollout import Dialogue, Question, Trace, call_text, parse_turn
-from train_sft import (BACKTRACK, Node, continue_from, cut_trace, expand, first_step_end, linearise, read_traces, replay, search,
-                       to_multi_turn, write_traces)
+from rollout import Dialogue, call_text, parse_turn
+from train_sft import (BACKTRACK, Muon, Node, continue_from, cut_trace, expand, first_step_end, linearise, orthogonalise,
+                       read_traces, replay, search, to_multi_turn, write_traces)
 
 SAMPLING = dict(turn_tokens=30, response_tokens=200)
 
@@ -228,3 +228,18 @@ def test_the_tiny_base_can_be_pretrained(policy):
     sft.pretrain(policy, 50, 0, batch=4, log=lines.append)
     loss = float(lines[-1].split("loss ")[1].split()[0])
     assert loss < 4 and not torch.equal(before, policy.model.model.visual.patch_embed.proj.weight)
+
+
+def test_muon_takes_the_same_step_as_torchs():
+    """Guards our float32 Muon: torch's (in bfloat16) must agree within its precision."""
+    generator = torch.Generator().manual_seed(0)
+    start, grad = (torch.randn(48, 32, generator=generator) for _ in range(2))
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    for p, optimizer in ((ours, Muon([ours], lr=0.01)), (theirs, torch.optim.Muon([theirs], lr=0.01, weight_decay=0.01))):
+        for _ in range(2):
+            p.grad = grad.clone()
+            optimizer.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.02 * moved
+    singular = torch.linalg.svdvals(orthogonalise(grad[None])[0])
+    assert 0.3 < singular.min() and singular.max() < 1.3
