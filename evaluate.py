@@ -23,18 +23,18 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import model as models
 from model import UserError
 from reward import USAGE, distinct_crops, in_region, option_text, parse_action, score
-from rollout import MODES, Dialogue, Question, parse_points, read_image, rollout, window
+from rollout import MODES, Dialogue, Question, draw_trace, parse_points, read_image, rollout, window
 
 # ------------------------------------------------------------------------------------------------ toy-search: drawn scenes
 
@@ -614,49 +614,39 @@ def table(rows):
     return "\n".join(map(line, rows))
 
 
-# ------------------------------------------------------------------------------------------------ pictures
-
-def draw_trace(trace, width=768):
-    """The image with every look and point in its order, and the close-ups in a row below. -> PIL image"""
-    image = trace.question.load()[0]
-    factor = width / image.width
-    top = image.resize((width, round(image.height * factor)), Image.Resampling.LANCZOS)
-    draw, crops = ImageDraw.Draw(top), []
-    def mark(point, label, colour):
-        x, y = (v * factor for v in trace.frames[0].to_original(point))
-        draw.ellipse((x - 13, y - 13, x + 13, y + 13), fill=colour, outline="white", width=2)
-        draw.text((x, y), label, fill="white", anchor="mm", font_size=16)
-    last = None
-    for number, turn in enumerate(trace.turns, 1):
-        spots = [turn.call] if turn.call else turn.points
-        for spot in spots:
-            if last:
-                a, b = ([v * factor for v in trace.frames[0].to_original(p)] for p in (last, spot))
-                draw.line((*a, *b), fill="white", width=3)
-            last = spot
-        if turn.crop:
-            draw.rectangle([v * factor for v in turn.crop], outline="white", width=3)
-            crops.append((number, image.crop(turn.crop)))
-    for number, turn in enumerate(trace.turns, 1):
-        for i, spot in enumerate([turn.call] if turn.call else turn.points, 1):
-            mark(spot, str(number) if turn.call else str(i), (200, 30, 30) if turn.call else (30, 90, 200))
-    side = width // 4 - 8
-    sheet = Image.new("RGB", (width, top.height + (side + 16 if crops else 0)), "white")
-    sheet.paste(top)
-    for i, (number, crop) in enumerate(crops[:4]):
-        x, y = 8 + i * (side + 8), top.height + 8
-        sheet.paste(crop.resize((side - 2, side - 2), Image.Resampling.NEAREST), (x, y))
-        ImageDraw.Draw(sheet).text((x + 6, y + 4), str(number), fill="white", font_size=20, stroke_width=2, stroke_fill="black")
-    return sheet
-
-
 # ------------------------------------------------------------------------------------------------ the command line
 
-# What goes with a task, unless a flag says otherwise: the close-ups, and the bounds of an answer.
+# What goes with a family of tasks, unless a flag says otherwise (paper, appendix): close-ups, what is seen, bounds of an answer.
+REAL = dict(max_pixels=None, turn_tokens=1024, response_tokens=4608, cache_tokens=262_144, crop_half=182, crop_size=672,
+            crop_dot=False)
 PRESETS = {
-    "drawn": dict(crop_half=32, crop_size=64, turn_tokens=48, response_tokens=288, cache_tokens=65_536),
-    "file": dict(crop_half=182, crop_size=672, turn_tokens=1024, response_tokens=4608, cache_tokens=262_144),   # V* in the paper
+    "drawn": dict(max_pixels=None, turn_tokens=48, response_tokens=288, cache_tokens=65_536, crop_half=32, crop_size=64,
+                  crop_dot=False),
+    "spatial": REAL | dict(max_pixels=4_194_304),
+    "search": REAL | dict(max_pixels=2_850_000),
+    "gui": REAL | dict(max_pixels=4_194_304, crop_half=50, crop_size=384, crop_dot=True),
 }
+PRESETS["web"] = PRESETS["gui"]
+FAMILIES = {"V*Bench": "search", "HR-Bench": "search", "VisualProbe": "search", "ScreenSpot-Pro": "gui", "OS-Atlas": "gui",
+            "ScreenSpot or ScreenSpot-V2": "gui", "RoboSpatial-Home": "spatial"}
+
+
+def family_of(args):
+    """The family of a task: by its format, or, for the release's rows, by how the first question is answered."""
+    if args.family or args.task in TOYS:
+        return args.family or "drawn"
+    file = open_file(args.task, args.image_root)
+    first = file[0]
+    by_answer = {"point": "gui", "action": "web"}.get(first.kind, "search" if first.answer in tuple(LETTERS) else "spatial")
+    return FAMILIES.get(file.format, by_answer)
+
+
+@lru_cache
+def open_file(path, image_root, n=None):
+    file = read_questions(path, image_root, n)
+    print(f"{path}: {file.format}, {len(file)} questions"
+          + (f"; {file.skipped} rows cannot be used, the first: {file.first_skipped}" if file.skipped else ""))
+    return file
 
 
 def add_arguments(parser):
@@ -665,25 +655,28 @@ def add_arguments(parser):
     add("--model", metavar="PATH", help="checkpoint folder or hub id of the Qwen2.5-VL family")
     add("--task", default="toy-search", metavar="NAME|FILE", help=f"{', '.join(TOYS)}, or a file (%(default)s)")
     add("--image-root", metavar="DIR", help="folder that the images of a file are named from (looked for around the file)")
+    add("--family", choices=tuple(PRESETS), help="kind of task, for the defaults of what follows (told by the task)")
     add("--mode", default="zoom", choices=MODES, help="how the policy answers (%(default)s)")
     add("--system-prompt", metavar="FILE", help="text to use instead of the mode's own system prompt")
     add("--seed", type=int, default=0, help="decides everything that is random (%(default)s)")
     add("--temperature", type=float, default=1.0, help="of sampling; 0: the likeliest token (%(default)s)")
-    add("--crop-half", type=int, metavar="PX", help="half the side of a close-up, px of the original image (drawn 32, files 182)")
-    add("--crop-size", type=int, metavar="PX", help="side of the close-up as shown (drawn 64, files 672)")
-    add("--crop-dot", action="store_true", help="mark the point looked at with a red dot in the close-up")
+    add("--crop-half", type=int, metavar="PX", help="half the side of a close-up, px of the original (drawn 32, gui and web 50, others 182)")
+    add("--crop-size", type=int, metavar="PX", help="side of the close-up as shown (drawn 64, gui and web 384, others 672)")
+    add("--crop-dot", action=argparse.BooleanOptionalAction, help="mark the point looked at with a red dot (gui, web: yes)")
     add("--max-crops", type=int, default=4, help="looks a trace; after that the answer is asked for (%(default)s)")
-    add("--max-pixels", type=int, metavar="N", help="area that the policy sees of an image at most (the checkpoint's own)")
+    add("--max-pixels", type=int, metavar="N", help="area that the policy sees of an image at most (drawn: the "
+        "checkpoint's own; search 2850000, others 4194304)")
     add("--turn-tokens", type=int, metavar="N", help="tokens sampled a turn at most (drawn 48, files 1024)")
-    add("--response-tokens", type=int, metavar="N", help="tokens behind the question at most, close-ups included (drawn 288, files 4608)")
-    add("--cache-tokens", type=int, metavar="N", help="K/V columns of all roll-outs in flight; bounds their memory (drawn 65536, files 262144)")
+    add("--response-tokens", type=int, metavar="N", help="tokens behind the question at most, close-ups too (drawn 288, files 4608)")
+    add("--cache-tokens", type=int, metavar="N", help="K/V columns of all roll-outs in flight (drawn 65536, files 262144)")
 
 
 def finish_arguments(args):
     """Fills in what goes with the task where no flag was given."""
     if args.task not in TOYS and not Path(args.task).exists():
         raise UserError(f"--task {args.task}: neither a file nor one of {', '.join(TOYS)}")
-    for name, value in PRESETS["drawn" if args.task in TOYS else "file"].items():
+    args.family = family_of(args)
+    for name, value in PRESETS[args.family].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in ("crop_half", "crop_size", "turn_tokens", "response_tokens", "cache_tokens"):
@@ -712,10 +705,24 @@ def sampling_of(args, seed, **more):
 
 
 def questions_of(args, split, n, first=0):
-    """`n` questions of a drawn task, from number `first` on."""
-    if args.task not in TOYS:
-        raise UserError(f"--task {args.task}: training takes a drawn task ({', '.join(TOYS)}); files can be evaluated on")
-    return [TOYS[args.task](split, args.seed, index) for index in range(first, first + n)]
+    """`n` questions of the task, from number `first` on. Of a file, in an order that the seed decides, a tenth is held out as
+    "test"; the others come again after the last. -> list of Questions"""
+    if args.task in TOYS:
+        return [TOYS[args.task](split, args.seed, index) for index in range(first, first + n)]
+    file = open_file(args.task, args.image_root)
+    order = shuffled(len(file), args.seed)
+    held_out = max(1, len(file) // 10)
+    if len(file) < 2:
+        raise UserError(f"{args.task}: one question is too few to train on")
+    if split == "test":
+        return [file[i] for i in order[:held_out][:n]]
+    mine = order[held_out:]
+    return [file[mine[index % len(mine)]] for index in range(first, first + n)]
+
+
+@lru_cache
+def shuffled(n, seed):
+    return random.Random(f"order {seed}").sample(range(n), n)
 
 
 def run(main):
@@ -726,7 +733,7 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; a training run goes on with --resume", file=sys.stderr)
         sys.exit(130)
 
 
@@ -763,9 +770,7 @@ def main():
     if args.task in TOYS:
         questions = DrawnQuestions(args.task, "test", args.n or 512, args.seed)
     else:
-        questions = read_questions(args.task, args.image_root, args.n)
-        print(f"{args.task}: {questions.format}, {len(questions)} questions"
-              + (f"; {questions.skipped} rows cannot be used, the first: {questions.first_skipped}" if questions.skipped else ""))
+        questions = open_file(args.task, args.image_root, args.n)
     found = evaluate(policy, questions, dialogue, log=print, on_trace=lambda t, s: first or first.append(t), **sampling)
     print(first[0].text(), end="\n\n")
     low, high = found.ci95

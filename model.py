@@ -90,8 +90,8 @@ class Policy:
         self.text_config = config.text_config
         self.image_token = config.image_token_id
         self.factor = config.vision_config.patch_size * config.vision_config.spatial_merge_size   # px a token, each side
-        ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
-        self.end_tokens = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+        ends = model.generation_config.eos_token_id
+        self.end_tokens = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         vision = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
         forbidden = torch.zeros(self.text_config.vocab_size, dtype=torch.bool)
         forbidden[len(tokenizer):] = True            # rows of the matrix that stand for no token
@@ -112,8 +112,7 @@ class Policy:
 
     def encode(self, text):
         if text not in self._encoded:
-            if len(self._encoded) > 50_000:
-                self._encoded.clear()
+            self._encoded = self._encoded if len(self._encoded) < 50_000 else {}
             self._encoded[text] = self.tokenizer.encode(text, add_special_tokens=False)
         return list(self._encoded[text])
 
@@ -155,8 +154,7 @@ class Policy:
     def render(self, messages):
         key = json.dumps(messages)
         if key not in self._rendered:
-            if len(self._rendered) > 10_000:
-                self._rendered.clear()
+            self._rendered = self._rendered if len(self._rendered) < 10_000 else {}
             self._rendered[key] = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return self._rendered[key]
 
@@ -177,22 +175,19 @@ class Policy:
     def features(self, pictures):
         """Vision features of several pictures, each (tokens, hidden). With the vision tower frozen they are computed once and
         kept in the picture."""
-        todo = [p for p in pictures if p.features is None]
-        found, i = {}, 0
-        while i < len(todo):
-            j, patches = i, 0
-            while j < len(todo) and (j == i or patches + len(todo[j].pixel_values) <= MAX_VISION_PATCHES):
-                patches += len(todo[j].pixel_values)
-                j += 1
-            pixels = torch.cat([p.pixel_values for p in todo[i:j]]).to(self.device, self.model.dtype)
-            grids = torch.tensor([p.grid for p in todo[i:j]], device=self.device)
+        todo, found = [p for p in pictures if p.features is None], {}
+        while todo:
+            ends = torch.tensor([len(p.pixel_values) for p in todo]).cumsum(0)
+            n = max(1, int((ends <= MAX_VISION_PATCHES).sum()))
+            pixels = torch.cat([p.pixel_values for p in todo[:n]]).to(self.device, self.model.dtype)
+            grids = torch.tensor([p.grid for p in todo[:n]], device=self.device)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_vision):
                 out = self.model.model.get_image_features(pixels, grids).pooler_output
-            for picture, features in zip(todo[i:j], out):
+            for picture, features in zip(todo[:n], out):
                 found[id(picture)] = features
                 if not self.train_vision:
-                    picture.features = features.detach()
-            i = j
+                    picture.features = features
+            todo = todo[n:]
         return [p.features if p.features is not None else found[id(p)] for p in pictures]
 
     def embed(self, ids, pictures):
@@ -309,10 +304,9 @@ def replace(part, final):
 
 def write_text(path, text):
     """Writes a file whole or not at all."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = Path(f"{path}.part")
     part.write_text(text)
-    replace(part, path)
+    replace(part, Path(path))
 
 
 def load(path, *, max_pixels=None, min_pixels=None, dtype=None, device=None):
@@ -736,7 +730,7 @@ CHAT_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endif %}"""
 
 
-def make_tiny(folder, strings, system_prompts, *, image_px=64, hidden=96, layers=3, heads=3, vision_hidden=64):
+def make_tiny(folder, strings, system_prompts, *, image_px=64, hidden=96, layers=4, heads=3, vision_hidden=64):
     """Writes a tiny Qwen2.5-VL with random weights (torch's seed) as an ordinary checkpoint folder.
 
     strings: what shall be one token each, besides Qwen's special tokens and single bytes (digits among them).

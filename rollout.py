@@ -327,3 +327,36 @@ def rollout(policy, questions, dialogue, group, **sampling):
     jobs = (dialogue.start(policy, question, group) for question in questions)
     yield from Engine(policy, **sampling).run(jobs, lambda trace, cut: dialogue.on_turn(policy, trace, cut))
 
+
+def draw_trace(trace, width=768):
+    """The image with every look and point in its order, and the close-ups in a row below. -> PIL image"""
+    image = trace.question.load()[0]
+    factor = width / image.width
+    top = image.resize((width, round(image.height * factor)), Image.Resampling.LANCZOS)
+    draw, crops = ImageDraw.Draw(top), []
+    def mark(point, label, colour):
+        x, y = (v * factor for v in trace.frames[0].to_original(point))
+        draw.ellipse((x - 13, y - 13, x + 13, y + 13), fill=colour, outline="white", width=2)
+        draw.text((x, y), label, fill="white", anchor="mm", font_size=16)
+    last = None
+    for number, turn in enumerate(trace.turns, 1):
+        spots = [turn.call] if turn.call else turn.points
+        for spot in spots:
+            if last:
+                a, b = ([v * factor for v in trace.frames[0].to_original(p)] for p in (last, spot))
+                draw.line((*a, *b), fill="white", width=3)
+            last = spot
+        if turn.crop:
+            draw.rectangle([v * factor for v in turn.crop], outline="white", width=3)
+            crops.append((number, image.crop(turn.crop)))
+    for number, turn in enumerate(trace.turns, 1):
+        for i, spot in enumerate([turn.call] if turn.call else turn.points, 1):
+            mark(spot, str(number) if turn.call else str(i), (200, 30, 30) if turn.call else (30, 90, 200))
+    side = width // 4 - 8
+    sheet = Image.new("RGB", (width, top.height + (side + 16 if crops else 0)), "white")
+    sheet.paste(top)
+    for i, (number, crop) in enumerate(crops[:4]):
+        x, y = 8 + i * (side + 8), top.height + 8
+        sheet.paste(crop.resize((side - 2, side - 2), Image.Resampling.NEAREST), (x, y))
+        ImageDraw.Draw(sheet).text((x + 6, y + 4), str(number), fill="white", font_size=20, stroke_width=2, stroke_fill="black")
+    return sheet

@@ -70,6 +70,7 @@ def train_step(policy, reference, groups, optimizers, args, factor):
     advantage_of = {id(t): x for traces, a in kept for t, x in zip(traces, a)}
     tokens = sum(sum(t.sampled) for traces, _ in kept for t in traces)
     sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0}
+    policy.model.train()
     for micro in policy.micro_batches([traces for traces, _ in kept], args.micro_tokens):
         flat = [(trace, log_prob) for traces in micro for trace in traces
                 for log_prob, sampled in zip(trace.log_probs, trace.sampled) if sampled]
@@ -83,11 +84,25 @@ def train_step(policy, reference, groups, optimizers, args, factor):
         (loss / tokens).backward()
         for name, value in {"loss": loss.item(), **logged}.items():
             sums[name] += value / tokens
+    policy.model.eval()
     norm = sft.descend(policy, optimizers, factor, args.clip_norm) if tokens else 0.0
     return {**sums, "grad_norm": norm, "groups_used": len(kept), "tokens": tokens}
 
 
+def add_up(updates):
+    """What to log of a step's updates: counts are added, all else is averaged."""
+    counts = ("groups_used", "tokens")
+    return {name: (sum if name in counts else mean)([u[name] for u in updates]) for name in updates[0]}
+
+
 # ------------------------------------------------------------------------------------------------ the job
+
+# What goes with the tiny base, and with --model (paper, appendix), where no flag says otherwise.
+TINY = dict(steps=160, questions=16, group=8, warm_up=5, final_lr=0.2, kl=0.05, clip_norm=1.0, diversity=0.0)
+PAPER_SINGLE = dict(steps=500, questions=128, update_questions=64, group=5, warm_up=0, final_lr=1.0, kl=0.01, clip_norm=1.0,
+                    diversity=0.0)
+PAPER_MULTI = PAPER_SINGLE | dict(group=8, warm_up=None, clip_norm=0.2, diversity=0.2)
+
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Train a visually grounded policy with GRPO. Called with nothing, it makes "
@@ -95,27 +110,40 @@ def parse_arguments():
     evaluation.add_arguments(parser)
     sft.add_training_arguments(parser)
     add = parser.add_argument
-    add("--steps", type=int, default=160, help="GRPO steps (%(default)s)")
-    add("--questions", type=int, default=16, help="questions a step (%(default)s)")
-    add("--group", type=int, default=8, help="traces a question (%(default)s)")
+    add("--steps", type=int, help="GRPO steps (tiny base 160, with --model 500)")
+    add("--questions", type=int, help="questions a step (tiny base 16, with --model 128)")
+    add("--update-questions", type=int, help="questions an update (tiny base all, with --model 64)")
+    add("--group", type=int, help="traces a question (8; with --model and a single turn 5)")
     add("--lr", type=float, help="learning rate (Muon 2.5e-3, AdamW 1e-6)")
     add("--adamw-lr", type=float, default=3e-4, help="with Muon: learning rate of all but the hidden matrices (%(default)s)")
+    add("--warm-up", type=int, help="steps until the learning rate is reached (5; with --model a twentieth, single-turn none)")
+    add("--final-lr", type=float, help="share of the learning rate at the end (tiny base 0.2, with --model 1)")
     add("--kl", type=float, help="coefficient of the KL penalty to the SFT model; 0: none (tiny base 0.05, with --model 0.01)")
-    add("--clip-norm", type=float, default=1.0, help="norm to which gradients are clipped (%(default)s)")
+    add("--clip-norm", type=float, help="norm to which gradients are clipped (1; with --model in the mode zoom 0.2)")
+    add("--diversity", type=float, help="reward of a further distinct look, as a share of the format reward; it fades out by "
+        "half-time (tiny base 0, with --model 0.2)")
     add("--no-std", action="store_true", help="advantages without the division by the group's standard deviation")
-    add("--diversity", type=float, default=0.0, help="reward of a further distinct look, as a share of the format reward; "
-        "it fades out by half-time; the paper's: 0.2 (%(default)s)")
     add("--eval-n", type=int, default=1024, help="held-out questions of the final table (%(default)s)")
+    add("--eval-task", metavar="FILE", help="questions of the final table (a tenth of --task, held out)")
     add("--save-every", type=int, default=25, help="steps between checkpoints to resume from (%(default)s)")
     add("--show-every", type=int, default=50, help="steps between traces printed in full (%(default)s)")
     args = sft.finish_arguments(parser.parse_args())
-    for name in ("questions", "group", "steps", "eval_n", "save_every", "show_every"):
+    defaults = TINY if not args.model else PAPER_MULTI if args.mode == "zoom" else PAPER_SINGLE
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.lr = args.lr or {"muon": 2.5e-3, "adamw": 1e-6}[args.optimizer]
+    args.warm_up = round(args.steps / 20) if args.warm_up is None else args.warm_up
+    args.update_questions = args.update_questions or args.questions
+    for name in ("questions", "update_questions", "group", "steps", "eval_n", "save_every", "show_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    args.lr = args.lr or {"muon": 2.5e-3, "adamw": 1e-6}[args.optimizer]
-    args.kl = (0.01 if args.model else 0.05) if args.kl is None else args.kl
     if args.group < 2:
         raise UserError("--group must be at least 2: advantages compare the traces of a group")
+    try:
+        weights_at(args, 0)
+    except ValueError as error:
+        raise UserError(f"--diversity {args.diversity}: {error}") from None
     return args
 
 
@@ -145,8 +173,10 @@ def train(policy, reference, args, out):
         counted = [[t.ended not in ("length", "forced") for t in traces] for traces in groups]
         advantages = [group_advantages([s.total for s in scores], ok, not args.no_std)
                       for (_, scores), ok in zip(scored, counted)]
-        factor = sft.learning_rate(step, args.steps, 5, 0.2)
-        learnt = train_step(policy, reference, [(t, a) for (t, _), a in zip(scored, advantages)], optimizers, args, factor)
+        factor = sft.learning_rate(step, args.steps, max(1, args.warm_up), args.final_lr)
+        pairs = [(t, a) for (t, _), a in zip(scored, advantages)]
+        learnt = add_up([train_step(policy, reference, pairs[i:i + args.update_questions], optimizers, args, factor)
+                         for i in range(0, len(pairs), args.update_questions)])
 
         flat = [(t, s) for traces, scores in scored for t, s in zip(traces, scores)]
         line = {"step": step + 1, "reward": mean(s.total for _, s in flat), "accuracy": mean(s.correct for _, s in flat),
@@ -231,7 +261,10 @@ def check_arguments(args, out):
 
 def final_table(args, stages, out):
     """Evaluates the checkpoints {name: path} on held-out questions, prints the table and writes summary.json."""
-    questions = evaluation.questions_of(args, "test", args.eval_n)
+    if args.eval_task:
+        questions = evaluation.open_file(args.eval_task, args.image_root, args.eval_n)
+    else:
+        questions = evaluation.questions_of(args, "test", args.eval_n)
     summary, rows = {}, [["", "accuracy", "95 %", "without tool", "format", "on target", "looks", "looks again", "minutes"]]
     for name, path in stages.items():
         policy, notes = models.load(str(path), max_pixels=args.max_pixels), Path(path) / "notes.json"
@@ -243,8 +276,8 @@ def final_table(args, stages, out):
         rows.append([name, f"{found.accuracy:.3f}", "{:.3f}-{:.3f}".format(*found.ci95), f"{bare.accuracy:.3f}",
                      f"{found.format:.3f}", "-" if found.on_target is None else f"{found.on_target:.3f}", f"{found.crops:.2f}",
                      f"{found.looks_again:.3f}", f"{minutes:.1f}"])
-    print(f"\n{args.eval_n} held-out questions, temperature {args.temperature:g}:\n" + evaluation.table(rows))
-    if args.task in evaluation.TOYS:
+    print(f"\n{len(questions)} held-out questions, temperature {args.temperature:g}:\n" + evaluation.table(rows))
+    if args.task in evaluation.TOYS and not args.eval_task:
         dialogue = evaluation.dialogue_of(args)
         blind = {looks: evaluation.blind_accuracy(questions, dialogue, looks) for looks in (0, 1, 4)}
         summary["blind"] = blind
@@ -262,8 +295,8 @@ def main():
         check_arguments(args, out)
     models.write_text(out / "args.json", json.dumps(vars(args), indent=1) + "\n")
     base = sft.warm_start(args, print)
-    policy = models.load(str(out / "sft"), max_pixels=args.max_pixels)
-    reference = models.load(str(out / "sft"), max_pixels=args.max_pixels) if args.kl else None
+    policy = sft.load_trainable(args, out / "sft")
+    reference = sft.load_trainable(args, out / "sft") if args.kl else None
     train(policy, reference, args, out)
     seconds = sum(json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text().splitlines())
     policy.save(out / "rl", minutes=seconds / 60)

@@ -77,16 +77,15 @@ def overview(scene):
     return scene.draw().reduce(SIDE // SEEN)
 
 
-def mixed_scene(rng, n=None, repeats=True):
-    """1 to 6 cards; with repeats, most colours have two or three cards."""
-    n = n or rng.randint(4, 9)
-    colours = [c for c in rng.sample(list(COLOURS), 6) for _ in range(rng.choice((1, 2, 3, 3)) if repeats else 1)][:n]
+def mixed_scene(rng, fewest=4, most=9, copies=(1, 2, 3, 3)):
+    """`fewest` to `most` cards, of each colour as many as a draw from `copies` says."""
+    colours = [c for c in rng.sample(list(COLOURS), 6) for _ in range(rng.choice(copies))][:rng.randint(fewest, most)]
     return Scene(place_cards(rng, [(c, rng.choice(("plain", *PATTERNS))) for c in colours]), colours[0])
 
 
-def lesson_list(policy, rng, n=None, repeats=True):
-    """Locate: list the cards of every colour, in reading order, and say where there is none (or no more)."""
-    scene = mixed_scene(rng, n, repeats)
+def lesson_list(policy, rng, **kind):
+    """Locate: list the cards of every colour, in reading order, and say where there is none (or no more). kind: of the scene."""
+    scene = mixed_scene(rng, **kind)
     frame = Frame((SEEN, SEEN), (SIDE, SIDE))
     lesson = Lesson(policy, TINY_PROMPTS["grounded"], LIST, overview(scene))
     present = {c.colour for c in scene.cards}
@@ -212,23 +211,29 @@ def make_optimizers(policy, kind, lr, adamw_lr=None):
     return [Muon(hidden, lr=lr), torch.optim.AdamW(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
+def list_kind(u):
+    """The scenes of the lessons that list cards, from easy to hard, at share `u` of pretraining: few cards of different colours,
+    then more of them, then more of the same colour."""
+    if u < 0.08:
+        return dict(fewest=1, most=1 + int(5 * u / 0.08), copies=(1,))
+    w = min(1, (u - 0.08) / 0.22)
+    return dict(fewest=2 if w <= 0.5 else 4, most=5 + int(4 * w),
+                copies=(1, 1, 2) if w < 0.3 else (1, 2, 2, 3) if w < 0.7 else (1, 2, 3, 3))
+
+
 def pretrain(policy, steps, seed, *, batch=16, go_on=0.2, log=print):
-    """Teaches the tiny base to see and to speak the grammar: first to list few cards of different colours, then more, then
-    dialogues and reading among them. Half of the dialogues from half-time on are of the instructed kind."""
+    """Teaches the tiny base to see and to speak the grammar: lists from the start, dialogues among them from a fifth of the time
+    on and as half of the batch from half-time on; of the dialogues six in ten are of the instructed kind."""
     rng = random.Random(f"pretraining {seed}")
     policy.train_vision = True
     policy.model.train()
     optimizers = make_optimizers(policy, "muon", 0.01, adamw_lr=5e-3)
-    started, early = time.time(), 0.15
+    started = time.time()
     for step in range(steps):
         u = step / steps
         dialogues = 0 if u < 0.2 else batch * 5 // 16 if u < 0.5 else batch // 2
-        readings = 1 if u < early else rng.randrange(2)
-        if u < early:
-            lessons = [lesson_list(policy, rng, 1 + rng.randrange(int(1 + 5 * u / early)), repeats=False)
-                       for _ in range(batch - readings)]
-        else:
-            lessons = [lesson_list(policy, rng) for _ in range(batch - readings - dialogues)]
+        readings = 1 if u < 0.08 else rng.randrange(2)
+        lessons = [lesson_list(policy, rng, **list_kind(u)) for _ in range(batch - readings - dialogues)]
         lessons += [lesson_read(policy, rng) for _ in range(readings)]
         lessons += [lesson_dialogue(policy, rng, go_on, show=rng.random() < 0.6) for _ in range(dialogues)]
         loss = -policy.log_probs([[lesson] for lesson in lessons]).mean()
@@ -453,16 +458,16 @@ def join_steps(node, bad, good, min_distance):
 def to_multi_turn(text, max_crops=4, later=0.3, rng=random):
     """A single-turn chain as turns of the mode `zoom` (paper, section 3.3): cut at its points, each new point becomes a look,
     at most `max_crops`; what is left of the thought goes with the answer. With probability `later` the first look comes after the
-    second, so that looking again after a miss is seen too. -> the turns' texts, or None without points or answer."""
+    second, so that looking again after a miss is seen too. -> the turns' texts; without points or answer, the text as it is."""
     turn = parse_turn(text)
     steps, last = [], 0
     for found in POINT_STEP.finditer(turn.thought):
         point = parse_points(found[0])[0]
-        if len(steps) < max_crops and all(near(point, p, 1) is False for _, p in steps):
+        if len(steps) < max_crops and not any(near(point, p, 1) for _, p in steps):
             steps.append((turn.thought[last:found.end()].strip(), point))
             last = found.end()
     if not steps or not turn.answer:
-        return None
+        return [text]
     if len(steps) > 1 and rng.random() < later:
         steps[0], steps[1] = steps[1], steps[0]
     rest = turn.thought[last:].strip()
@@ -543,14 +548,17 @@ def add_training_arguments(parser):
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--teacher", metavar="PATH", help="checkpoint that searches for traces (the policy itself)")
     add("--traces", metavar="FILE", help="fine-tune on these traces instead of searching")
-    add("--base-steps", type=int, default=2200, help="pretraining steps of the tiny base (%(default)s)")
+    add("--base-steps", type=int, default=2600, help="pretraining steps of the tiny base (%(default)s)")
+    add("--search-mode", choices=("zoom", "grounded"), help="with --mode zoom: search in turns, or, as the paper does, in single "
+        "turns that are then cut into looks (zoom)")
     add("--search-questions", type=int, default=128, help="training questions to search (%(default)s)")
     add("--simulations", type=int, default=8, help="of the tree search, each question (%(default)s)")
     add("--chains", type=int, default=2, help="traces kept a question at most (%(default)s)")
-    add("--sft-steps", type=int, default=30, help="steps of supervised fine-tuning (%(default)s)")
+    add("--sft-steps", type=int, help="steps of supervised fine-tuning (tiny base 30, with --model one pass over the traces)")
     add("--sft-batch", type=int, default=32, help="traces a step (%(default)s)")
     add("--sft-lr", type=float, help="peak learning rate of fine-tuning, by AdamW (tiny base 1e-3, with --model 1e-6)")
     add("--optimizer", choices=("muon", "adamw"), help="of GRPO (tiny base muon, with --model adamw)")
+    add("--train-vision", action="store_true", help="train the vision tower too (frozen; its pretraining aside)")
     add("--micro-tokens", type=int, default=16_384, help="tokens in one forward and backward pass at most (%(default)s)")
 
 
@@ -558,10 +566,20 @@ def finish_arguments(args):
     """As `evaluate.finish_arguments`, and what goes with the base."""
     args.sft_lr = args.sft_lr or (1e-6 if args.model else 1e-3)
     args.optimizer = args.optimizer or ("adamw" if args.model else "muon")
+    args.sft_steps = args.sft_steps or (None if args.model else 30)
     for name in ("base_steps", "search_questions", "simulations", "chains", "sft_steps", "sft_batch", "micro_tokens"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     return evaluation.finish_arguments(args)
+
+
+def load_trainable(args, path):
+    """A checkpoint to be trained; on a GPU, activations are computed again in the backward pass instead of kept."""
+    policy = models.load(str(path), max_pixels=args.max_pixels)
+    policy.train_vision = args.train_vision
+    if policy.device.type == "cuda":
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy
 
 
 def folder_of(args):
@@ -598,8 +616,10 @@ def make_traces(args, base, out, log):
         return read_traces(path, questions)
     teacher = models.load(args.teacher or base, max_pixels=args.max_pixels)
     log(f"traces: searching {len(questions)} questions with {args.teacher or base}")
-    roots = search(teacher, questions, evaluation.dialogue_of(args), evaluation.sampling_of(args, args.seed),
-                   simulations=args.simulations, log=log)
+    dialogue = evaluation.dialogue_of(args)
+    if args.search_mode and args.mode == "zoom":
+        dialogue.mode = args.search_mode
+    roots = search(teacher, questions, dialogue, evaluation.sampling_of(args, args.seed), simulations=args.simulations, log=log)
     rng = random.Random(f"chains {args.seed}")
     chains = []
     for root in roots:
@@ -622,13 +642,17 @@ def warm_start(args, log):
         return base
     started = time.time()
     chains = make_traces(args, base, out, log)
-    policy, dialogue = models.load(base, max_pixels=args.max_pixels), evaluation.dialogue_of(args)
+    policy, dialogue = load_trainable(args, base), evaluation.dialogue_of(args)
+    if args.mode == "zoom":
+        chains = [(q, texts if len(texts) > 1 else to_multi_turn(texts[0], args.max_crops, rng=random.Random(f"looks {q.id}")))
+                  for q, texts in chains]
     traces = [replay(policy, dialogue, question, texts) for question, texts in chains]
     fit = [t for t in traces if t.ended == "answer" and is_correct(t)]
     log(f"sft: {len(fit)} of {len(traces)} traces are whole and right; "
         f"{sum(len(t.crops) > 1 for t in fit)} of them look more than once")
     optimizers = make_optimizers(policy, "adamw", args.sft_lr)
-    fine_tune(policy, fit, optimizers, steps=args.sft_steps, batch=args.sft_batch, seed=args.seed,
+    steps = args.sft_steps or math.ceil(len(fit) / args.sft_batch)
+    fine_tune(policy, fit, optimizers, steps=steps, batch=args.sft_batch, seed=args.seed,
               micro_tokens=args.micro_tokens, log=log)
     policy.save(out / "sft", minutes=(time.time() - started) / 60)
     return base

@@ -117,11 +117,50 @@ def test_a_question_about_an_image_of_ones_own(run_folder, mode):
     assert "Où est le chat" in output and Image.open(folder / "trace.png").size[0] == 768
 
 
+def test_a_task_from_a_file(run_folder):
+    """Guards real data: training and evaluation on a file in the release's own format, with a checkpoint given by --model and the
+    paper's settings, boxes and answers in words among the questions."""
+    folder, _ = run_folder
+    rows = []
+    for i in range(12):
+        Image.new("RGB", (200 + i, 100), (20 * i, 90, 90)).save(folder / f"image{i}.png")
+        rows.append({"problem": f"<image>\nWhich? {i}", "answer": "red" if i % 2 else "(10, 20, 60, 80)", "images": [f"image{i}.png"]})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    turns = ["<think>Here (3, 4).</think>\n" + call_text((3, 4)), "<think>So.</think>\n<answer>red</answer>"]
+    given = [{"id": str(i), "turns": turns} for i in range(2, 13, 2)]
+    (folder / "rows_traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given[:3]))
+    model = folder / "runs/tiny/seed-0-steps-3"
+    common = ["--model", model, "--task", "rows.jsonl", "--response-tokens", 120, "--turn-tokens", 12, "--max-pixels", 4096]
+    output = call("evaluate.py", *common, cwd=folder)
+    assert "12 questions" in output and "lenient" in output
+    output = call("train_rl.py", *common, "--search-questions", 12, "--traces", "rows_traces.jsonl", "--out", "filed", "--steps", 2,
+                  "--questions", 2, "--group", 2, "--eval-n", 3, cwd=folder)
+    assert "1 held-out" in output and "step 2/2" in output
+    args = json.loads((folder / "filed/args.json").read_text())
+    assert (args["lr"], args["kl"], args["clip_norm"], args["optimizer"], args["family"]) == (1e-6, 0.01, 0.2, "adamw", "gui")
+
+
 def test_search_runs(run_folder):
     """Guards train_sft.py's search: a base that finds nothing must say so, in a line."""
     folder, _ = run_folder
     output = call("train_sft.py", *MINI, "--simulations", 1, "--out", "searched", cwd=folder, code=2)
     assert "search 1/1" in output and "no right trace" in output and "Traceback" not in output
+
+
+def test_single_turn_traces_become_looks(run_folder):
+    """Guards the paper's way to multi-turn traces: single-turn ones, given to the mode zoom, are cut into turns with real looks."""
+    folder, _ = run_folder
+    chains = []
+    for index in range(4):
+        question = evaluation.toy_search("train", 0, index)
+        steps = " ".join(f"A card at ({c.x // 4}, {c.y // 4})." for c in question.scene.candidates)
+        chains.append((question, [f"<think>{steps} So.</think>\n<answer>{question.answer}</answer>"]))
+    sft.write_traces(folder / "single.jsonl", chains)
+    looks = sum(len(q.scene.candidates) > 1 for q, _ in chains)
+    output = call("train_sft.py", *MINI, "--traces", "single.jsonl", "--out", "converted", cwd=folder)
+    assert f"4 of 4 traces are whole and right; {looks} of them look more than once" in output
+    again = call("train_sft.py", *MINI, "--search-mode", "grounded", "--simulations", 1, "--out", "cut", cwd=folder, code=2)
+    assert "no right trace" in again
 
 
 @pytest.mark.parametrize("script, arguments, message", [

@@ -4,10 +4,9 @@ import random
 import numpy as np
 import pytest
 
-import evaluate as evaluation
-from evaluate import (ANSWERS, CARD, SIDE, Card, DrawnQuestions, Scene, blind_accuracy, draw_trace, evaluate, interval, report,
+from evaluate import (ANSWERS, CARD, SIDE, Card, DrawnQuestions, Scene, blind_accuracy, evaluate, interval, report,
                       search_scene, toy_search)
-from rollout import Dialogue, window
+from rollout import Dialogue, call_text, draw_trace, window
 from train_sft import replay
 from reward import score
 
@@ -76,16 +75,11 @@ def solve(policy, question, wrong=False):
     turns = []
     for number, card in enumerate(question.scene.candidates, 1):
         spot = card.x / 4, card.y / 4
-        turns.append(f"<think>Card at ({spot[0]:.0f}, {spot[1]:.0f}).</think>\n{evaluation_call(spot)}")
+        turns.append(f"<think>Card at ({spot[0]:.0f}, {spot[1]:.0f}).</think>\n{call_text(spot)}")
         if card.pattern != "plain":
             break
     said = next(a for a in ANSWERS if a != question.answer) if wrong else question.answer
     return replay(policy, Dialogue(), question, turns + [f"<think>So.</think>\n<answer>{said}</answer>"])
-
-
-def evaluation_call(spot):
-    from rollout import call_text
-    return call_text(spot)
 
 
 def test_the_figures_of_a_report(policy):

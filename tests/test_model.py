@@ -133,6 +133,32 @@ def test_vocabulary_in_chunks_changes_nothing(policy, monkeypatch):
     assert torch.allclose(found[0][0], found[1][0], atol=1e-6) and torch.allclose(found[0][1], found[1][1], atol=1e-4)
 
 
+def test_checkpointing_changes_nothing(policy):
+    """Guards gradient checkpointing: what is computed again must attend in the same layout."""
+    engine = Engine(policy, turn_tokens=9, response_tokens=60, generator=torch.Generator().manual_seed(0))
+    done = list(engine.run(prompts(policy, 2, 3), lambda s, cut: None))
+    found = []
+    for again in (False, True):
+        if again:
+            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.model.zero_grad()
+        policy.model.train()
+        policy.log_probs(done).sum().backward()
+        found.append({n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.allclose(found[0][n], found[1][n], atol=1e-5, rtol=1e-5) for n in found[0])
+
+
+def test_many_images_go_through_the_vision_tower_in_parts(policy, monkeypatch):
+    """Guards the bound on patches: the features must not depend on it."""
+    pictures = [policy.picture(noise(64, 64, seed)) for seed in range(5)]
+    whole = [f.clone() for f in policy.features(pictures)]
+    monkeypatch.setattr(models, "MAX_VISION_PATCHES", 130)
+    for picture in pictures:
+        picture.features = None
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, policy.features(pictures)))
+
+
 def test_greedy_tokens_are_those_of_generate(policy):
     """Guards sampling and stopping: temperature 0 must give what `generate` gives."""
     (sequence,) = job = next(prompts(policy, 1, 1))

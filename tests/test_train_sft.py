@@ -163,7 +163,7 @@ def test_single_turn_to_multi_turn():
     many = "<think>" + " ".join(f"P ({i * 20}, 5)." for i in range(7)) + "</think><answer>x</answer>"
     assert len(to_multi_turn(many, max_crops=4, later=0)) == 5
     assert [parse_turn(t).call for t in to_multi_turn(text, later=1)] == [(30, 4), (1, 2), None]
-    assert to_multi_turn("<think>no point</think><answer>x</answer>") is None
+    assert to_multi_turn("<think>no point</think><answer>x</answer>") == ["<think>no point</think><answer>x</answer>"]
 
 
 def test_traces_on_disk(policy, question, tmp_path):
