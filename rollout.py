@@ -325,7 +325,15 @@ def rollout(policy, questions, dialogue, group, **sampling):
 
     questions: an iterable, read as places become free; sampling: see `model.Engine`."""
     jobs = (dialogue.start(policy, question, group) for question in questions)
-    yield from Engine(policy, **sampling).run(jobs, lambda trace, cut: dialogue.on_turn(policy, trace, cut))
+    yield from run_dialogues(policy, jobs, dialogue, **sampling)
+
+
+def run_dialogues(policy, jobs, dialogue, **sampling):
+    """Runs lists of Traces with a common prompt to their ends; yields them as they are finished."""
+    for job in Engine(policy, **sampling).run(jobs, lambda trace, cut: dialogue.on_turn(policy, trace, cut)):
+        for trace in job:
+            trace.ended = trace.ended or "length"     # the observation would not have fitted in
+        yield job
 
 
 def draw_trace(trace, width=768):

@@ -26,10 +26,10 @@ import torch
 import evaluate as evaluation
 import model as models
 from evaluate import (ANSWERS, COLOURS, PATTERNS, QUESTION, SIDE, Scene, place_cards, search_scene)
-from model import Chunk, Engine, Sequence, UserError
+from model import Chunk, Sequence, UserError
 from reward import is_correct
-from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Dialogue, Frame, Trace, call_text, parse_points, parse_turn, spoken,
-                     window, zoom)
+from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Dialogue, Frame, Trace, call_text, parse_points, parse_turn,
+                     run_dialogues, spoken, window, zoom)
 
 # ------------------------------------------------------------------------------------------------ (a) the tiny base
 
@@ -345,7 +345,7 @@ def continue_from(policy, dialogue, prefixes, count, sampling):
                      turns=rest.turns, ended=rest.ended, starts=prefix.starts + [s + shift for s in rest.starts[1:]])
 
     place, found = {}, {}
-    for job in Engine(policy, **sampling).run(jobs(), lambda trace, cut: dialogue.on_turn(policy, trace, cut)):
+    for job in run_dialogues(policy, jobs(), dialogue, **sampling):
         found[place[id(job)][0]] = job
     return [[whole(prefix, rest) for rest in found[i]] for i, prefix in enumerate(prefixes)]
 

@@ -327,7 +327,7 @@ def update(policy, shape, args, rng):
 
 def step(policy, image_tokens, args, rng):
     """A step of ours follows every step of TRL's trainer, each on a model of its own."""
-    from datasets import Dataset
+    from trl.trainer.grpo_trainer import Dataset
     from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
     from trl import GRPOConfig, GRPOTrainer
     plan, rewards = rng.integers(50, 151, GROUP).tolist(), [float(i % 2) for i in range(GROUP)]

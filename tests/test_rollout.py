@@ -138,6 +138,18 @@ def test_how_a_trace_can_end(policy, question, text, cut, ended):
     assert script.say(text, cut) is None and script.trace.ended == ended
 
 
+def test_an_observation_that_does_not_fit_ends_the_trace(policy, question):
+    """Guards the bound on tokens: a trace whose close-up would pass it ends as "length", not without a reason."""
+    policy.end_tokens = set(range(policy.text_config.vocab_size))             # every token ends a turn ...
+    dialogue = Dialogue()
+    def on_turn(policy, trace, cut):                                           # ... with a look
+        trace.turns.append(parse_turn(look(5, 5)))
+        return dialogue.look(policy, trace, trace.turns[-1])
+    dialogue.on_turn = on_turn
+    for (trace,) in rollout(policy, [question], dialogue, 1, turn_tokens=9, response_tokens=40):
+        assert trace.ended == "length" and len(trace.ids) <= 40
+
+
 def test_without_the_tool_the_answer_is_asked_for_at_once(policy, question):
     """Guards --no-tool: no look is possible."""
     script = Script(policy, Dialogue(tool=False), question)
