@@ -2,7 +2,7 @@
 
 In:  a `rollout.Trace` (its question, turns, frames, and how it ended). Out: a `Score`: the total and the parts that make it.
 
-    total = w.correct * correct + w.format * format * grounded * (1 + diversity)          paper, section 3
+    total = w.correct * correct + w.format * format * grounded * (1 + diversity)
 
     correct    1 if the answer is right: an option or a text, a point in a region, or a web action
     format     1 if every turn keeps to the grammar of its mode and the policy ended the trace itself

@@ -2,7 +2,7 @@
 
 In:  questions about images. Out: `Trace`s: which tokens the policy sampled, where it pointed, what it was shown, how it ended.
 
-Four modes (paper, section 3): `direct` (an answer only), `think` (a thought, then the answer), `grounded` (a thought whose
+Four modes, as in the paper: `direct` (an answer only), `think` (a thought, then the answer), `grounded` (a thought whose
 steps point at the image) and `zoom` (turns: a thought that points, a look at the point, ..., the answer).
 
 Coordinates live in two frames. The policy speaks pixels of the image *as it sees it* (after the image processor's resize);

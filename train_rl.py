@@ -4,7 +4,7 @@ In:  a task and a checkpoint (by default everything before it is made: the tiny 
 Out: a run folder: args.json, log.jsonl (a line a step), traces.jsonl (sampled traces with their rewards), the checkpoints
      base/, sft/, rl/, state.pt (to resume from), summary.json (the final table).
 
-Kept of GRPO (paper, section 3.4; method of DeepSeekMath): G traces a question, advantages relative to their group, clipped
+Kept of GRPO (DeepSeekMath; as the paper uses it): G traces a question, advantages relative to their group, clipped
 probability ratios (0.2 below, 0.28 above, a second clip at 3 for negative advantages), a KL penalty to the SFT model by the k3
 estimator inside the loss, mean over tokens, one update a batch.
 Changed: one denominator for the whole update, whatever the micro-batches; traces that were cut off or had to be asked for their

@@ -7,7 +7,7 @@ Out: `traces.jsonl` (what the search found, to be read by a person and by `--tra
     python train_sft.py --model PATH --task FILE --mode zoom --teacher PATH
     python train_sft.py --model PATH --task FILE --mode zoom --traces FILE
 
-Departures from the paper (section 3.2 and appendix): in the mode `zoom` a step of the search is a turn of the dialogue with its
+Departures from the paper: in the mode `zoom` a step of the search is a turn of the dialogue with its
 real close-up, so the value of a step depends on what it shows; the policy is its own teacher unless `--teacher` names another;
 the pretraining (section (a)) stands in for Qwen's, for a base that starts from nothing.
 """
@@ -272,7 +272,7 @@ SENTENCE_STEP = re.compile(r"[.!?](?=\s)")
 
 @dataclass(eq=False)
 class Node:
-    """A path of steps (paper, section 3.2). trace: the tokens of the path; rollouts: complete traces sampled from here."""
+    """A path of steps (paper: warm start). trace: the tokens of the path; rollouts: complete traces sampled from here."""
     trace: Trace
     parent: "Node | None" = None
     points: tuple = ()             # the points used on the path, px as seen
@@ -352,7 +352,7 @@ def continue_from(policy, dialogue, prefixes, count, sampling):
 
 def search(policy, questions, dialogue, sampling, *, simulations=8, width=3, rollouts=2, depth=10, c=2.0, min_distance=10,
            log=print):
-    """Monte Carlo tree search for right traces of each question (paper, section 3.2). -> the trees' roots.
+    """Monte Carlo tree search for right traces of each question (paper: warm start). -> the trees' roots.
 
     All trees take a simulation at the same time: UCB1 selects a leaf in each; `width` continuations are sampled from it to
     their ends; the first step of each becomes a child unless it repeats a point of its path or a sibling; each child gets
@@ -419,7 +419,7 @@ def near(a, b, distance):
 
 def linearise(root, min_distance=10):
     """The chains of a tree, each a list of turns' texts: from each node, every right roll-out, and every pair of a wrong one
-    and a right one with a back-tracking sentence between (paper, section 3.2); nothing twice. The shortest first."""
+    and a right one with a back-tracking sentence between (paper: warm start); nothing twice. The shortest first."""
     chains = {}
     for node in root.walk():
         right = [t for t in node.rollouts if t.ended == "answer" and is_correct(t)]
@@ -456,7 +456,7 @@ def join_steps(node, bad, good, min_distance):
 
 
 def to_multi_turn(text, max_crops=4, later=0.3, rng=random):
-    """A single-turn chain as turns of the mode `zoom` (paper, section 3.3): cut at its points, each new point becomes a look,
+    """A single-turn chain as turns of the mode `zoom` (paper: multi-turn): cut at its points, each new point becomes a look,
     at most `max_crops`; what is left of the thought goes with the answer. With probability `later` the first look comes after the
     second, so that looking again after a miss is seen too. -> the turns' texts; without points or answer, the text as it is."""
     turn = parse_turn(text)
