@@ -566,7 +566,7 @@ def finish_arguments(args):
     """As `evaluate.finish_arguments`, and what goes with the base."""
     args.sft_lr = args.sft_lr or (1e-6 if args.model else 1e-3)
     args.optimizer = args.optimizer or ("adamw" if args.model else "muon")
-    args.sft_steps = args.sft_steps or (None if args.model else 30)
+    args.sft_steps = 30 if args.sft_steps is None and not args.model else args.sft_steps
     for name in ("base_steps", "search_questions", "simulations", "chains", "sft_steps", "sft_batch", "micro_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
@@ -577,6 +577,8 @@ def load_trainable(args, path):
     """A checkpoint to be trained; on a GPU, activations are computed again in the backward pass instead of kept."""
     policy = models.load(str(path), max_pixels=args.max_pixels)
     policy.train_vision = args.train_vision
+    if prompt := evaluation.dialogue_of(args).system_prompt:
+        policy.system_prompts[args.mode] = prompt       # the checkpoint remembers it
     if policy.device.type == "cuda":
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return policy
@@ -650,6 +652,9 @@ def warm_start(args, log):
     fit = [t for t in traces if t.ended == "answer" and is_correct(t)]
     log(f"sft: {len(fit)} of {len(traces)} traces are whole and right; "
         f"{sum(len(t.crops) > 1 for t in fit)} of them look more than once")
+    if not fit:
+        raise UserError(f"none of the {len(traces)} traces is whole and right in the mode {args.mode}; look at them in "
+                        f"{args.traces or out / 'search.jsonl'}, or give others by --traces")
     optimizers = make_optimizers(policy, "adamw", args.sft_lr)
     steps = args.sft_steps or math.ceil(len(fit) / args.sft_batch)
     fine_tune(policy, fit, optimizers, steps=steps, batch=args.sft_batch, seed=args.seed,

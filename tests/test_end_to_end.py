@@ -157,7 +157,9 @@ def test_single_turn_traces_become_looks(run_folder):
         chains.append((question, [f"<think>{steps} So.</think>\n<answer>{question.answer}</answer>"]))
     sft.write_traces(folder / "single.jsonl", chains)
     looks = sum(len(q.scene.candidates) > 1 for q, _ in chains)
-    output = call("train_sft.py", *MINI, "--traces", "single.jsonl", "--out", "converted", cwd=folder)
+    (folder / "mine.txt").write_text("Look twice.\n")
+    output = call("train_sft.py", *MINI, "--traces", "single.jsonl", "--out", "converted", "--system-prompt", "mine.txt", cwd=folder)
+    assert json.loads((folder / "converted/sft/system_prompts.json").read_text())["zoom"] == "Look twice."
     assert f"4 of 4 traces are whole and right; {looks} of them look more than once" in output
     again = call("train_sft.py", *MINI, "--search-mode", "grounded", "--simulations", 1, "--out", "cut", cwd=folder, code=2)
     assert "no right trace" in again
@@ -174,11 +176,13 @@ def test_single_turn_traces_become_looks(run_folder):
     ("train_rl.py", ["--group", "1"], "--group"),
     ("train_sft.py", ["--traces", "none.jsonl", "--out", "a", "--base-steps", "3"], "none.jsonl"),
     ("train_sft.py", ["--traces", "text.png", "--out", "b", "--base-steps", "3"], "line 1"),
+    ("train_sft.py", ["--traces", "wrong.jsonl", "--out", "c", "--base-steps", "3"], "none of the 1 traces"),
 ])
 def test_bad_input_is_told_in_a_line(run_folder, script, arguments, message):
     """Guards against tracebacks: one line that names what is wrong, and exit code 2."""
     folder, _ = run_folder
     (folder / "text.png").write_text("this is no image\n")
+    (folder / "wrong.jsonl").write_text('{"id": "train-0-0", "turns": ["<answer>no such pattern</answer>"]}\n')
     arguments = [str(folder / "runs/toy-search-zoom/rl") if a == "MODEL" else a for a in arguments]
     output = call(script, *arguments, cwd=folder, code=2)
     assert message in output and "Traceback" not in output
