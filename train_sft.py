@@ -28,7 +28,7 @@ import model as models
 from evaluate import (ANSWERS, COLOURS, PATTERNS, QUESTION, SIDE, Scene, place_cards, search_scene)
 from model import Chunk, Sequence, UserError
 from reward import is_correct
-from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Dialogue, Frame, Trace, call_text, parse_points, parse_turn,
+from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, call_text, parse_points, parse_turn,
                      run_dialogues, spoken, window, zoom)
 
 # ------------------------------------------------------------------------------------------------ (a) the tiny base
