@@ -19,7 +19,6 @@ import json
 import math
 import random
 import re
-import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -28,13 +27,12 @@ from pathlib import Path
 from string import ascii_uppercase as LETTERS
 
 import numpy as np
-import torch
 from PIL import Image
 
 import model as models
 from model import UserError
-from reward import USAGE, distinct_crops, in_region, option_text, parse_action, score
-from rollout import MODES, Dialogue, Question, draw_trace, parse_points, read_image, rollout, window
+from reward import USAGE, distinct_crops, in_region, lenient_rule, official_rule, parse_action, score
+from rollout import PRESETS, Question, add_arguments, dialogue_of, draw_trace, read_image, rollout, run, sampling_of, window
 
 # ------------------------------------------------------------------------------------------------ toy-search: drawn scenes
 
@@ -584,27 +582,6 @@ def summarise(results):
     return total | {"by": {name: rate(groups[name]) for name in sorted(groups)}, "official": official}
 
 
-def official_rule(trace, strict):
-    """Whether the answer is right by the benchmark's own rule. Only RoboSpatial-Home's differs from `strict`: of yes and no
-    a prefix will do, of several points the first counts."""
-    question, answer = trace.question, trace.answer or ""
-    if question.category not in ("configuration", "compatibility", "context"):
-        return strict
-    if question.kind == "point":
-        return any(in_region(trace.frames[0].to_original(point), question.answer) for point in parse_points(answer)[:1])
-    return answer.strip().casefold().startswith(question.answer.casefold())
-
-
-def lenient_rule(trace, strict):
-    """Whether the answer is right by the public code's rule. The right text need only occur in it, blanks and punctuation
-    aside: "left or right" passes for "right". (A letter stands for its option here too.) Points and actions: `strict`."""
-    if trace.question.kind not in ("choice", "string"):
-        return strict
-    truth, said = ("".join(c for c in option_text(text, trace.question.choices) if c.isalnum())
-                   for text in (trace.question.answer, trace.answer or ""))
-    return truth in said if truth else strict
-
-
 def table(rows):
     """Lists of cells -> aligned lines, the first column to the left and the others to the right."""
     rows = [[str(c) for c in row] for row in rows]
@@ -616,17 +593,6 @@ def table(rows):
 
 # ------------------------------------------------------------------------------------------------ the command line
 
-# What goes with a family of tasks, unless a flag says otherwise (paper, appendix): close-ups, what is seen, bounds of an answer.
-REAL = dict(max_pixels=None, turn_tokens=1024, response_tokens=4608, cache_tokens=262_144, crop_half=182, crop_size=672,
-            crop_dot=False)
-PRESETS = {
-    "drawn": dict(max_pixels=None, turn_tokens=48, response_tokens=288, cache_tokens=65_536, crop_half=32, crop_size=64,
-                  crop_dot=False),
-    "spatial": REAL | dict(max_pixels=4_194_304),
-    "search": REAL | dict(max_pixels=2_850_000),
-    "gui": REAL | dict(max_pixels=4_194_304, crop_half=50, crop_size=384, crop_dot=True),
-}
-PRESETS["web"] = PRESETS["gui"]
 FAMILIES = {"V*Bench": "search", "HR-Bench": "search", "VisualProbe": "search", "ScreenSpot-Pro": "gui", "OS-Atlas": "gui",
             "ScreenSpot or ScreenSpot-V2": "gui", "RoboSpatial-Home": "spatial"}
 
@@ -649,28 +615,6 @@ def open_file(path, image_root, n=None):
     return file
 
 
-def add_arguments(parser):
-    """The flags that all three scripts share."""
-    add = parser.add_argument
-    add("--model", metavar="PATH", help="checkpoint folder or hub id of the Qwen2.5-VL family")
-    add("--task", default="toy-search", metavar="NAME|FILE", help=f"{', '.join(TOYS)}, or a file (%(default)s)")
-    add("--image-root", metavar="DIR", help="folder that the images of a file are named from (looked for around the file)")
-    add("--family", choices=tuple(PRESETS), help="kind of task, for the defaults of what follows (told by the task)")
-    add("--mode", default="zoom", choices=MODES, help="how the policy answers (%(default)s)")
-    add("--system-prompt", metavar="FILE", help="text to use instead of the mode's own system prompt")
-    add("--seed", type=int, default=0, help="decides everything that is random (%(default)s)")
-    add("--temperature", type=float, default=1.0, help="of sampling; 0: the likeliest token (%(default)s)")
-    add("--crop-half", type=int, metavar="PX", help="half the side of a close-up, px of the original (drawn 32, gui and web 50, others 182)")
-    add("--crop-size", type=int, metavar="PX", help="side of the close-up as shown (drawn 64, gui and web 384, others 672)")
-    add("--crop-dot", action=argparse.BooleanOptionalAction, help="mark the point looked at with a red dot (gui, web: yes)")
-    add("--max-crops", type=int, default=4, help="looks a trace; after that the answer is asked for (%(default)s)")
-    add("--max-pixels", type=int, metavar="N", help="area that the policy sees of an image at most (drawn: the "
-        "checkpoint's own; search 2850000, others 4194304)")
-    add("--turn-tokens", type=int, metavar="N", help="tokens sampled a turn at most (drawn 48, files 1024)")
-    add("--response-tokens", type=int, metavar="N", help="tokens behind the question at most, close-ups too (drawn 288, files 4608)")
-    add("--cache-tokens", type=int, metavar="N", help="K/V columns of all roll-outs in flight (drawn 65536, files 262144)")
-
-
 def finish_arguments(args):
     """Fills in what goes with the task where no flag was given."""
     if args.task not in TOYS and not Path(args.task).exists():
@@ -685,23 +629,6 @@ def finish_arguments(args):
     if args.temperature < 0 or args.max_crops < 0:
         raise UserError("--temperature and --max-crops cannot be negative")
     return args
-
-
-def dialogue_of(args, tool=True):
-    prompt = None
-    if args.system_prompt:
-        try:
-            prompt = Path(args.system_prompt).read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--system-prompt {args.system_prompt}: cannot be read ({error})") from None
-    return Dialogue(args.mode, args.crop_half, args.crop_size, args.crop_dot, args.max_crops, tool, prompt)
-
-
-def sampling_of(args, seed, **more):
-    """Arguments for `model.Engine`, with a random generator of its own."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return dict(temperature=args.temperature, turn_tokens=args.turn_tokens, response_tokens=args.response_tokens,
-                cache_tokens=args.cache_tokens, generator=torch.Generator(device).manual_seed(seed), **more)
 
 
 def questions_of(args, split, n, first=0):
@@ -723,18 +650,6 @@ def questions_of(args, split, n, first=0):
 @lru_cache
 def shuffled(n, seed):
     return random.Random(f"order {seed}").sample(range(n), n)
-
-
-def run(main):
-    """Runs a script's `main`: a UserError becomes one line and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; a training run goes on with --resume", file=sys.stderr)
-        sys.exit(130)
 
 
 def main():

@@ -19,17 +19,18 @@ import math
 import os
 import shutil
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
-from transformers import (AddedToken, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer,
-                          Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, logging)
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, logging
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 logging.disable_progress_bar()
 
@@ -76,6 +77,34 @@ class Sequence:
         self.log_probs += [0.0] * len(chunk.ids)
         self.pictures += chunk.pictures
         return self
+
+
+# ------------------------------------------------------------------------------------------------ processes (torchrun)
+
+def start_processes():
+    """Joins the processes that torchrun started, one a GPU (or on the CPU); does nothing without torchrun."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=4))
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value):
+    """Every process's `value` (anything that pickles), as a list by rank, on every process. It also waits for all of them."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
 
 
 # ------------------------------------------------------------------------------------------------ the policy
@@ -717,52 +746,3 @@ def nucleus(log_probs, top_p):
     beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
     dropped = torch.zeros_like(beyond).scatter(-1, index, beyond)
     return torch.log_softmax(log_probs.masked_fill(dropped, -torch.inf), -1)
-
-
-# ------------------------------------------------------------------------------------------------ the tiny base
-
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-                  "<|video_pad|>"]
-CHAT_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{% if part.type == 'image' %}\
-<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
-
-def make_tiny(folder, strings, system_prompts, *, image_px=64, hidden=96, layers=4, heads=3, vision_hidden=64):
-    """Writes a tiny Qwen2.5-VL with random weights (torch's seed) as an ordinary checkpoint folder.
-
-    strings: what shall be one token each, besides Qwen's special tokens and single bytes (digits among them).
-    image_px: side of the square that it sees of any image, in px: patches of 8 px, merged 2x2."""
-    alphabet = sorted(chr(c) for c in byte_characters())
-    tokenizer = Qwen2Tokenizer(vocab={c: i for i, c in enumerate(alphabet)}, merges=[], eos_token="<|im_end|>",
-                               pad_token="<|endoftext|>")
-    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(s, normalized=False) for s in strings])
-    tokenizer.chat_template = CHAT_TEMPLATE
-    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)))
-    half = hidden // heads // 2
-    side = half * 3 // 8
-    text = dict(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-                num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, initializer_range=0.1,
-                rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[half - 2 * side, side, side]),
-                tie_word_embeddings=True, bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
-    vision = dict(depth=1, hidden_size=vision_hidden, intermediate_size=2 * vision_hidden, num_heads=4, out_hidden_size=hidden,
-                  patch_size=8, spatial_merge_size=2, temporal_patch_size=2, window_size=64, fullatt_block_indexes=[0],
-                  initializer_range=0.1)
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
-                              video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
-                              vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ids["<|im_end|>"], ids["<|endoftext|>"]
-    processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=image_px**2,
-                                         max_pixels=image_px**2, resample=4,   # box filter: exact means over whole blocks
-                                         image_mean=[0.5] * 3, image_std=[0.25] * 3)
-    Policy(model, tokenizer, processor, system_prompts).save(folder)
-
-
-def byte_characters():
-    """The 256 characters by which byte-level BPE writes bytes: printable ones as themselves, the others from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return printable + [256 + i for i in range(256 - len(printable))]

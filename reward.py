@@ -313,3 +313,26 @@ def score(trace, weights=None):
         diversity = weights.diversity * min(extra, weights.max_extra)
     parts = float(is_correct(trace)), float(not format_why), float(not grounding_why), diversity
     return Score(weights.total(*parts), *parts, len(trace.crops), format_why or grounding_why)
+
+
+# ------------------------------------------------------------------------------------------------ other rules of being right
+
+def official_rule(trace, strict):
+    """Whether the answer is right by the benchmark's own rule. Only RoboSpatial-Home's differs from `strict`: of yes and no
+    a prefix will do, of several points the first counts."""
+    question, answer = trace.question, trace.answer or ""
+    if question.category not in ("configuration", "compatibility", "context"):
+        return strict
+    if question.kind == "point":
+        return any(in_region(trace.frames[0].to_original(point), question.answer) for point in parse_points(answer)[:1])
+    return answer.strip().casefold().startswith(question.answer.casefold())
+
+
+def lenient_rule(trace, strict):
+    """Whether the answer is right by the public code's rule. The right text need only occur in it, blanks and punctuation
+    aside: "left or right" passes for "right". (A letter stands for its option here too.) Points and actions: `strict`."""
+    if trace.question.kind not in ("choice", "string"):
+        return strict
+    truth, said = ("".join(c for c in option_text(text, trace.question.choices) if c.isalnum())
+                   for text in (trace.question.answer, trace.answer or ""))
+    return truth in said if truth else strict

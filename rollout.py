@@ -11,12 +11,15 @@ files, boxes and crops are in pixels of the *original*. `Frame` is the one place
 Departures from the public code: crops are cut from the original, so that a zoom adds detail; a window at the border is moved
 inside, never stretched; bad calls and points outside are answered in words; what is injected is known by construction.
 """
+import argparse
 import io
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw
 
 from model import Chunk, Engine, Sequence, UserError
@@ -368,3 +371,69 @@ def draw_trace(trace, width=768):
         sheet.paste(crop.resize((side - 2, side - 2), Image.Resampling.NEAREST), (x, y))
         ImageDraw.Draw(sheet).text((x + 6, y + 4), str(number), fill="white", font_size=20, stroke_width=2, stroke_fill="black")
     return sheet
+
+
+# ------------------------------------------------------------------------------------------------ flags and their defaults
+
+# What goes with a family of tasks, unless a flag says otherwise (paper, appendix): close-ups, what is seen, bounds of an answer.
+REAL = dict(max_pixels=None, turn_tokens=1024, response_tokens=4608, cache_tokens=262_144, crop_half=182, crop_size=672,
+            crop_dot=False)
+PRESETS = {
+    "drawn": dict(max_pixels=None, turn_tokens=48, response_tokens=288, cache_tokens=65_536, crop_half=32, crop_size=64,
+                  crop_dot=False),
+    "spatial": REAL | dict(max_pixels=4_194_304),
+    "search": REAL | dict(max_pixels=2_850_000),
+    "gui": REAL | dict(max_pixels=4_194_304, crop_half=50, crop_size=384, crop_dot=True),
+}
+PRESETS["web"] = PRESETS["gui"]
+
+
+def add_arguments(parser):
+    """The flags that all three scripts share."""
+    add = parser.add_argument
+    add("--model", metavar="PATH", help="checkpoint folder or hub id of the Qwen2.5-VL family")
+    add("--task", default="toy-search", metavar="NAME|FILE", help="a drawn task or a file of questions (%(default)s)")
+    add("--image-root", metavar="DIR", help="folder that the images of a file are named from (looked for around the file)")
+    add("--family", choices=tuple(PRESETS), help="kind of task, for the defaults of what follows (told by the task)")
+    add("--mode", default="zoom", choices=MODES, help="how the policy answers (%(default)s)")
+    add("--system-prompt", metavar="FILE", help="text to use instead of the mode's own system prompt")
+    add("--seed", type=int, default=0, help="decides everything that is random (%(default)s)")
+    add("--temperature", type=float, default=1.0, help="of sampling; 0: the likeliest token (%(default)s)")
+    add("--crop-half", type=int, metavar="PX", help="half the side of a close-up, px of the original (drawn 32, gui and web 50, others 182)")
+    add("--crop-size", type=int, metavar="PX", help="side of the close-up as shown (drawn 64, gui and web 384, others 672)")
+    add("--crop-dot", action=argparse.BooleanOptionalAction, help="mark the point looked at with a red dot (gui, web: yes)")
+    add("--max-crops", type=int, default=4, help="looks a trace; after that the answer is asked for (%(default)s)")
+    add("--max-pixels", type=int, metavar="N", help="area that the policy sees of an image at most (drawn: the "
+        "checkpoint's own; search 2850000, others 4194304)")
+    add("--turn-tokens", type=int, metavar="N", help="tokens sampled a turn at most (drawn 48, files 1024)")
+    add("--response-tokens", type=int, metavar="N", help="tokens behind the question at most, close-ups too (drawn 288, files 4608)")
+    add("--cache-tokens", type=int, metavar="N", help="K/V columns of all roll-outs in flight (drawn 65536, files 262144)")
+
+
+def dialogue_of(args, tool=True):
+    prompt = None
+    if args.system_prompt:
+        try:
+            prompt = Path(args.system_prompt).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--system-prompt {args.system_prompt}: cannot be read ({error})") from None
+    return Dialogue(args.mode, args.crop_half, args.crop_size, args.crop_dot, args.max_crops, tool, prompt)
+
+
+def sampling_of(args, seed, **more):
+    """Arguments for `model.Engine`, with a random generator of its own."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return dict(temperature=args.temperature, turn_tokens=args.turn_tokens, response_tokens=args.response_tokens,
+                cache_tokens=args.cache_tokens, generator=torch.Generator(device).manual_seed(seed), **more)
+
+
+def run(main):
+    """Runs a script's `main`: a UserError becomes one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; a training run goes on with --resume", file=sys.stderr)
+        sys.exit(130)

@@ -27,7 +27,7 @@ import train_sft as sft
 from evaluate import mean
 from model import UserError
 from reward import MULTI_TURN, SINGLE_TURN, Weights, score
-from rollout import rollout
+from rollout import add_arguments, dialogue_of, rollout, run, sampling_of
 
 # ------------------------------------------------------------------------------------------------ the update
 
@@ -107,7 +107,7 @@ PAPER_MULTI = PAPER_SINGLE | dict(group=8, warm_up=None, clip_norm=0.2, diversit
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Train a visually grounded policy with GRPO. Called with nothing, it makes "
                                      "the tiny base, searches for traces, fine-tunes on them, and goes on to GRPO.")
-    evaluation.add_arguments(parser)
+    add_arguments(parser)
     sft.add_training_arguments(parser)
     add = parser.add_argument
     add("--steps", type=int, help="GRPO steps (tiny base 160, with --model 500)")
@@ -157,14 +157,14 @@ def weights_at(args, step):
 
 def train(policy, reference, args, out):
     """The GRPO loop."""
-    dialogue = evaluation.dialogue_of(args)
+    dialogue = dialogue_of(args)
     optimizers = sft.make_optimizers(policy, args.optimizer, args.lr, args.adamw_lr)
     first = restore(policy, optimizers, out) if args.resume else 0
     started = time.time()
     for step in range(first, args.steps):
         begun = time.time()
         questions = evaluation.questions_of(args, "train", args.questions, args.search_questions + step * args.questions)
-        sampling = evaluation.sampling_of(args, hash_seed(args.seed, step))
+        sampling = sampling_of(args, hash_seed(args.seed, step))
         groups = list(rollout(policy, questions, dialogue, args.group, **sampling))
         sampled = time.time() - begun
 
@@ -269,16 +269,16 @@ def final_table(args, stages, out):
     for name, path in stages.items():
         policy, notes = models.load(str(path), max_pixels=args.max_pixels), Path(path) / "notes.json"
         minutes = json.loads(notes.read_text()).get("minutes", 0.0) if notes.is_file() else 0.0
-        sampling = evaluation.sampling_of(args, hash_seed(args.seed, "test"))
-        found = evaluation.evaluate(policy, questions, evaluation.dialogue_of(args), **sampling)
-        bare = evaluation.evaluate(policy, questions, evaluation.dialogue_of(args, tool=False), **sampling)
+        sampling = sampling_of(args, hash_seed(args.seed, "test"))
+        found = evaluation.evaluate(policy, questions, dialogue_of(args), **sampling)
+        bare = evaluation.evaluate(policy, questions, dialogue_of(args, tool=False), **sampling)
         summary[name] = {**vars(found), "accuracy_no_tool": bare.accuracy, "minutes": minutes}
         rows.append([name, f"{found.accuracy:.3f}", "{:.3f}-{:.3f}".format(*found.ci95), f"{bare.accuracy:.3f}",
                      f"{found.format:.3f}", "-" if found.on_target is None else f"{found.on_target:.3f}", f"{found.crops:.2f}",
                      f"{found.looks_again:.3f}", f"{minutes:.1f}"])
     print(f"\n{len(questions)} held-out questions, temperature {args.temperature:g}:\n" + evaluation.table(rows))
     if args.task in evaluation.TOYS and not args.eval_task:
-        dialogue = evaluation.dialogue_of(args)
+        dialogue = dialogue_of(args)
         blind = {looks: evaluation.blind_accuracy(questions, dialogue, looks) for looks in (0, 1, 4)}
         summary["blind"] = blind
         print("a blind player with 0 / 1 / 4 looks at random places: " + " / ".join(f"{b:.3f}" for b in blind.values()))
@@ -304,4 +304,4 @@ def main():
 
 
 if __name__ == "__main__":
-    evaluation.run(main)
+    run(main)

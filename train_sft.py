@@ -22,14 +22,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import AddedToken, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import evaluate as evaluation
 import model as models
 from evaluate import (ANSWERS, COLOURS, PATTERNS, QUESTION, SIDE, Scene, place_cards, search_scene)
-from model import Chunk, Sequence, UserError
+from model import Chunk, Policy, Sequence, UserError
 from reward import is_correct
-from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, call_text, parse_points, parse_turn,
-                     run_dialogues, spoken, window, zoom)
+from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, call_text, dialogue_of, parse_points, parse_turn,
+                     run, run_dialogues, sampling_of, spoken, window, zoom)
 
 # ------------------------------------------------------------------------------------------------ (a) the tiny base
 
@@ -47,6 +49,53 @@ def tiny_strings():
     words = [*TINY_PROMPTS.values(), *QUESTION, *SHOW, LIST, " Card ", "Card ", " at (", ", ", ").", " None.", "Nothing.", ":"]
     words += [BACKTRACK] + [" " + c for c in COLOURS] + list(PATTERNS) + [p.capitalize() + "." for p in PATTERNS]
     return fixed + words
+
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+                  "<|video_pad|>"]
+CHAT_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{% if part.type == 'image' %}\
+<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def make_tiny(folder, strings, system_prompts, *, image_px=SEEN, hidden=96, layers=4, heads=3, vision_hidden=64):
+    """Writes a tiny Qwen2.5-VL with random weights (torch's seed) as an ordinary checkpoint folder.
+
+    strings: what shall be one token each, besides Qwen's special tokens and single bytes (digits among them).
+    image_px: side of the square that it sees of any image, in px: patches of 8 px, merged 2x2."""
+    alphabet = sorted(chr(c) for c in byte_characters())
+    tokenizer = Qwen2Tokenizer(vocab={c: i for i, c in enumerate(alphabet)}, merges=[], eos_token="<|im_end|>",
+                               pad_token="<|endoftext|>")
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(s, normalized=False) for s in strings])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)))
+    half = hidden // heads // 2
+    side = half * 3 // 8
+    text = dict(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, initializer_range=0.1,
+                rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[half - 2 * side, side, side]),
+                tie_word_embeddings=True, bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
+    vision = dict(depth=1, hidden_size=vision_hidden, intermediate_size=2 * vision_hidden, num_heads=4, out_hidden_size=hidden,
+                  patch_size=8, spatial_merge_size=2, temporal_patch_size=2, window_size=64, fullatt_block_indexes=[0],
+                  initializer_range=0.1)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
+                              video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
+                              vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ids["<|im_end|>"], ids["<|endoftext|>"]
+    processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=image_px**2,
+                                         max_pixels=image_px**2, resample=4,   # box filter: exact means over whole blocks
+                                         image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    Policy(model, tokenizer, processor, system_prompts).save(folder)
+
+
+def byte_characters():
+    """The 256 characters by which byte-level BPE writes bytes: printable ones as themselves, the others from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return printable + [256 + i for i in range(256 - len(printable))]
 
 
 def card_text(number, point):
@@ -577,7 +626,7 @@ def load_trainable(args, path):
     """A checkpoint to be trained; on a GPU, activations are computed again in the backward pass instead of kept."""
     policy = models.load(str(path), max_pixels=args.max_pixels)
     policy.train_vision = args.train_vision
-    if prompt := evaluation.dialogue_of(args).system_prompt:
+    if prompt := dialogue_of(args).system_prompt:
         policy.system_prompts[args.mode] = prompt       # the checkpoint remembers it
     if policy.device.type == "cuda":
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -601,7 +650,7 @@ def make_base(args, log):
     folder.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     start = folder.with_name(folder.name + "-random")
-    models.make_tiny(start, tiny_strings(), TINY_PROMPTS)
+    make_tiny(start, tiny_strings(), TINY_PROMPTS)
     policy = models.load(str(start))
     shutil.rmtree(start)
     pretrain(policy, args.base_steps, args.seed, log=log)
@@ -618,10 +667,10 @@ def make_traces(args, base, out, log):
         return read_traces(path, questions)
     teacher = models.load(args.teacher or base, max_pixels=args.max_pixels)
     log(f"traces: searching {len(questions)} questions with {args.teacher or base}")
-    dialogue = evaluation.dialogue_of(args)
+    dialogue = dialogue_of(args)
     if args.search_mode and args.mode == "zoom":
         dialogue.mode = args.search_mode
-    roots = search(teacher, questions, dialogue, evaluation.sampling_of(args, args.seed), simulations=args.simulations, log=log)
+    roots = search(teacher, questions, dialogue, sampling_of(args, args.seed), simulations=args.simulations, log=log)
     rng = random.Random(f"chains {args.seed}")
     chains = []
     for root in roots:
@@ -644,7 +693,7 @@ def warm_start(args, log):
         return base
     started = time.time()
     chains = make_traces(args, base, out, log)
-    policy, dialogue = load_trainable(args, base), evaluation.dialogue_of(args)
+    policy, dialogue = load_trainable(args, base), dialogue_of(args)
     if args.mode == "zoom":
         chains = [(q, texts if len(texts) > 1 else to_multi_turn(texts[0], args.max_crops, rng=random.Random(f"looks {q.id}")))
                   for q, texts in chains]
@@ -665,7 +714,7 @@ def warm_start(args, log):
 
 def main():
     parser = argparse.ArgumentParser(description="Warm start: search for right traces, then supervised fine-tuning on them.")
-    evaluation.add_arguments(parser)
+    add_arguments(parser)
     add_training_arguments(parser)
     args = finish_arguments(parser.parse_args())
     out = folder_of(args)
@@ -676,4 +725,4 @@ def main():
 
 
 if __name__ == "__main__":
-    evaluation.run(main)
+    run(main)

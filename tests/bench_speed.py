@@ -67,7 +67,7 @@ VISION_3B = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=1
 def build(shape, device):
     """A Policy with random weights. "3B": the shapes of Qwen2.5-VL-3B in bfloat16, with the tiny tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
-        models.make_tiny(Path(folder) / "model", sft.tiny_strings(), {}, **SHAPES.get(shape, {}))
+        sft.make_tiny(Path(folder) / "model", sft.tiny_strings(), {}, **SHAPES.get(shape, {}))
         policy = models.load(f"{folder}/model", device=device, dtype=torch.float32)
     if shape == "3B":
         ids = {n: v for n, v in vars(policy.model.config).items() if n.endswith("_token_id") and isinstance(v, int)}

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 import evaluate
-from evaluate import lenient_rule, official_rule, parse_options, read_questions, summarise
+from evaluate import parse_options, read_questions, summarise
 from model import UserError
-from reward import match_action, match_answer, match_point, option_text
+from reward import lenient_rule, match_action, match_answer, match_point, official_rule, option_text
 from rollout import Frame, Question, Trace, Turn
 
 
