@@ -441,36 +441,35 @@ class TrainLayout:
 
 
 class Cache:
-    """K/V of the groups in flight: a prompt once a slot, and the own columns of its G rows. Row r belongs to slot r // G."""
+    """K/V of what is in flight: S slots, each with a prompt, and R rows, each with what came behind its prompt. Slots and rows
+    in use are always the first ones."""
 
-    def __init__(self, config, slots, group, prompt_columns, own_columns, dtype, device):
-        self.slots, self.group, self.own_columns = slots, group, own_columns
+    def __init__(self, config, slots, rows, prompt_columns, own_columns, dtype, device):
         self.heads = config.num_key_value_heads
         dim, layers = config.hidden_size // config.num_attention_heads, config.num_hidden_layers
-        def new(rows, columns):
-            return [torch.zeros(rows, self.heads, columns, dim, dtype=dtype, device=device) for _ in range(layers)]
+        def new(places, columns):
+            return [torch.zeros(places, self.heads, columns, dim, dtype=dtype, device=device) for _ in range(layers)]
         self.prompt_k, self.prompt_v = new(slots, prompt_columns), new(slots, prompt_columns)     # (S, Hk, P, D) a layer
-        self.own_k, self.own_v = new(slots * group, own_columns), new(slots * group, own_columns)  # (S * G, Hk, T, D)
-        self.prompt_length = torch.zeros(slots, dtype=torch.long, device=device)
+        self.own_k, self.own_v = new(rows, own_columns), new(rows, own_columns)                   # (R, Hk, T, D) a layer
 
     @property
     def prompt_columns(self):
         return self.prompt_k[0].shape[2]
 
-    def widen(self, columns):
-        """Makes room for longer prompts."""
-        for kv in (self.prompt_k, self.prompt_v):
-            kv[:] = [F.pad(x, (0, 0, 0, columns - x.shape[2])) for x in kv]
+    def move_slot(self, source, target, columns):
+        for kv in self.prompt_k + self.prompt_v:
+            kv[target, :, :columns] = kv[source, :, :columns]
 
-    def keep(self, slots):
-        """Drops all slots but these; they are renumbered in this order."""
-        index = torch.tensor(slots, device=self.prompt_length.device)
-        rows = (index[:, None] * self.group + torch.arange(self.group, device=index.device)).flatten()
+    def move_row(self, source, target, columns):
+        for kv in self.own_k + self.own_v:
+            kv[target, :, :columns] = kv[source, :, :columns]
+
+    def resize(self, slots, rows, prompt_columns):
+        """Keeps the first slots and rows only, and makes room for longer prompts."""
         for kv in (self.prompt_k, self.prompt_v):
-            kv[:] = [x[index] for x in kv]
+            kv[:] = [F.pad(x[:slots], (0, 0, 0, prompt_columns - x.shape[2])) for x in kv]
         for kv in (self.own_k, self.own_v):
-            kv[:] = [x[rows] for x in kv]
-        self.prompt_length, self.slots = self.prompt_length[index], len(slots)
+            kv[:] = [x[:rows].clone() for x in kv]
 
 
 class PrefillLayout:
@@ -491,90 +490,96 @@ class PrefillLayout:
 
 
 class ExtendLayout:
-    """Tokens (1, N): chunks of several rows, end to end, for their own columns. places: [(row, column, length, prompt)]."""
+    """Tokens (1, N): chunks of several rows, end to end, for their own columns. places: [(row, slot, prompt, column, length)]."""
 
     def __init__(self, cache, places):
         self.cache, self.places = cache, places
 
     def __call__(self, layer, q, k, v, scale):
         cache, out, start = self.cache, [], 0
-        for row, column, length, prompt in self.places:
+        for row, slot, prompt, column, length in self.places:
             part, end = slice(start, start + length), column + length
             keys = []
             for own, shared, new in ((cache.own_k, cache.prompt_k, k), (cache.own_v, cache.prompt_v, v)):
                 own[layer][row, :, column:end] = new[0, :, part]
-                keys.append(torch.cat([shared[layer][row // cache.group, :, :prompt], own[layer][row, :, :end]], 1)[None])
+                keys.append(torch.cat([shared[layer][slot, :, :prompt], own[layer][row, :, :end]], 1)[None])
             out.append(causal_attention(q[:, :, part], *keys, scale))
             start += length
         return torch.cat(out, 2)
 
 
 class DecodeLayout:
-    """One token of each of n rows: q (n, H, 1, D). rows, columns (n,): where its K/V goes; `width`: own columns in use.
+    """A token of each of the first N rows: q (N, H, 1, D). places (N,): slot * group + index in the group; prompts (N,): tokens
+    of its prompt; columns (N,): where its K/V goes. Of the cache, `slots` slots and `width` own columns are read.
 
     The queries of a group meet the prompt's K/V as one matrix product, so the prompt is read once a group, not once a row."""
 
-    def __init__(self, cache, rows, columns, width):
-        self.cache, self.rows, self.columns, self.width = cache, rows, columns, width
-        device = rows.device
-        used = torch.zeros(cache.slots * cache.group, dtype=torch.long, device=device).index_copy_(0, rows, columns)
-        own = torch.arange(width, device=device) <= used[:, None]                                     # (S * G, t)
-        prompt = torch.arange(cache.prompt_columns, device=device) < cache.prompt_length[:, None]     # (S, P)
-        seen = torch.cat([prompt.repeat_interleave(cache.group, 0), own], 1)                          # (S * G, P + t)
-        self.hidden = ~seen[:, None, None]
-        self.full = len(rows) == len(used)
+    def __init__(self, cache, group, places, prompts, columns, slots, width):
+        self.cache, self.group, self.places, self.slots, self.width = cache, group, places, slots, width
+        device, P, T = places.device, cache.prompt_columns, cache.own_k[0].shape[2]
+        seen = torch.cat([torch.arange(P, device=device) < prompts[:, None],
+                          torch.arange(width, device=device) <= columns[:, None]], 1)                 # (N, P + t)
+        self.bias = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)[:, None, None]
+        heads = torch.arange(len(places) * cache.heads, device=device).view(-1, cache.heads)
+        self.target = (heads * T + columns[:, None]).flatten()        # of each row and head, in (R * Hk * T, D)
 
     def __call__(self, layer, q, k, v, scale):
-        cache, rows, t = self.cache, self.rows, self.width
-        n, H, _, D = q.shape
-        S, G, Hk, P = cache.slots, cache.group, cache.heads, cache.prompt_columns
+        cache, S, G, Hk, P = self.cache, self.slots, self.group, self.cache.heads, self.cache.prompt_columns
+        N, H, _, D = q.shape
         f = H // Hk                                                       # query heads that share one K/V head
-        cache.own_k[layer][rows, :, self.columns] = k[:, :, 0]
-        cache.own_v[layer][rows, :, self.columns] = v[:, :, 0]
-        own_k, own_v = cache.own_k[layer][:, :, :t], cache.own_v[layer][:, :, :t]                     # (S * G, Hk, t, D)
-        def by_slot(x):                                                   # (S * G, Hk, f, X) -> (S, Hk, G * f, X)
+        own = []
+        for kv, new in ((cache.own_k[layer], k), (cache.own_v[layer], v)):
+            kv.view(-1, D).index_copy_(0, self.target, new.reshape(-1, D))
+            own.append(kv[:N, :, :self.width])                                                        # (N, Hk, t, D)
+        prompt_k, prompt_v = cache.prompt_k[layer][:S], cache.prompt_v[layer][:S]                     # (S, Hk, P, D)
+        def by_slot(x):                                                   # (N, Hk, f, X) -> (S, Hk, G * f, X)
+            x = x.new_zeros(S * G, *x.shape[1:]).index_copy_(0, self.places, x)
             return x.view(S, G, Hk, f, -1).transpose(1, 2).reshape(S, Hk, G * f, -1)
         def by_row(x):                                                    # and back
-            return x.view(S, Hk, G, f, -1).transpose(1, 2).reshape(S * G, Hk, f, -1)
-        q = q[:, :, 0] * scale                                                                        # (n, H, D)
-        if not self.full:
-            q = q.new_zeros(S * G, H, D).index_copy_(0, rows, q)
-        q = q.view(S * G, Hk, f, D)
-        scores = torch.cat([by_row(by_slot(q) @ cache.prompt_k[layer].mT), q @ own_k.mT], -1)         # (S * G, Hk, f, P + t)
-        weights = scores.float().masked_fill_(self.hidden, -torch.inf).softmax(-1).to(q.dtype)
-        out = weights[..., P:] @ own_v + by_row(by_slot(weights[..., :P]) @ cache.prompt_v[layer])    # (S * G, Hk, f, D)
-        out = out.view(S * G, H, 1, D)
-        return out if self.full else out[rows]
+            return x.view(S, Hk, G, f, -1).transpose(1, 2).reshape(S * G, Hk, f, -1).index_select(0, self.places)
+        q = q.view(N, Hk, f, D) * scale
+        scores = torch.cat([by_row(by_slot(q) @ prompt_k.mT), q @ own[0].mT], -1)                     # (N, Hk, f, P + t)
+        weights = (scores + self.bias).softmax(-1).to(q.dtype)
+        out = weights[..., P:] @ own[1] + by_row(by_slot(weights[..., :P]) @ prompt_v)                # (N, Hk, f, D)
+        return out.view(N, H, 1, D)
 
 
 # ------------------------------------------------------------------------------------------------ the roll-out engine
 
 @dataclass(eq=False)
+class Group:
+    """Rows in flight that share a prompt."""
+    job: list            # all its sequences
+    slot: int
+    running: int         # rows that are not done
+
+
+@dataclass(eq=False)
 class Row:
     """One continuation in flight."""
     sequence: Sequence
-    job: list            # all sequences of its group
-    slot: int
-    index: int           # which of the group's G rows
-    position: int        # m-RoPE position of the next token
+    group: Group
+    index: int           # in its group
+    position: int = 0    # m-RoPE position of the next token
     column: int = 0      # own columns in use
     turn: int = 0        # tokens sampled in this turn
     queued: Chunk | None = None
 
 
 class Engine:
-    """Many groups of continuations at once, each decoded at its own pace.
+    """Many groups of continuations at once, each row decoded at its own pace.
 
     policy, and: temperature (0: greedy), top_p, turn_tokens (sampled tokens a turn at most), response_tokens (all tokens behind
     the prompt at most), cache_tokens (K/V columns at most: decides how many groups run at once; one always does),
-    generator (of random numbers). A row that waits for its observation to be read holds up nobody: it is read when a quarter
-    of the live rows wait, or when there is nothing else to do."""
+    generator (of random numbers), graphs (decode by CUDA graphs). A row that waits for its observation to be read holds up
+    nobody: it is read when a tenth of the rows wait, or when there is nothing else to do. A row that is done makes room at
+    once, and the next group begins as soon as there is room for all of its rows."""
 
     def __init__(self, policy, *, temperature=1.0, top_p=1.0, turn_tokens=1024, response_tokens=2048, cache_tokens=65_536,
-                 generator=None, wait=0.25):
+                 generator=None, wait=0.1, graphs=False):
         self.policy, self.temperature, self.top_p, self.generator, self.wait = policy, temperature, top_p, generator, wait
         self.turn_tokens, self.response_tokens, self.cache_tokens = turn_tokens, response_tokens, cache_tokens
-        self.cache = None
+        self.graphs = graphs
 
     @torch.no_grad()
     def run(self, jobs, on_turn):
@@ -582,131 +587,144 @@ class Engine:
         have tokens: they are read before it goes on.
         on_turn(sequence, cut) is called when the policy ends a turn (cut: it ran out of tokens instead); it answers with the
         Chunk to go on from, or None to end. Yields each job as it is finished."""
+        self.rows, self.groups = [], []                # rows[i] has row i of the cache, groups[j] slot j
+        self.cache, self.n, self.size, self.width, self.held, self.captured = None, math.inf, 0, 0, None, {}
         jobs = iter(jobs)
-        live, free, running = [], [], {}               # rows by slot and index; empty slots; id(job) -> its rows still running
-        self.cache, self.held, self.exhausted = None, None, False
         while True:
-            ready, hidden = [], []
-            decoding = [r for r in live if r.queued is None]
-            if decoding:
-                ready += decoding
-                hidden.append(self.decode(decoding))
-            new = self.admit(jobs, free, live)
-            if new:
-                started, h = self.prefill(new, [free.pop() for _ in new])
-                fresh = [i for i, r in enumerate(started) if r.queued is None]
-                ready += [started[i] for i in fresh]
-                hidden.append(h[fresh])
-                live = sorted(live + started, key=lambda r: (r.slot, r.index))
-                running.update({id(job): len(job) for job in new})
-            waiting = [r for r in live if r.queued is not None]
-            if waiting and (not ready or len(waiting) >= self.wait * len(live)):
-                ready += waiting
+            ready = [r for r in self.rows if r.queued is None]
+            hidden = [self.decode()] if ready else []
+            started = self.admit(jobs)
+            if started:
+                last = self.prefill(started)
+                fresh = [r.queued is None for r in started]
+                ready += [r for r, f in zip(started, fresh) if f]
+                hidden.append(last[torch.tensor(fresh, device=last.device)])
+            waiting = [r for r in self.rows if r.queued is not None]
+            if waiting and (not ready or len(waiting) >= self.wait * len(self.rows)):
                 hidden.append(self.extend(waiting))
+                ready += waiting
             if not ready:
                 return
-            over = [r for r in self.sample(ready, torch.cat(hidden), on_turn) if r.queued is None]
-            if not over:
-                continue
-            gone = set(map(id, over))
-            live = [r for r in live if id(r) not in gone]
-            for row in over:
-                running[id(row.job)] -= 1
-                if not running[id(row.job)]:
-                    del running[id(row.job)]
-                    free.append(row.slot)
-                    yield row.job
-            if self.exhausted and len(free) > self.cache.slots / 2:     # the tail: no empty slots are carried along
-                self.drop_slots(live, free, 0)
+            for row in self.sample(ready, torch.cat(hidden), on_turn):
+                if row.queued is None and self.leave(row):
+                    yield row.group.job
 
-    def admit(self, jobs, free, live):
-        """Takes from `jobs` what there is room for. The first call decides how many slots the cache has; where a longer prompt
-        comes later, empty slots are given up until the bound holds again."""
-        def columns(jobs):              # of a slot that can hold any of them
-            return max(len(job[0].prompt.ids) for job in jobs) + len(jobs[0]) * self.response_tokens
-        new = []
-        while self.cache is None or len(new) < len(free):
-            job, self.held = self.held or next(jobs, None), None
-            if job is None:
-                self.exhausted = True
+    def admit(self, jobs):
+        """Begins with those of `jobs` that there is room for. -> their rows
+
+        n groups have room, in n * size rows of the cache and half as many slots again as groups, for the last rows of a group
+        keep its slot. The first call decides n; a longer prompt lowers it, and waits until what is in flight fits."""
+        started = []
+        while job := self.held or next(jobs, None):
+            self.held, length = job, len(job[0].prompt.ids)
+            self.size, width = self.size or len(job), max(self.width, length)
+            n = min(self.n, max(1, int(self.cache_tokens / (1.5 * width + self.size * self.response_tokens))))
+            if len(self.groups) >= n + n // 2 or len(self.rows) + self.size > n * self.size:
                 break
-            if self.cache is None:
-                fits = not new or (len(new) + 1) * columns(new + [job]) <= self.cache_tokens
-            else:
-                fits = len(job[0].prompt.ids) <= self.cache.prompt_columns
-                if not fits and not new:
-                    fits = True
-                    rest = self.cache_tokens // columns([job]) - (self.cache.slots - len(free))
-                    self.drop_slots(live, free, max(1, rest))
-                    self.cache.widen(len(job[0].prompt.ids))
-            if not fits:
-                self.held = job         # for the next call
-                break
-            new.append(job)
-        if new and self.cache is None:
-            self.cache = Cache(self.policy.text_config, len(new), len(new[0]), max(len(job[0].prompt.ids) for job in new),
-                               self.response_tokens, self.policy.model.dtype, self.policy.device)
-            free.extend(range(len(new)))
-        return new
+            if self.cache and width > self.width:
+                self.cache.resize(n + n // 2, n * self.size, width)
+                self.n, self.captured = n, {}          # the graphs' buffers are gone
+            self.held, self.width = None, width
+            self.groups.append(Group(job, len(self.groups), len(job)))
+            for index, s in enumerate(job):
+                started.append(Row(s, self.groups[-1], index, queued=Chunk(list(s.ids), s.pictures) if s.ids else None))
+            self.rows += started[-len(job):]
+        if started and not self.cache:
+            self.n = n = len(self.groups)
+            self.cache = Cache(self.policy.text_config, n + n // 2, n * self.size, self.width, self.response_tokens,
+                               self.policy.model.dtype, self.policy.device)
+        return started
 
-    def drop_slots(self, live, free, keep):
-        """Gives up all but `keep` of the free slots; the others are renumbered."""
-        used = sorted({r.slot for r in live})
-        slots = used + free[:keep]
-        if len(slots) < self.cache.slots and slots:
-            self.cache.keep(slots)
-            for row in live:
-                row.slot = used.index(row.slot)
-            free[:] = range(len(used), len(slots))
+    def leave(self, row):
+        """Takes out a row that is done: the last row moves to its place, so rows in use stay the first ones. -> whether its
+        group is done; then the same is done with its slot."""
+        place, last = self.rows.index(row), self.rows.pop()
+        if last is not row:
+            self.cache.move_row(len(self.rows), place, last.column)
+            self.rows[place] = last
+        group = row.group
+        group.running -= 1
+        if group.running == 0:
+            last = self.groups.pop()
+            if last is not group:
+                self.cache.move_slot(len(self.groups), group.slot, len(last.job[0].prompt.ids))
+                self.groups[group.slot], last.slot = last, group.slot
+        return group.running == 0
 
-    def prefill(self, jobs, slots):
-        """Runs the prompts of `jobs`. -> their rows, and the hidden state at the end of each row's prompt (rows, hidden)."""
-        policy, rows, ids, pictures, positions = self.policy, [], [], [], []
-        for job, slot in zip(jobs, slots):
-            prompt = job[0].prompt
-            place, after = policy.positions(prompt.ids, prompt.pictures)
-            ids += prompt.ids
-            pictures += prompt.pictures
-            positions.append(place)
-            self.cache.prompt_length[slot] = len(prompt.ids)
-            for i, sequence in enumerate(job):
-                queued = Chunk(list(sequence.ids), sequence.pictures) if sequence.ids else None
-                rows.append(Row(sequence, job, slot, i, after, queued=queued))
-        lengths = [len(job[0].prompt.ids) for job in jobs]
+    def prefill(self, rows):
+        """Runs the prompts of some new groups. -> the hidden state at the end of each row's prompt (rows, hidden)"""
+        policy, ids, pictures, positions, places, last = self.policy, [], [], [], [], []
+        for row in rows:
+            prompt = row.sequence.prompt
+            if row.index == 0:
+                place, after = policy.positions(prompt.ids, prompt.pictures)
+                ids += prompt.ids
+                pictures += prompt.pictures
+                positions.append(place)
+                places.append((row.group.slot, len(prompt.ids)))
+            row.position = after
+            last.append(len(ids) - 1)
         hidden = policy.hidden(policy.embed(ids, pictures)[None], torch.cat(positions, 1)[:, None],
-                               PrefillLayout(self.cache, list(zip(slots, lengths))))[0]               # (N, hidden)
-        last = torch.tensor(lengths).cumsum(0) - 1
-        return rows, hidden[last.repeat_interleave(torch.tensor([len(job) for job in jobs])).to(hidden.device)]
+                               PrefillLayout(self.cache, places))[0]                                  # (N, hidden)
+        return hidden[torch.tensor(last, device=hidden.device)]
 
-    def decode(self, rows):
-        """Reads the last sampled token of each row. -> hidden states (rows, hidden) that predict the next."""
-        group = self.cache.group
-        tokens, positions, index, columns = torch.tensor(
-            [(r.sequence.ids[-1], r.position, r.slot * group + r.index, r.column) for r in rows]).T.to(self.policy.device)
-        layout = DecodeLayout(self.cache, index, columns, max(r.column for r in rows) + 1)
-        for r in rows:
-            r.position += 1
-            r.column += 1
-        x = self.policy.model.model.language_model.embed_tokens(tokens)[:, None]                      # (rows, 1, hidden)
+    def decode(self):
+        """Reads the last sampled token of each row. -> hidden states that predict the next, of the rows that do not wait (their
+        number, hidden). A row that waits is computed too: its next column is written twice."""
+        G, slots, width = self.size, len(self.groups), max(r.column for r in self.rows) + 1
+        step = [(r.sequence.ids[-1], r.position, r.group.slot * G + r.index, len(r.sequence.prompt.ids), r.column)
+                for r in self.rows]
+        if self.graphs:                     # fixed shapes: idle rows at idle places, all slots, columns in steps of 128
+            slots, width = len(self.cache.prompt_k[0]), min(128 * math.ceil(width / 128), self.response_tokens)
+            idle = sorted(set(range(slots * G)) - {place for _, _, place, _, _ in step})
+            step += [(0, 0, place, 1, 0) for place in idle[:len(self.cache.own_k[0]) - len(step)]]
+        going = [i for i, r in enumerate(self.rows) if r.queued is None]
+        for i in going:
+            self.rows[i].position += 1
+            self.rows[i].column += 1
+        run = self.replay if self.graphs and self.policy.device.type == "cuda" else self.step
+        return run(torch.tensor(step).T.to(self.policy.device), slots, width)[torch.tensor(going, device=self.policy.device)]
+
+    def step(self, inputs, slots, width):
+        tokens, positions, places, prompts, columns = inputs                                          # (N,) each
+        layout = DecodeLayout(self.cache, self.size, places, prompts, columns, slots, width)
+        x = self.policy.model.model.language_model.embed_tokens(tokens)[:, None]                      # (N, 1, hidden)
         return self.policy.hidden(x, positions.expand(3, -1)[..., None], layout)[:, 0]
+
+    def replay(self, inputs, slots, width):
+        """`step` as a CUDA graph, captured once a width: one launch instead of hundreds. (Not measured yet, so off.)"""
+        if width not in self.captured:
+            kept, stream = inputs.clone(), torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):            # a first run, so that nothing is set up during the capture
+                self.step(kept, slots, width)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = self.step(kept, slots, width)
+            self.captured[width] = graph, kept, out
+        graph, kept, out = self.captured[width]
+        kept.copy_(inputs)
+        graph.replay()
+        return out
 
     def extend(self, rows):
         """Reads the queued chunk of each row, after its last sampled token. -> hidden states (rows, hidden) at their ends."""
-        policy, ids, pictures, positions, places = self.policy, [], [], [], []
+        policy, ids, pictures, positions, places, last = self.policy, [], [], [], [], []
+        numbers = {id(r): i for i, r in enumerate(self.rows)}
         for r in rows:
-            chunk = r.queued
+            chunk, prompt = r.queued, len(r.sequence.prompt.ids)
             place, r.position = policy.positions(chunk.ids, chunk.pictures, r.position)
-            prompt = len(r.sequence.prompt.ids)
-            places.append((r.slot * self.cache.group + r.index, r.column, len(chunk.ids), prompt))
+            places.append((numbers[id(r)], r.group.slot, prompt, r.column, len(chunk.ids)))
             ids += chunk.ids
             pictures += chunk.pictures
             positions.append(place)
+            last.append(len(ids) - 1)
             r.column += len(chunk.ids)
             r.queued = None
         hidden = policy.hidden(policy.embed(ids, pictures)[None], torch.cat(positions, 1)[:, None],
                                ExtendLayout(self.cache, places))[0]                                   # (N, hidden)
-        ends = torch.tensor([length for _, _, length, _ in places]).cumsum(0) - 1
-        return hidden[ends.to(hidden.device)]
+        return hidden[torch.tensor(last, device=hidden.device)]
 
     def sample(self, rows, hidden, on_turn):
         """Samples a token for each row and appends it. -> the rows whose turn is over; what they go on with is queued."""

@@ -68,7 +68,7 @@ def test_engine_equals_a_plain_forward(many_sizes, tiny_folder, turns):
     engine = Engine(policy, turn_tokens=7, response_tokens=150, cache_tokens=2 * (60 + group * 150),
                     generator=torch.Generator().manual_seed(turns))
     done = list(engine.run(prompts(policy, 5, group), converse(policy, turns)))
-    assert len(done) == 5 and engine.cache.slots <= 2
+    assert len(done) == 5 and engine.n <= 2
     assert len({len(s.ids) for job in done for s in job}) > 1
     for job in done:
         for sequence in job:
@@ -239,8 +239,8 @@ def test_a_longer_prompt_later_on(many_sizes, tiny_folder):
     for job in engine.run(iter(jobs), lambda s, cut: None):
         for sequence in job:
             assert (plain_log_probs(tiny_folder, policy, sequence) - recorded([[sequence]])).abs().max() < 1e-5
-        cache = engine.cache
-        assert cache.slots == 1 or cache.slots * (cache.prompt_columns + 2 * 20) <= engine.cache_tokens
+        (slots, _, prompt, _), (rows, _, own, _) = engine.cache.prompt_k[0].shape, engine.cache.own_k[0].shape
+        assert slots == 1 or slots * prompt + rows * own <= engine.cache_tokens
 
 
 def test_text_round_trip(policy):
