@@ -35,6 +35,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 logging.disable_progress_bar()
 
 MAX_LOGITS = 2**26          # floats in the largest (tokens, vocabulary) tensor that is ever made: 256 MiB
+WASTE = 2**14                # query-key pairs of padding in a batch of responses, before another batch is cheaper
 MAX_VISION_PATCHES = 2**16  # patches in one pass of the vision tower
 
 
@@ -421,9 +422,17 @@ class TrainLayout:
                 heads.append((start, end - start))
             else:
                 heads.append((start, prompt))
-                ends = torch.tensor(responses).cumsum(0) + start + prompt
-                pieces = [(int(e) - n, n) for e, n in zip(ends, responses)]
-                self.groups.append((len(heads) - 1, prompt, Padded(pieces, device)))
+                pieces, begin = [], start + prompt
+                for n in responses:
+                    pieces.append((begin, n))
+                    begin += n
+                pieces, batch = sorted(pieces, key=lambda piece: -piece[1]), []
+                for piece in pieces:          # those of like length together: padding costs more than another batch
+                    if batch and (batch[0][1] - piece[1]) * (prompt + batch[0][1]) > WASTE:
+                        self.groups.append((len(heads) - 1, prompt, Padded(batch, device)))
+                        batch = []
+                    batch.append(piece)
+                self.groups.append((len(heads) - 1, prompt, Padded(batch, device)))
             start = end
         self.heads = Padded(heads, device)
         computed = torch.cat([p.index[p.tokens] for p in (self.heads, *(rest for *_, rest in self.groups))])

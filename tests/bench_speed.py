@@ -9,7 +9,7 @@ encoded beforehand (but not in `step_trl`); the vision tower is frozen, and each
     rollout   8 roll-outs of each question, three turns of 20 to 60 tokens, a close-up of 64 tokens after the first two.
               Theirs: `model.generate` once a turn on the padded batch of all roll-outs. It reads everything again, images
               too, and goes on until the longest row is done; then each row is cut to the length planned for it.
-    update    log-probabilities, GRPO loss and gradients of 8 responses of a quarter to all of the given length.
+    update    log-probabilities, GRPO loss and gradients of 8 responses of 1/8, 2/8, ... 8/8 of the given length.
               Theirs: the padded batch through Hugging Face's own forward, with logits of the responses only.
     step_trl  one question, 8 single-turn roll-outs of 50 to 150 tokens, loss, gradients, AdamW; no KL penalty, no gradient
               checkpointing. Theirs: `trl.GRPOTrainer`, where it is installed: pip install trl
@@ -299,7 +299,7 @@ def rollout(policy, image_tokens, args, rng):
 def responses(policy, shape, rng):
     """A group with random responses, as if sampled. shape: tokens (of the prompt, of the longest response)"""
     prompt = chunk(policy, UPDATES[shape[0]], shape[0], rng)
-    lengths = [shape[1], *rng.integers(shape[1] // 4, shape[1] + 1, GROUP - 1).tolist()]
+    lengths = [shape[1] * (i + 1) // GROUP for i in range(GROUP)]
     return [Sequence(prompt).add(Chunk(rng.integers(0, 256, n).tolist()), sampled=True) for n in lengths]
 
 
