@@ -407,6 +407,7 @@ class QuestionFile:
                   for name in made.pop("images")]
         if callable(made["answer"]):
             made["answer"] = made["answer"](image_size(images[0], where))
+        number = number if self.index[0][0] == self.index[-1][0] else f"{file.stem}-{number}"     # of several files
         name = next((row[key] for key in ("id", "question_id", "doc_id", "index") if key in row), number)
         return Question(images=images, id=str(name), where=where, **made)
 
@@ -443,8 +444,8 @@ def read_header(name, file):
 def read_row(file, header):
     """The next row of an open file of JSON lines or, with a header, of tab-separated ones. None: a blank line."""
     if header is None:
-        line = file.readline()
-        return json.loads(line) if line.strip() else None
+        line = file.readline().strip()           # an error at its end is on this line, not the next
+        return json.loads(line) if line else None
     csv.field_size_limit(2**31 - 1)              # a cell may be an image
     cells = next(csv.reader(iter(lambda: file.readline().decode(), ""), delimiter="\t"))    # in quotes, a row may span lines
     return dict(zip(header, cells)) if cells else None

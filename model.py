@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, logging
@@ -351,19 +352,41 @@ def load(path, *, max_pixels=None, min_pixels=None, dtype=None, device=None):
         if config.model_type != "qwen2_5_vl":
             raise UserError(f"{path}: model type '{config.model_type}' is not Qwen2.5-VL's; give a checkpoint of that family")
         tokenizer = AutoTokenizer.from_pretrained(path)
+        template = Path(path) / "chat_template.json"         # where older checkpoints have it
+        if not tokenizer.chat_template and template.is_file():
+            tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
         processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=None)
+        model, found = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=None, output_loading_info=True,
+                                                                   ignore_mismatched_sizes=True)
     except UserError:
         raise
     except Exception as error:   # Hugging Face raises many kinds here, for a missing, foreign or truncated checkpoint alike
-        raise UserError(f"{path}: cannot be loaded as a checkpoint ({str(error).strip().splitlines()[0]}); "
-                        "give a folder with config.json, weights and tokenizer, or a hub id") from error
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{cut_off(path)}: cannot be loaded as a checkpoint ({why}); "
+                        "give a folder with config.json, whole weights and tokenizer, or a hub id") from error
+    if lacking := sorted(found["missing_keys"] | {key for key, *_ in found["mismatched_keys"]}):    # they would stay random
+        raise UserError(f"{path}: {len(lacking)} weights are missing or of another size than config.json says, the first is "
+                        f"{lacking[0]}; get the whole checkpoint again")
+    if len(tokenizer) <= config.image_token_id or not tokenizer.chat_template:      # nor does it mind an empty tokenizer
+        raise UserError(f"{path}: its tokenizer ({len(tokenizer)} tokens) or its chat template is missing; put tokenizer.json, "
+                        "tokenizer_config.json and chat_template.json of that model beside its config.json")
     size = dict(processor.size)
     processor.size = {"shortest_edge": min_pixels or size["shortest_edge"], "longest_edge": max_pixels or size["longest_edge"]}
     model.model.language_model.config._attn_implementation = "layout"
     prompts = Path(path) / "system_prompts.json"
     prompts = json.loads(prompts.read_text()) if prompts.is_file() else {}
     return Policy(model.to(device).eval(), tokenizer, processor, prompts)
+
+
+def cut_off(path):
+    """The first weights file of a folder that is not whole, or the folder."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except Exception:
+            return file
+    return path
 
 
 # ------------------------------------------------------------------------------------------------ attention layouts

@@ -6,42 +6,14 @@ import io
 import json
 
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import evaluate
+from conftest import draw
 from evaluate import parse_options, read_questions, summarise
 from model import UserError
 from reward import lenient_rule, match_action, match_answer, match_point, official_rule, option_text
 from rollout import Frame, Question, Trace, Turn
-
-
-def draw(path, size=(200, 100), box=None):
-    """A white image with, perhaps, a red rectangle."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.new("RGB", size, "white")
-    if box:
-        ImageDraw.Draw(image).rectangle(box, fill="red")
-    image.save(path)
-    return path
-
-
-@pytest.fixture
-def data(tmp_path):
-    """write(name, rows) -> the path of a .jsonl, .json or .tsv file beside a 200x100 image.png."""
-    draw(tmp_path / "image.png", box=(20, 30, 39, 39))
-
-    def write(name, rows):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith(".json"):
-            text = json.dumps(rows, indent=2)
-        elif name.endswith(".tsv"):
-            text = "".join("\t".join(map(str, cells)) + "\n" for cells in [rows[0], *(row.values() for row in rows)])
-        else:
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-        path.write_text(text)
-        return path
-    return write
 
 
 def talk(question, answer, **fields):
@@ -56,6 +28,29 @@ SCREENSPOT = {"img_filename": "image.png", "bbox": [20, 30, 20, 10], "instructio
 PRO = {"img_filename": "image.png", "bbox": [20, 30, 40, 40], "instruction": "undo", "id": "word_1", "application": "word",
        "platform": "windows", "img_size": [200, 100], "ui_type": "icon", "group": "Office"}
 ATLAS = {"img_filename": "image.png", "bbox": [0.1, 0.3, 0.2, 0.4], "instruction": "undo"}
+POINT_RL = {"problem": "<image>Description: check sports news", "answer": "(20, 30, 40, 40)", "images": ["image.png"]}
+ACTION_RL = {"problem": "<image>OBJECTIVE: buy it\n\nPREVIOUS ACTIONS: \n1. click [3]\n\nIMAGE:\n", "answer": "click [12]",
+             "images": ["image.png"]}
+SFT = {"messages": [{"role": role, "content": content} for role, content in (
+           ("system", "You look closer."), ("user", SEARCH), ("assistant", "<think> (3, 4) </think>"),
+           ("user", "<observation><image></observation>"), ("assistant", "<answer> A </answer>"))],
+       "images": ["image.png", "crop.png"], "gt_answer": "A"}
+VSTAR = {"image": "image.png", "text": "Which sign?\n(A) B\n(B) A", "category": "direct_attributes", "question_id": 4,
+         "label": "A"}
+ROBOSPATIAL = [
+    {"category": "context", "question": "Point to the space left of the cup. Your answer should be formatted as a list of "
+     "tuples, i.e. [(x1, y1), ...], between 0 and 1.", "answer": "[(0.1, 0.3), (0.2, 0.3), (0.2, 0.5)]", "img": "image.png"},
+    {"category": "configuration", "question": "Is the cup left?", "answer": "Yes", "img": "image.png"}]
+PROBE = {"images": ["image.png"], "doc_id": "d1", "problem": "<image>What?", "solution": "EXIT", "data_source": "hard"}
+
+
+def hr_bench(side=8, **fields):
+    """A row of HR-Bench, with a noisy image of side x side px in it."""
+    buffer = io.BytesIO()
+    Image.effect_noise((side, side), 99).save(buffer, "PNG")
+    return {"index": 0, "question": '"Which ""one""?\nLook."', "A": "red", "B": "blue", "C": "green", "D": "white",
+            "answer": "C", "category": "single", "cycle_category": 0, **fields,
+            "image": base64.b64encode(buffer.getvalue()).decode()}
 
 
 # ------------------------------------------------------------------------------------------------ formats
@@ -87,9 +82,8 @@ def test_letter_and_text_name_the_same_option(data):
 
 def test_options_that_are_letters_themselves(data):
     """Guards: V*'s label "A" taken for the option whose text is "A", and a text "A" for the label."""
-    row = {"image": "image.png", "text": "Which sign?\n(A) B\n(B) A", "category": "direct_attributes", "label": "A"}
-    assert read_questions(data("test_questions.jsonl", [row]))[0].answer == "A"
-    question = read_questions(data("other.jsonl", [talk("Which sign?\n(A) B\n(B) A", "A")]))[0]    # the text of B
+    assert read_questions(data("test_questions.jsonl", [VSTAR]))[0].answer == "A"
+    question = read_questions(data("other.jsonl", [talk(VSTAR["text"], "A")]))[0]    # the text of B
     assert question.answer == "B" and option_text(question.answer, question.choices) == "a"
 
 
@@ -117,8 +111,7 @@ def test_release_categories(data):
 
 def test_release_rl_rows_for_pointing(data):
     """Guards: OS-Atlas boxes of the release taken for text; they are whole px of the file's image, corners."""
-    row = {"problem": "<image>Description: check sports news", "answer": "(20, 30, 40, 40)", "images": ["image.png"]}
-    question = read_questions(data("vigorl_osatlas_train_RL.jsonl", [row]))[0]
+    question = read_questions(data("vigorl_osatlas_train_RL.jsonl", [POINT_RL]))[0]
     assert (question.kind, question.answer, question.text) == ("point", (20, 30, 40, 40), "Description: check sports news")
 
 
@@ -127,20 +120,14 @@ def test_release_rl_rows_for_pointing(data):
     ("stop [N/A]", "action"), ("stop", "string"), ("Click here", "string"), ("yes", "string"), ("3", "string")])
 def test_web_actions(data, answer, kind):
     """Guards: actions compared letter by letter; and words on a sign ("stop") taken for actions."""
-    text = "<image>OBJECTIVE: buy it\n\nPREVIOUS ACTIONS: \n1. click [3]\n\nIMAGE:\n"
-    row = {"problem": text, "answer": answer, "images": ["image.png"]}
-    question = read_questions(data("vigorl_ical_train_RL.jsonl", [row]))[0]
+    question = read_questions(data("vigorl_ical_train_RL.jsonl", [ACTION_RL | {"answer": answer}]))[0]
     assert (question.kind, question.answer) == (kind, answer)
     assert kind != "action" or match_action(answer, question.answer)    # a truth that the reward can read
 
 
 def test_sft_file(data):
     """Guards: close-ups of a trace handed to the model as further images of the question."""
-    turns = [("system", "You look closer."), ("user", "<image>\n" + SEARCH[8:]), ("assistant", "<think> (3, 4) </think>"),
-             ("user", "<observation><image></observation>"), ("assistant", "<answer> A </answer>")]
-    row = {"messages": [{"role": role, "content": content} for role, content in turns],
-           "images": ["image.png", "crop.png"], "gt_answer": "A"}
-    question = read_questions(data("MCTS_72b_reasoning_chains_train.json", [row]))[0]
+    question = read_questions(data("MCTS_72b_reasoning_chains_train.json", [SFT]))[0]
     assert [path.name for path in question.images] == ["image.png"]
     assert question.answer == "A" and question.text.startswith("What colour")
 
@@ -170,6 +157,14 @@ def test_screenspot_pro_folder(data, tmp_path):
         questions[0].load()
 
 
+def test_rows_of_a_folder_have_names_of_their_own(data):
+    """Guards --traces: ScreenSpot's rows have no id, and row 1 of each of its files was "1": a trace met another's question."""
+    for name in ("web", "mobile"):
+        path = data(f"v2/{name}.json", [SCREENSPOT] * 2)
+    assert [q.id for q in read_questions(path)] == ["1", "2"]
+    assert [q.id for q in read_questions(path.parent)] == ["mobile-1", "mobile-2", "web-1", "web-2"]
+
+
 def test_os_atlas_boxes_are_shares_of_the_original_image(data, tmp_path):
     """Guards: shares taken for px; or scaled by another image's size."""
     draw(tmp_path / "other.png", size=(1000, 500))
@@ -190,11 +185,7 @@ def test_boxes_hit_what_is_drawn(data):
 
 def test_robospatial(data):
     """Guards: the polygon left in [0, 1] while points are said in px; the question still asking for points in [0, 1]."""
-    asks = ("Point to the space left of the cup. Your answer should be formatted as a list of tuples, i.e. [(x1, y1), ...], "
-            "between 0 and 1.")
-    rows = [{"category": "context", "question": asks, "answer": "[(0.1, 0.3), (0.2, 0.3), (0.2, 0.5)]", "img": "image.png"},
-            {"category": "configuration", "question": "Is the cup left?", "answer": "Yes", "img": "image.png"}]
-    point, yes = read_questions(data("annotations.json", rows))
+    point, yes = read_questions(data("annotations.json", ROBOSPATIAL))
     assert point.kind == "point" and point.text == "Point to the space left of the cup."
     assert [pytest.approx(corner) for corner in point.answer] == [(20, 30), (40, 30), (40, 50)]
     assert (yes.kind, yes.answer, yes.category) == ("string", "Yes", "configuration")
@@ -202,13 +193,8 @@ def test_robospatial(data):
 
 def test_hr_bench(data, monkeypatch):
     """Guards: a cell of megabytes refused by csv; images decoded (or kept) before they are asked for; cycles mixed up."""
-    buffer = io.BytesIO()
-    Image.effect_noise((400, 400), 99).save(buffer, "PNG")
-    cell = base64.b64encode(buffer.getvalue()).decode()
-    assert len(cell) > 131072                                  # csv's own limit
-    columns = ["index", "question", "A", "B", "C", "D", "answer", "category", "cycle_category", "image"]
-    rows = [dict(zip(columns, [i, '"Which ""one""?\nLook."', "red", "blue", "green", "white", "C", "single", i, cell]))
-            for i in range(2)]
+    rows = [hr_bench(400, index=i, cycle_category=i) for i in range(2)]
+    assert len(rows[0]["image"]) > 131072                      # csv's own limit
     path = data("hr_bench_4k.tsv", rows)
     monkeypatch.setattr(evaluate, "read_image", None)
     questions = read_questions(path)
@@ -222,8 +208,7 @@ def test_hr_bench(data, monkeypatch):
 
 def test_visual_probe(data):
     """Guards: VisualProbe's `solution` not found where others have `answer`."""
-    row = {"images": ["image.png"], "doc_id": "d1", "problem": "<image>What?", "solution": "EXIT", "data_source": "hard"}
-    question = read_questions(data("val.json", [row]))[0]
+    question = read_questions(data("val.json", [PROBE]))[0]
     assert (question.kind, question.answer, question.id, question.category) == ("string", "EXIT", "d1", "hard")
 
 
@@ -259,7 +244,8 @@ def test_unreadable_image(data, tmp_path):
 
 
 @pytest.mark.parametrize("name, text, line", [
-    ("a.jsonl", json.dumps(talk(SAT, "No")) + '\n\n{"id": 3, "conv', 3), ("a.json", '[\n{"id": 1},\n{"id": }\n]', 3),
+    ("a.jsonl", json.dumps(talk(SAT, "No")) + '\n\n{"id": 3, "conv', 3), ("a.jsonl", '{"id": 1, "conv\n{"id": \n', 1),
+    ("a.jsonl", '{"id": 1}\n{"id":\n', 2), ("a.json", '[\n{"id": 1},\n{"id": }\n]', 3),
     ("a.jsonl", "\x00\x01 binary", 1)])
 def test_broken_json_names_the_line(data, tmp_path, name, text, line):
     """Guards: "Expecting value: line 1 column 1" in a file of 100,000 lines."""

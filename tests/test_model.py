@@ -37,7 +37,7 @@ def converse(policy, turns, seed=0):
 
 def plain_log_probs(folder, policy, sequence):
     """Log-probabilities of the sampled tokens by one plain Hugging Face forward of the whole dialogue."""
-    model = AutoModelForImageTextToText.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([sequence.prompt.ids + sequence.ids])
     pictures = sequence.prompt.pictures + sequence.pictures
     logits = model(input_ids=ids, pixel_values=torch.cat([p.pixel_values for p in pictures]),
