@@ -481,8 +481,8 @@ def image_size(path, where):
 
 # ------------------------------------------------------------------------------------------------ how well a policy does
 
-# Questions that share a stream of random numbers: enough to keep a GPU busy, and few enough that several processes all have work
-# in a benchmark of some hundred questions, and that little is lost when a run is cut off.
+# Questions that share a stream of random numbers: enough to keep a GPU busy, and few enough that several processes have work in
+# a benchmark of some hundred questions, and that little is lost when a run is cut off.
 QUESTIONS_A_BLOCK = 64
 
 
@@ -574,7 +574,7 @@ def evaluate(policy, questions, dialogue, seed=0, *, records=None, log=None, on_
     if log and before:
         log(f"{before} of {n} questions were answered before, see {records.path}")
     def tell(ready, processes=1):
-        count, spent = len(done) + len(ready) * processes, time.time() - started
+        count, spent = min(n, len(done) + len(ready) * processes), time.time() - started
         log(f"{count}/{n} questions, accuracy {mean(r.correct for r in done + ready):.3f}, "
             f"{spent / (count - before) * (n - count):.0f} s left")
     left = [b for b in range(math.ceil(n / QUESTIONS_A_BLOCK)) if b not in {r.index // QUESTIONS_A_BLOCK for r in done}]
@@ -582,7 +582,7 @@ def evaluate(policy, questions, dialogue, seed=0, *, records=None, log=None, on_
         mine, begun = [], time.time()
         for block in left[turn:][rank():rank() + 1]:
             asked = {replace(questions[i]): i for i in block_of(block, n)}
-            stream = random_stream((seed + 1_000_003 * block) % 2**63)    # the CPU's generator takes the low 32 bits alone
+            stream = random_stream((seed + 1_000_003 * block) % 2**63, policy.device)    # the CPU's takes the low 32 bits alone
             for trace, in rollout(policy, asked, dialogue, 1, **{**sampling, "generator": stream}):
                 mine.append(record_of(asked[trace.question], trace, tool))
                 if on_trace:

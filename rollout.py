@@ -511,9 +511,9 @@ def dialogue_of(args, tool=True):
     return Dialogue(args.mode, args.crop_half, args.crop_size, args.crop_dot, args.max_crops, tool, prompt)
 
 
-def random_stream(seed):
-    """A random generator for `model.Engine`, on the device that samples."""
-    return torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
+def random_stream(seed, device=None):
+    """A random generator for `model.Engine`. device: the policy's; by default a GPU, if there is one."""
+    return torch.Generator(device or ("cuda" if torch.cuda.is_available() else "cpu")).manual_seed(seed)
 
 
 def sampling_of(args, seed=None, **more):
@@ -559,8 +559,8 @@ def web_question(trajectory, intent, meta_data, images=None):
     """A state of VisualWebArena -> Question of kind "action", without an answer.
 
     trajectory: states and actions in turn, a state last: {"observation": {"image": uint8 array (height, width, 3 or 4), "text":
-    the page's elements}, "info": {"page": with a url, or "url": text}}. meta_data: {"action_history": texts}. images: PIL, those
-    that belong to the intent. What is too long is cut. Raises UserError where there is no screenshot."""
+    the page's elements}, "info": {"page": with a url, or "url": text}}. meta_data: {"action_history": texts}. images: PIL
+    images of the intent's. What is too long is cut. Raises UserError where there is no screenshot."""
     state = trajectory[-1] if trajectory else {}
     seen, info = state.get("observation") or {}, state.get("info") or {}
     screen = seen.get("image") if isinstance(seen, dict) else None
@@ -569,6 +569,8 @@ def web_question(trajectory, intent, meta_data, images=None):
                         "VisualWebArena with --observation_type image_som")
     try:
         screen = screen if isinstance(screen, Image.Image) else Image.fromarray(screen)
+        if not all(screen.size):
+            raise ValueError("it is empty")
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"observation['image'] is no image ({error}); give a uint8 array (height, width, 3 or 4)") from None
     images = images or []
@@ -612,7 +614,7 @@ class WebAgent:
 
     def reset(self, test_config_file=None):
         """A new task begins: its random numbers do not depend on the tasks before."""
-        self.sampling = sampling_of(self.args, self.args.seed)
+        self.sampling = sampling_of(self.args) | {"generator": random_stream(self.args.seed, self.policy.device)}
 
     def set_action_set_tag(self, tag):
         """The tag of the action set; actions are written with the elements' numbers in any case."""

@@ -102,7 +102,8 @@ train_rl.main()
 def test_evaluation_and_its_files(run_folder):
     """Guards evaluate.py: the table with and without the tool, --json and its records, --no-tool, --save."""
     folder, _ = run_folder
-    command = ["evaluate.py", "--model", folder / "runs/toy-search-zoom/rl", "--n", 5, "--json", "found.json", "--save", "first.png"]
+    command = ["evaluate.py", "--model", folder / "runs/toy-search-zoom/rl", "--n", 5, "--json", "found.json",
+               "--save", "first.png"]
     output = call(*command, cwd=folder)
     found = json.loads((folder / "found.json").read_text())
     assert found["n"] == 5 and 0 <= found["accuracy_no_tool"] <= 1 and (folder / "first.png").is_file()

@@ -144,7 +144,8 @@ def test_blocks_do_not_depend_on_each_other(policy, small_blocks, tmp_path):
     def texts(seed, done=()):
         records, seen = Records(), {}
         records.found = list(done)
-        evaluate(policy, questions, Dialogue(), seed, records=records, on_trace=lambda t, r: seen.update({r.index: r.text}), **LIMITS)
+        evaluate(policy, questions, Dialogue(), seed, records=records, **LIMITS,
+                 on_trace=lambda trace, record: seen.update({record.index: record.text}))
         return records.found, seen
     found, whole = texts(3)
     last = texts(3, [r for r in found if r.index < 8])[1]
@@ -154,7 +155,7 @@ def test_blocks_do_not_depend_on_each_other(policy, small_blocks, tmp_path):
 
 @pytest.mark.parametrize("die_after", [2, 5, 9])
 def test_going_on_after_a_kill_equals_an_uninterrupted_run(policy, small_blocks, tmp_path, die_after):
-    """Guards --json: blocks that are whole are kept, others run again; the figures and the file are those of a run in one go."""
+    """Guards --json: whole blocks are kept, others run again; the figures and the file are those of a run in one go."""
     whole, broken, said = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl", []
     class Killed(BaseException):
         pass

@@ -42,7 +42,8 @@ def step(agent, *states, intent="Buy the red shoes", history=("None",), **more):
 
 
 @pytest.mark.parametrize("said, action", [
-    (" click [12] ", "click [12]"), ("`click [12]`", "click [12]"), ("hover [3]", "hover [3]"), ("scroll [down]", "scroll [down]"),
+    (" click [12] ", "click [12]"), ("`click [12]`", "click [12]"), ("hover [3]", "hover [3]"),
+    ("scroll [down]", "scroll [down]"),
     ("scroll up", "scroll [up]"), ("type [5] [red shoes]", "type [5] [red shoes] [1]"), ("press [ctrl+v]", "press [ctrl+v]"),
     ("type [5] [a [b] c] [0]", "type [5] [a [b] c] [0]"), ("type [5] [1]", "type [5] [1] [1]"),
     ("type [5] [two\nlines] [0]", "type [5] [two lines] [0]"),
@@ -63,11 +64,12 @@ def test_every_action_is_written():
 
 
 def test_what_the_policy_is_asked(agent, policy, monkeypatch):
-    """Guards the state's way in: the latest screenshot first, then the task's images; intent, actions before, URL, elements, hint."""
+    """Guards the state's way in: the latest screenshot first, then the task's images; intent, history, URL, elements, hint."""
     script = Scripted(monkeypatch, "click [1]", "stop []")
     old, new = state("old page"), state("[7] [IMG] [shoes]", channels=4, page=SimpleNamespace(url="http://shop/red"))
     new["observation"]["image"][..., 0] = 9
-    step(agent, old, {"action_type": 6}, new, images=[Image.new("L", (50, 40), 77)], history=["None", "click [3] where\n[3] is x"])
+    step(agent, old, {"action_type": 6}, new, images=[Image.new("L", (50, 40), 77)],
+         history=["None", "click [3] where\n[3] is x"])
     question = script.asked[0]
     screen, given = question.load()
     assert (screen.mode, screen.size, screen.getpixel((0, 0))) == ("RGB", (80, 60), (9, 200, 200)) and given.size == (50, 40)
@@ -129,8 +131,8 @@ def test_long_pages_are_cut(agent, monkeypatch):
     text = web_question([state(lines)], "x" * 50_000, {"action_history": ["click [1] " * 200] * 1000}).text
     assert len(text) < MAX_ELEMENTS + 4_000 + 30 * 310 + 300 and "characters left out" in text and "30. click" in text
     assert "\n31. click" not in text and "[A] [link 0]" in text and not text.endswith("[A")
-    assert shorten("a\nbc\ndef", 5) == "a\nbc\n(4 characters left out)" and shorten("abcdef", 3) == "abc\n(3 characters left out)"
-    assert shorten("abc", 3) == "abc"
+    assert shorten("a\nbc\ndef", 5) == "a\nbc\n(4 characters left out)" and shorten("abc", 3) == "abc"
+    assert shorten("abcdef", 3) == "abc\n(3 characters left out)"
 
 
 @pytest.mark.parametrize("trajectory", [[], [{"observation": {"text": "x"}, "info": {}}], [state(), {"action_type": 6}],
