@@ -20,8 +20,8 @@ import math
 import random
 import re
 import time
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
@@ -30,9 +30,10 @@ import numpy as np
 from PIL import Image
 
 import model as models
-from model import UserError
-from reward import USAGE, distinct_crops, in_region, lenient_rule, official_rule, parse_action, score
-from rollout import PRESETS, Question, add_arguments, dialogue_of, draw_trace, read_image, rollout, run, sampling_of, window
+from model import UserError, gather, rank, world
+from reward import Record, record_of
+from rollout import (PRESETS, USAGE, Question, add_arguments, dialogue_of, draw_trace, parse_action, random_stream, read_image,
+                     rollout, run, sampling_of, settings_line, window)
 
 # ------------------------------------------------------------------------------------------------ toy-search: drawn scenes
 
@@ -481,12 +482,64 @@ def image_size(path, where):
 
 # ------------------------------------------------------------------------------------------------ how well a policy does
 
+# Questions that share a stream of random numbers: enough to keep a GPU busy, and few enough that several processes have work in
+# a benchmark of some hundred questions, and that little is lost when a run is cut off.
+QUESTIONS_A_BLOCK = 64
+
+
+class Records:
+    """The Records of an evaluation of `n` questions, in `found`; with a path, in a file too, to go on from after a break.
+    The file begins with the settings, all that decides the result; then come the Records, a line each, whole blocks at a time.
+    Other settings, or a file of another sort, are a UserError. Only the first process reads and writes."""
+
+    def __init__(self, path=None, settings=None, n=0):
+        self.path = path and Path(path)
+        self.found = gather(self.read(settings, n) if path and rank() == 0 else [])[0]
+
+    def read(self, settings, n):
+        """What an earlier run left; lines and blocks that are not whole are dropped, from the file too."""
+        settings, rows = json.loads(json.dumps(settings)), {}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+            begun = dict(json.loads(lines[0])) if lines else settings
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}; give another --json FILE") from None
+        except (ValueError, TypeError):
+            raise UserError(f"{self.path}: no records of an evaluation; move it away, or give another --json FILE") from None
+        other = [f"{k} {begun.get(k)}" for k in {**begun, **settings} if begun.get(k) != settings.get(k)]
+        if other:
+            raise UserError(f"{self.path} was begun with {', '.join(other)}; go on with the same, move the file away, or give "
+                            "another --json FILE")
+        for line in lines[1:]:
+            try:
+                record = Record(**json.loads(line))
+                rows[record.tool, record.index // QUESTIONS_A_BLOCK, record.index] = record
+            except (ValueError, TypeError):
+                pass                             # it was being written when the run was cut off
+        sizes = Counter(key[:2] for key in rows)
+        found = [r for (tool, block, _), r in rows.items() if sizes[tool, block] == len(block_of(block, n))]
+        models.write_text(self.path, "".join(json.dumps(line) + "\n" for line in [settings, *map(vars, found)]))
+        return found
+
+    def add(self, records):
+        self.found += records
+        if self.path and rank() == 0:
+            with open(self.path, "a") as file:
+                file.write("".join(json.dumps(vars(r)) + "\n" for r in records))
+
+
+def block_of(number, n):
+    """The numbers of a block's questions."""
+    return range(number * QUESTIONS_A_BLOCK, min((number + 1) * QUESTIONS_A_BLOCK, n))
+
+
 @dataclass
 class Report:
     """What an evaluation found. ci95: bounds of the accuracy's 95 % interval (Wilson). format: share of well-formed traces.
     on_target: share of the points looked at that lie on what was asked for (a candidate; the box), where that is known. crops:
-    looks a trace. looks_again: share of traces that looked at two or more places. by: accuracy by category; official: by the
-    benchmark's own rules; lenient: accuracy by the public code's rule."""
+    looks a trace. looks_again: share of traces that looked at two or more places. minutes: of all processes and runs together.
+    by: accuracy by category; official: by the benchmark's own rules; lenient: accuracy by the public code's rule."""
     n: int
     accuracy: float
     ci95: tuple[float, float]
@@ -509,40 +562,53 @@ def interval(right, n, z=1.96):
     return (p + z2 / 2 - half) / (1 + z2), (p + z2 / 2 + half) / (1 + z2)
 
 
-def on_target(trace, point):
-    """Whether a point (px as seen) lies on what the question is about; None where that is not known."""
-    point, question = trace.frames[0].to_original(point), trace.question
-    if question.scene:
-        card = question.scene.card_at(point)
-        return card is not None and card.colour == question.scene.colour
-    return in_region(point, question.answer) if question.kind == "point" else None
+def evaluate(policy, questions, dialogue, seed=0, *, records=None, log=None, on_trace=None, **sampling):
+    """Answers every question once, block by block. The random numbers of a block follow from the seed and its number alone, so
+    that the result is the same in one go, after a break, or on several processes (which take turns; each gets the Report).
+
+    questions: anything with a length and an index; records: to go on from, and to add to; log: called with a line now and then;
+    on_trace: with each finished trace and its Record; sampling: see `model.Engine`, but for its generator. -> Report"""
+    records, n, tool = records or Records(), len(questions), dialogue.tool
+    started = told = time.time()
+    done = [r for r in records.found if r.tool == tool]
+    before = len(done)
+    if log and before:
+        log(f"{before} of {n} questions were answered before, see {records.path}")
+    def tell(ready, processes=1):
+        count, spent = min(n, len(done) + len(ready) * processes), time.time() - started
+        log(f"{count}/{n} questions, accuracy {mean(r.correct for r in done + ready):.3f}, "
+            f"{spent / (count - before) * (n - count):.0f} s left")
+    left = [b for b in range(math.ceil(n / QUESTIONS_A_BLOCK)) if b not in {r.index // QUESTIONS_A_BLOCK for r in done}]
+    for turn in range(0, len(left), world()):
+        mine, begun = [], time.time()
+        for block in left[turn:][rank():rank() + 1]:
+            asked = {replace(questions[i]): i for i in block_of(block, n)}
+            stream = random_stream((seed + 1_000_003 * block) % 2**63, policy.device)    # the CPU's takes the low 32 bits alone
+            for trace, in rollout(policy, asked, dialogue, 1, **{**sampling, "generator": stream}):
+                mine.append(record_of(asked[trace.question], trace, tool))
+                if on_trace:
+                    on_trace(trace, mine[-1])
+                if log and time.time() - told > 10 and len(mine) < len(asked):
+                    told = time.time()
+                    tell(mine, world())
+        for record in mine:
+            record.seconds = (time.time() - begun) / len(mine)
+        new = sum(gather(mine), [])
+        records.add(new)
+        done += new
+        if log:
+            tell([])
+    return report(done)
 
 
-def evaluate(policy, questions, dialogue, *, group=1, log=None, on_trace=None, **sampling):
-    """Answers every question once. sampling: see `model.Engine`. log: called with a line now and then; on_trace: with each
-    trace and its Score. -> Report"""
-    started, traces, scores = time.time(), [], []
-    for job in rollout(policy, questions, dialogue, group, **sampling):
-        for trace in job:
-            traces.append(trace)
-            scores.append(score(trace))
-            if on_trace:
-                on_trace(trace, scores[-1])
-        if log and len(traces) % 100 < group:
-            spent = time.time() - started
-            log(f"{len(traces)}/{len(questions) * group} traces, accuracy {mean(s.correct for s in scores):.3f}, "
-                f"{spent / len(traces) * (len(questions) * group - len(traces)):.0f} s left")
-    return report(traces, scores, (time.time() - started) / 60)
-
-
-def report(traces, scores, minutes):
-    hits = [hit for t in traces for p in t.crops if (hit := on_target(t, p)) is not None]
-    strict = [bool(s.correct) for s in scores]
-    found = summarise([(t.question.category, official_rule(t, c)) for t, c in zip(traces, strict)])
-    return Report(len(traces), mean(strict), interval(sum(strict), len(strict)), mean(s.format for s in scores),
-                  mean(hits) if hits else None, mean(s.crops for s in scores),
-                  mean(distinct_crops(t.crops, 10) > 1 for t in traces), minutes, found["by"], found["official"],
-                  mean(lenient_rule(t, c) for t, c in zip(traces, strict)))
+def report(records):
+    """Records, in any order -> Report."""
+    records = sorted(records, key=lambda r: r.index)
+    hits, right = [hit for r in records for hit in r.hits], [r.correct for r in records]
+    found = summarise([(r.category, r.official) for r in records])
+    return Report(len(records), mean(right), interval(sum(right), len(right)), mean(r.format for r in records),
+                  mean(hits) if hits else None, mean(r.crops for r in records), mean(r.distinct > 1 for r in records),
+                  sum(r.seconds for r in records) / 60, found["by"], found["official"], mean(r.lenient for r in records))
 
 
 def mean(values):
@@ -590,6 +656,16 @@ def table(rows):
     def line(row):
         return "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
     return "\n".join(map(line, rows))
+
+
+HEADS = ["", "accuracy", "95 %", "without tool", "format", "on target", "looks", "looks again"]
+
+
+def cells(name, found, bare=None):
+    """A row of a table under HEADS. bare: the Report without the tool, if it was evaluated too."""
+    return [name, f"{found.accuracy:.3f}", "{:.3f}-{:.3f}".format(*found.ci95), f"{bare.accuracy:.3f}" if bare else "-",
+            f"{found.format:.3f}", "-" if found.on_target is None else f"{found.on_target:.3f}", f"{found.crops:.2f}",
+            f"{found.looks_again:.3f}"]
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -653,6 +729,16 @@ def shuffled(n, seed):
     return random.Random(f"order {seed}").sample(range(n), n)
 
 
+def settings_of(args, policy, dialogue, n):
+    """All that decides the result of an evaluation: flags, number of questions, and the state of the files that are read."""
+    def state(path):    # bytes, and when last written
+        files = [p.stat() for p in ([path] if path.is_file() else path.glob("*"))]
+        return [sum(f.st_size for f in files), max((f.st_mtime for f in files), default=0)]
+    own = {k: v for k, v in vars(args).items() if k not in ("json", "save", "image", "question")}
+    return own | {"system_prompt": dialogue.system_prompt, "n": n, "block": QUESTIONS_A_BLOCK, "device": policy.device.type,
+                  "state of the model": state(Path(args.model)), "state of the task": state(Path(args.task))}
+
+
 def main():
     parser = argparse.ArgumentParser(description="Evaluate a checkpoint on a task, or ask it one question about one image.",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -660,8 +746,9 @@ def main():
     add = parser.add_argument
     add("--n", type=int, help="questions (drawn 512; of a file all, or so many spread evenly over it)")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that add up to this (%(default)s)")
-    add("--no-tool", action="store_true", help="no looks: the answer is asked for at once")
-    add("--json", metavar="FILE", help="write the figures to this file")
+    add("--no-tool", action="store_true", help="no looks: the answer is asked for at once (mode zoom: with and without)")
+    add("--json", metavar="FILE", help="write the figures to this file; the answers are kept in the .jsonl beside it as "
+        "they come, and the same command again goes on from there")
     add("--image", metavar="FILE", help="ask about this image")
     add("--question", metavar="TEXT", help="what to ask about --image")
     add("--save", metavar="FILE", help="with --image: draw the trace to this PNG file; else: of the first question")
@@ -672,8 +759,10 @@ def main():
         raise UserError("--image and --question go together")
     if args.n is not None and args.n < 1 or not 0 < args.top_p <= 1:
         raise UserError("--n must be at least 1, and --top-p above 0 and at most 1")
-    policy = models.load(args.model, max_pixels=args.max_pixels)
-    dialogue, sampling = dialogue_of(args, not args.no_tool), sampling_of(args, args.seed, top_p=args.top_p)
+    if args.json and Path(args.json).suffix == ".jsonl":
+        raise UserError(f"--json {args.json}: the answers are kept in a .jsonl beside it; give a name that ends in .json")
+    policy, dialogue = models.load(args.model, max_pixels=args.max_pixels), dialogue_of(args, not args.no_tool)
+    sampling = sampling_of(args, args.seed if args.image else None, top_p=args.top_p)
     if args.image:
         question = Question(args.question, [args.image], "")
         trace = next(rollout(policy, [question], dialogue, 1, **sampling))[0]
@@ -682,26 +771,35 @@ def main():
         if args.save:
             draw_trace(trace).save(args.save)
         return
-    first = []
     if args.task in TOYS:
         questions = DrawnQuestions(args.task, "test", args.n or 512, args.seed)
     else:
         questions = open_file(args.task, args.image_root, args.n)
-    found = evaluate(policy, questions, dialogue, log=print, on_trace=lambda t, s: first or first.append(t), **sampling)
-    print(first[0].text(), end="\n\n")
-    low, high = found.ci95
-    rows = [["", "accuracy", "95 %", "lenient", "format", "on target", "looks", "looks again", "n"],
-            [Path(args.task).stem, f"{found.accuracy:.3f}", f"{low:.3f}-{high:.3f}", f"{found.lenient:.3f}", f"{found.format:.3f}",
-             "-" if found.on_target is None else f"{found.on_target:.3f}", f"{found.crops:.2f}", f"{found.looks_again:.3f}", found.n]]
-    rows += [[f"  {name}", f"{r['accuracy']:.3f}", *([""] * 6), r["n"]] for name, r in {**found.by, **found.official}.items()]
+    print(settings_line(args, policy))
+    settings, drawn = settings_of(args, policy, dialogue, len(questions)), []
+    records = Records(args.json and Path(args.json).with_suffix(".jsonl"), settings, len(questions))
+    def draw(trace, record):
+        if args.save and record.index == 0 and not drawn:
+            draw_trace(trace).save(args.save)
+            drawn.append(trace)
+    found, bare = evaluate(policy, questions, dialogue, args.seed, records=records, log=print, on_trace=draw, **sampling), None
+    if args.mode == "zoom" and not args.no_tool:
+        bare = evaluate(policy, questions, replace(dialogue, tool=False), args.seed, records=records,
+                        log=partial(print, "without tool:"), **sampling)
+    print(min(records.found, key=lambda r: (not r.tool, r.index)).text, end="\n\n")
+    rows = [[*HEADS, "lenient", "n"], [*cells(Path(args.task).stem, found, bare), f"{found.lenient:.3f}", found.n]]
+    without = bare and bare.by | bare.official
+    rows += [[f"  {name}", f"{r['accuracy']:.3f}", "", f"{without[name]['accuracy']:.3f}" if bare else "-", *[""] * 5, r["n"]]
+             for name, r in {**found.by, **found.official}.items()]
     print(table(rows))
     if args.task in TOYS:
         blind = [blind_accuracy(questions, dialogue, looks) for looks in (0, 1, 4)]
         print("a blind player, 0 / 1 / 4 looks at random places: " + " / ".join(f"{b:.3f}" for b in blind))
-    if args.save:
-        draw_trace(first[0]).save(args.save)
-    if args.json:
-        models.write_text(args.json, json.dumps(vars(found), indent=1) + "\n")
+    if args.save and not drawn and rank() == 0:
+        print(f"{args.save}: not drawn, for the first question was answered by an earlier run; leave out --json")
+    if args.json and rank() == 0:
+        figures = vars(found) | ({"accuracy_no_tool": (bare or found).accuracy} if bare or args.no_tool else {})
+        models.write_text(args.json, json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -196,10 +196,12 @@ class Policy:
         return self.chunk(text.removeprefix(self.tokenizer.eos_token), images)
 
     def clean(self, text):
-        """Text of unknown origin, with the tokenizer's special tokens broken up, so that it cannot speak as the chat itself."""
-        for token in self.tokenizer.all_special_tokens + [self.tokenizer.convert_ids_to_tokens(self.image_token)]:
-            text = text.replace(token, token.replace("|", " "))
-        return text
+        """Text of unknown origin, with the tokenizer's special tokens broken up, so that it cannot speak as the chat itself.
+        Half characters, which no tokenizer takes, become question marks."""
+        for token in self.tokenizer.added_tokens_decoder.values():      # `all_special_tokens` lacks some, <|im_start|> for one
+            if token.special:
+                text = text.replace(token.content, token.content.replace("|", " "))
+        return text.encode(errors="replace").decode()
 
     # -------------------------------------------------------------------------------------------- embedding
 

@@ -21,7 +21,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from rollout import ToolError, parse_call, parse_points, spoken
+from rollout import ToolError, parse_action, parse_call, parse_points, spoken
 
 # ------------------------------------------------------------------------------------------------ answers in words
 
@@ -93,68 +93,6 @@ def match_point(answer, region, frame):
 
 
 # ------------------------------------------------------------------------------------------------ answers that act
-
-USAGE = {"click": "click [12]", "type": "type [12] [text] [1]", "hover": "hover [12]", "press": "press [Control+v]",
-         "scroll": "scroll [down]", "goto": "goto [url]", "new_tab": "new_tab", "tab_focus": "tab_focus [0]",
-         "close_tab": "close_tab", "go_back": "go_back", "go_forward": "go_forward", "stop": "stop [answer]"}
-NAME = re.compile(r"[A-Za-z_]{0,20}")
-ID = re.compile(r"\[\s*([0-9]{1,9})\s*\]")
-DIRECTION = re.compile(r"\[?\s*(?:direction\s*=\s*)?(up|down)\s*\]?")
-ENTER = re.compile(r"\s*(?:press_enter_after\s*=\s*)?([01])\s*\]")
-
-
-@dataclass(frozen=True)
-class Action:
-    """One action of VisualWebArena. id: the element's number (for tab_focus the tab's). text: what is typed, pressed, gone
-    to or answered, as written, or the direction of a scroll. enter: whether Enter follows what is typed."""
-    name: str
-    id: int | None = None
-    text: str = ""
-    enter: bool = True
-
-
-def parse_action(text):
-    """"type [5] [red shoes] [0]" -> Action("type", 5, "red shoes", False). Raises ValueError, with how it should be written.
-
-    The text in brackets may hold brackets, new lines or another action; the whole may stand in backticks."""
-    text = text.strip()
-    for fence in ("```", "`"):
-        if len(text) > 2 * len(fence) and text.startswith(fence) and text.endswith(fence):
-            text = text[len(fence):-len(fence)].strip()
-    said = NAME.match(text)[0]
-    name, rest = said.lower(), text[len(said):].strip()
-    if name not in USAGE:
-        raise ValueError(f"no such action: {text[:60]!r}; there are {', '.join(USAGE)}")
-    if name in ("click", "hover", "tab_focus"):
-        if found := ID.fullmatch(rest):
-            return Action(name, int(found[1]))
-    elif name == "type":
-        if found := ID.match(rest):
-            typed, enter = split_enter(rest[found.end():].strip())
-            if bracketed(typed):
-                return Action(name, int(found[1]), typed[1:-1], enter)
-    elif name == "scroll":
-        if found := DIRECTION.fullmatch(rest.lower()):
-            return Action(name, text=found[1])
-    elif name in ("press", "goto", "stop") and bracketed(rest):
-        return Action(name, text=rest[1:-1])
-    elif name in ("stop", "new_tab", "close_tab", "go_back", "go_forward") and not rest:
-        return Action(name)
-    raise ValueError(f"write {USAGE[name]!r}, not {text[:60]!r}")
-
-
-def bracketed(text):
-    return text.startswith("[") and text.endswith("]")
-
-
-def split_enter(text):
-    """What follows the element of a `type`: "[a [b]] [0]" -> ("[a [b]]", False). A lone "[0]" is the text: ("[0]", True)."""
-    before, _, after = text.rpartition("[")
-    flag = ENTER.fullmatch(after)
-    if flag and before.rstrip().endswith("]"):
-        return before.rstrip(), flag[1] == "1"
-    return text, True
-
 
 def match_action(answer, truth):
     """Whether two actions do the same: name, element and text, whatever its case and spacing. Enter is not compared.
@@ -336,3 +274,47 @@ def lenient_rule(trace, strict):
     truth, said = ("".join(c for c in option_text(text, trace.question.choices) if c.isalnum())
                    for text in (trace.question.answer, trace.answer or ""))
     return truth in said if truth else strict
+
+
+# ------------------------------------------------------------------------------------------------ what is kept of a trace
+
+@dataclass
+class Record:
+    """What an evaluation keeps of a trace, one for each question. index: the question's number; tool: whether it could look;
+    correct, official, lenient: by our own rule, the benchmark's and the public code's; hits: of the points looked at, whether
+    they lie on what was asked for, where that is known; crops, distinct: looks, and different ones; ended: see `rollout.Trace`;
+    text: the trace, to be read; seconds: its share of the time that its block took."""
+    index: int
+    tool: bool
+    id: str
+    category: str
+    correct: bool
+    official: bool
+    lenient: bool
+    format: bool
+    hits: list
+    crops: int
+    distinct: int
+    answer: str | None
+    ended: str
+    text: str
+    seconds: float = 0.0
+
+
+def record_of(index, trace, tool=True):
+    """The Record of a finished trace."""
+    scored, question = score(trace), trace.question
+    correct = bool(scored.correct)
+    hits = [hit for point in trace.crops if (hit := on_target(trace, point)) is not None]
+    return Record(index, tool, question.id, question.category, correct, bool(official_rule(trace, correct)),
+                  bool(lenient_rule(trace, correct)), bool(scored.format), hits, scored.crops, distinct_crops(trace.crops, 10),
+                  trace.answer, trace.ended, trace.text())
+
+
+def on_target(trace, point):
+    """Whether a point (px as seen) lies on what the question is about; None where that is not known."""
+    point, question = trace.frames[0].to_original(point), trace.question
+    if question.scene:
+        card = question.scene.card_at(point)
+        return card is not None and card.colour == question.scene.colour
+    return in_region(point, question.answer) if question.kind == "point" else None

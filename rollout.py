@@ -1,6 +1,7 @@
 """The dialogue: prompts, coordinates, the zoom tool, many turns, many traces.
 
 In:  questions about images. Out: `Trace`s: which tokens the policy sampled, where it pointed, what it was shown, how it ended.
+At the end, `WebAgent`: the same dialogue, as VisualWebArena asks for one action after another.
 
 Four modes, as in the paper: `direct` (an answer only), `think` (a thought, then the answer), `grounded` (a thought whose
 steps point at the image) and `zoom` (turns: a thought that points, a look at the point, ..., the answer).
@@ -14,6 +15,7 @@ inside, never stretched; bad calls and points outside are answered in words; wha
 import argparse
 import io
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from model import Chunk, Engine, Sequence, UserError
+from model import Chunk, Engine, Policy, Sequence, UserError, load, rank, start_processes
 
 MODES = ("direct", "think", "grounded", "zoom")
 MAX_IMAGE_PIXELS = 2**27    # of a file, refused before it is decoded: 134 million, 384 MiB in memory
@@ -45,7 +47,90 @@ OBSERVATION = ("<observation>\n", "\n</observation>")
 FORCED_ANSWER = "<think></think>\n<answer>"   # written for the policy when it must answer now
 
 
+# ------------------------------------------------------------------------------------------------ web actions
+
+# The actions of VisualWebArena, each as it is written.
+USAGE = {"click": "click [12]", "type": "type [12] [text] [1]", "hover": "hover [12]", "press": "press [Control+v]",
+         "scroll": "scroll [down]", "goto": "goto [url]", "new_tab": "new_tab", "tab_focus": "tab_focus [0]",
+         "close_tab": "close_tab", "go_back": "go_back", "go_forward": "go_forward", "stop": "stop [answer]"}
+NAME = re.compile(r"[A-Za-z_]{0,20}")
+ID = re.compile(r"\[\s*([0-9]{1,9})\s*\]")
+DIRECTION = re.compile(r"\[?\s*(?:direction\s*=\s*)?(up|down)\s*\]?")
+ENTER = re.compile(r"\s*(?:press_enter_after\s*=\s*)?([01])\s*\]")
+
+
+@dataclass(frozen=True)
+class Action:
+    """One action of VisualWebArena. id: the element's number (for tab_focus the tab's). text: what is typed, pressed, gone
+    to or answered, as written, or the direction of a scroll. enter: whether Enter follows what is typed."""
+    name: str
+    id: int | None = None
+    text: str = ""
+    enter: bool = True
+
+    def __str__(self):
+        """As VisualWebArena reads it: in one line, and with whether Enter follows."""
+        text = " ".join(self.text.split())
+        places = {"click": (self.id,), "hover": (self.id,), "tab_focus": (self.id,), "type": (self.id, text, int(self.enter)),
+                  "press": (text,), "scroll": (text,), "goto": (text,), "stop": (text,)}.get(self.name, ())
+        return " ".join([self.name, *(f"[{place}]" for place in places)])
+
+
+def parse_action(text):
+    """"type [5] [red shoes] [0]" -> Action("type", 5, "red shoes", False). Raises ValueError, with how it should be written.
+
+    The text in brackets may hold brackets, new lines or another action; the whole may stand in backticks."""
+    text = text.strip()
+    for fence in ("```", "`"):
+        if len(text) > 2 * len(fence) and text.startswith(fence) and text.endswith(fence):
+            text = text[len(fence):-len(fence)].strip()
+    said = NAME.match(text)[0]
+    name, rest = said.lower(), text[len(said):].strip()
+    if name not in USAGE:
+        raise ValueError(f"no such action: {text[:60]!r}; there are {', '.join(USAGE)}")
+    if name in ("click", "hover", "tab_focus"):
+        if found := ID.fullmatch(rest):
+            return Action(name, int(found[1]))
+    elif name == "type":
+        if found := ID.match(rest):
+            typed, enter = split_enter(rest[found.end():].strip())
+            if bracketed(typed):
+                return Action(name, int(found[1]), typed[1:-1], enter)
+    elif name == "scroll":
+        if found := DIRECTION.fullmatch(rest.lower()):
+            return Action(name, text=found[1])
+    elif name in ("press", "goto", "stop") and bracketed(rest):
+        return Action(name, text=rest[1:-1])
+    elif name in ("stop", "new_tab", "close_tab", "go_back", "go_forward") and not rest:
+        return Action(name)
+    raise ValueError(f"write {USAGE[name]!r}, not {text[:60]!r}")
+
+
+def bracketed(text):
+    return text.startswith("[") and text.endswith("]")
+
+
+def split_enter(text):
+    """What follows the element of a `type`: "[a [b]] [0]" -> ("[a [b]]", False). A lone "[0]" is the text: ("[0]", True)."""
+    before, _, after = text.rpartition("[")
+    flag = ENTER.fullmatch(after)
+    if flag and before.rstrip().endswith("]"):
+        return before.rstrip(), flag[1] == "1"
+    return text, True
+
+
 # ------------------------------------------------------------------------------------------------ questions
+
+# What the answer shall look like, by the kind of question, for rows that do not say it ("Description: the search button"); and
+# how to tell the rows that do. The list of actions is always given: a page that quotes it must not be able to suppress it.
+HINTS = {
+    "point": (r"\(x,\s*y\)|\[x,\s*y\]|<answer>",
+              "The answer is one point (x, y), in pixels of the image, between <answer> and </answer>."),
+    "choice": (r"<answer>|\b(answer|respond|reply)\b[^.:\n]{0,40}\b(letter|text|option)",
+               "The answer is the letter or the text of one of the options."),
+    "action": (None, "The answer is one of these actions, with numbers and words that fit: " + ", ".join(USAGE.values()) + "."),
+}
+
 
 @dataclass(eq=False)
 class Question:
@@ -67,6 +152,12 @@ class Question:
 
     def load(self):
         return [read_image(i, self.where) if isinstance(i, (str, Path)) else i() if callable(i) else i for i in self.images]
+
+
+def with_hint(question):
+    """A question's text, and behind it what its answer shall look like, unless it says so itself."""
+    said, hint = HINTS.get(question.kind, (None, ""))
+    return question.text if not hint or said and re.search(said, question.text, re.I) else f"{question.text}\n{hint}"
 
 
 def read_image(source, where=""):
@@ -263,7 +354,7 @@ class Dialogue:
         """-> the Chunk after which the policy speaks, and the Frames of the question's images."""
         images = question.load()
         system = self.system_prompt or policy.system_prompts.get(self.mode) or SYSTEM_PROMPTS[self.mode]
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": policy.clean(question.text)}]
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": policy.clean(with_hint(question))}]
         chunk = policy.prompt([{"role": "system", "content": system}, {"role": "user", "content": content}], images)
         if not self.tool:
             chunk.ids += policy.encode(FORCED_ANSWER)
@@ -420,20 +511,129 @@ def dialogue_of(args, tool=True):
     return Dialogue(args.mode, args.crop_half, args.crop_size, args.crop_dot, args.max_crops, tool, prompt)
 
 
-def sampling_of(args, seed, **more):
-    """Arguments for `model.Engine`, with a random generator of its own."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def random_stream(seed, device=None):
+    """A random generator for `model.Engine`. device: the policy's; by default a GPU, if there is one."""
+    return torch.Generator(device or ("cuda" if torch.cuda.is_available() else "cpu")).manual_seed(seed)
+
+
+def sampling_of(args, seed=None, **more):
+    """Arguments for `model.Engine`; with a seed, a random generator too."""
     return dict(temperature=args.temperature, turn_tokens=args.turn_tokens, response_tokens=args.response_tokens,
-                cache_tokens=args.cache_tokens, generator=torch.Generator(device).manual_seed(seed), **more)
+                cache_tokens=args.cache_tokens, generator=None if seed is None else random_stream(seed), **more)
+
+
+def settings_line(args, policy):
+    """What follows from the family of the task and the flags, in words."""
+    looks = f"at most {args.max_crops} looks, {2 * args.crop_half} px wide and shown at {args.crop_size} px" + \
+        (" with a dot" if args.crop_dot else "")
+    return (f"{args.mode}, family {args.family}: " + (f"{looks}; " if args.mode == "zoom" and not args.no_tool else "")
+            + f"images of at most {policy.image_processor.size['longest_edge']:,} px; {args.turn_tokens} tokens a turn, "
+            f"{args.response_tokens} in all; temperature {args.temperature:g}, top-p {args.top_p:g}, seed {args.seed}")
 
 
 def run(main):
-    """Runs a script's `main`: a UserError becomes one line and exit code 2."""
+    """Runs a script's `main`: a UserError becomes one line and exit code 2. Of several processes (torchrun) only the first
+    prints; where one fails, it leaves at once, and torchrun ends the others."""
     try:
+        start_processes()
+        if rank():
+            sys.stdout = open(os.devnull, "w")
         main()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; a training run goes on with --resume", file=sys.stderr)
+        print("interrupted; a training run goes on with --resume, an evaluation with the same --json FILE", file=sys.stderr)
         sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------ a web agent
+
+MAX_ELEMENTS, MAX_INTENT, MAX_ACTION = 12_000, 4_000, 300    # characters of each in a question
+MAX_HISTORY = 30                                             # previous actions, the latest
+
+
+def web_question(trajectory, intent, meta_data, images=None):
+    """A state of VisualWebArena -> Question of kind "action", without an answer.
+
+    trajectory: states and actions in turn, a state last: {"observation": {"image": uint8 array (height, width, 3 or 4), "text":
+    the page's elements}, "info": {"page": with a url, or "url": text}}. meta_data: {"action_history": texts}. images: PIL
+    images of the intent's. What is too long is cut. Raises UserError where there is no screenshot."""
+    state = trajectory[-1] if trajectory else {}
+    seen, info = state.get("observation") or {}, state.get("info") or {}
+    screen = seen.get("image") if isinstance(seen, dict) else None
+    if screen is None:
+        raise UserError("the trajectory does not end with a state that has a screenshot, observation['image']; run "
+                        "VisualWebArena with --observation_type image_som")
+    try:
+        screen = screen if isinstance(screen, Image.Image) else Image.fromarray(screen)
+        if not all(screen.size):
+            raise ValueError("it is empty")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"observation['image'] is no image ({error}); give a uint8 array (height, width, 3 or 4)") from None
+    images = images or []
+    history = [" ".join(str(action).split())[:MAX_ACTION] for action in (meta_data or {}).get("action_history", [])]
+    history = [action for action in history if action != "None"][-MAX_HISTORY:]    # how an empty history is written there
+    parts = ["OBJECTIVE: " + shorten(intent, MAX_INTENT),
+             "PREVIOUS ACTIONS:\n" + ("\n".join(f"{i}. {action}" for i, action in enumerate(history, 1)) or "none")]
+    if url := info.get("url") or getattr(info.get("page"), "url", ""):
+        parts.append("URL: " + str(url)[:MAX_ACTION])
+    if elements := str(seen.get("text") or "").strip():
+        parts.append("ELEMENTS:\n" + shorten(elements, MAX_ELEMENTS))
+    if images:
+        parts.append(f"The first image is the page; after it, {len(images)} that belong to the objective.")
+    return Question("\n\n".join(parts), [image.convert("RGB") for image in (screen, *images)], "", "action")
+
+
+def shorten(text, most):
+    """The first lines of a text, `most` characters at most; of a longer line its beginning."""
+    if len(text) <= most:
+        return text
+    kept = text[:most].rpartition("\n")[0] or text[:most]
+    return f"{kept}\n({len(text) - len(kept):,} characters left out)"
+
+
+class WebAgent:
+    """A policy behind the interface of VisualWebArena's agents. An answer is parsed, never run, and handed on as text.
+
+    policy: a Policy, or a checkpoint's path or hub id. tries: how often an action is asked for, each time with other random
+    numbers, until one can be used. settings: flags that the scripts share, such as temperature=0.5; else the family "web"'s."""
+
+    def __init__(self, policy, mode="zoom", tries=3, **settings):
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        known = vars(parser.parse_args([])) | PRESETS["web"] | {"mode": mode}
+        if unknown := settings.keys() - known:
+            raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
+        self.args, self.tries = argparse.Namespace(**known | settings), tries
+        self.policy = policy if isinstance(policy, Policy) else load(str(policy), max_pixels=self.args.max_pixels)
+        self.dialogue = dialogue_of(self.args)
+        self.reset()
+
+    def reset(self, test_config_file=None):
+        """A new task begins: its random numbers do not depend on the tasks before."""
+        self.sampling = sampling_of(self.args) | {"generator": random_stream(self.args.seed, self.policy.device)}
+
+    def set_action_set_tag(self, tag):
+        """The tag of the action set; actions are written with the elements' numbers in any case."""
+        self.action_set_tag = tag
+
+    def next_action(self, trajectory, intent, meta_data, images=None, output_response=False):
+        """See `web_question` for what comes in. -> one action, such as "click [12]"; "stop [...]", with the reason, where no
+        try gave one. output_response: print the traces. Raises UserError where there is no screenshot."""
+        question, sampling, why = web_question(trajectory, intent, meta_data, images), dict(self.sampling), ""
+        for _ in range(self.tries):
+            trace = next(rollout(self.policy, [question], self.dialogue, 1, **sampling))[0]
+            if output_response:
+                print(trace.text(), flush=True)
+            try:
+                action = parse_action(trace.answer or "")
+                if action.name not in ("type", "press", "goto") or action.text.strip():
+                    return str(action)
+                why = f"there is nothing to {action.name}"
+            except ValueError as error:
+                why = str(error)
+            sampling["temperature"] = sampling["temperature"] or 1.0      # the likeliest would come again
+        return str(Action("stop", text=f"no usable action in {self.tries} tries: {why}"))

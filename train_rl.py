@@ -265,17 +265,14 @@ def final_table(args, stages, out):
         questions = evaluation.open_file(args.eval_task, args.image_root, args.eval_n)
     else:
         questions = evaluation.questions_of(args, "test", args.eval_n)
-    summary, rows = {}, [["", "accuracy", "95 %", "without tool", "format", "on target", "looks", "looks again", "minutes"]]
+    summary, rows, seed = {}, [[*evaluation.HEADS, "minutes"]], hash_seed(args.seed, "test")
     for name, path in stages.items():
         policy, notes = models.load(str(path), max_pixels=args.max_pixels), Path(path) / "notes.json"
         minutes = json.loads(notes.read_text()).get("minutes", 0.0) if notes.is_file() else 0.0
-        sampling = sampling_of(args, hash_seed(args.seed, "test"))
-        found = evaluation.evaluate(policy, questions, dialogue_of(args), **sampling)
-        bare = evaluation.evaluate(policy, questions, dialogue_of(args, tool=False), **sampling)
+        found, bare = (evaluation.evaluate(policy, questions, dialogue_of(args, tool), seed, **sampling_of(args))
+                       for tool in (True, False))
         summary[name] = {**vars(found), "accuracy_no_tool": bare.accuracy, "minutes": minutes}
-        rows.append([name, f"{found.accuracy:.3f}", "{:.3f}-{:.3f}".format(*found.ci95), f"{bare.accuracy:.3f}",
-                     f"{found.format:.3f}", "-" if found.on_target is None else f"{found.on_target:.3f}", f"{found.crops:.2f}",
-                     f"{found.looks_again:.3f}", f"{minutes:.1f}"])
+        rows.append([*evaluation.cells(name, found, bare), f"{minutes:.1f}"])
     print(f"\n{len(questions)} held-out questions, temperature {args.temperature:g}:\n" + evaluation.table(rows))
     if args.task in evaluation.TOYS and not args.eval_task:
         dialogue = dialogue_of(args)

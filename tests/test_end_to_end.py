@@ -1,6 +1,7 @@
 """Every script run as a user runs it, in miniature."""
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -99,12 +100,43 @@ train_rl.main()
 
 
 def test_evaluation_and_its_files(run_folder):
-    """Guards evaluate.py: the table, --json, --no-tool."""
+    """Guards evaluate.py: the table with and without the tool, --json and its records, --no-tool, --save."""
     folder, _ = run_folder
-    model = folder / "runs/toy-search-zoom/rl"
-    output = call("evaluate.py", "--model", model, "--n", 5, "--json", "found.json", cwd=folder)
-    assert "accuracy" in output and json.loads((folder / "found.json").read_text())["n"] == 5
-    assert "accuracy" in call("evaluate.py", "--model", model, "--n", 3, "--no-tool", cwd=folder)
+    command = ["evaluate.py", "--model", folder / "runs/toy-search-zoom/rl", "--n", 5, "--json", "found.json",
+               "--save", "first.png"]
+    output = call(*command, cwd=folder)
+    found = json.loads((folder / "found.json").read_text())
+    assert found["n"] == 5 and 0 <= found["accuracy_no_tool"] <= 1 and (folder / "first.png").is_file()
+    assert "family drawn" in output and "5/5 questions" in output and "without tool: 5/5" in output and "lenient" in output
+    assert len((folder / "found.jsonl").read_text().splitlines()) == 1 + 2 * 5
+    again = call(*command, cwd=folder)
+    assert again.count("5 of 5 questions were answered before") == 2 and "not drawn" in again
+    assert json.loads((folder / "found.json").read_text()) == found
+    other = call(*command, "--temperature", 0.5, cwd=folder, code=2)
+    assert "temperature 1.0" in other and "another --json" in other and "Traceback" not in other
+    output = call("evaluate.py", "--model", command[2], "--n", 3, "--no-tool", "--json", "bare.json", cwd=folder)
+    assert "without tool:" not in output
+    bare = json.loads((folder / "bare.json").read_text())
+    assert bare["accuracy"] == bare["accuracy_no_tool"] and bare["crops"] == 0
+    assert ".json" in call("evaluate.py", "--model", command[2], "--json", "bare.jsonl", cwd=folder, code=2)
+
+
+def test_evaluation_on_two_processes(run_folder):
+    """Guards torchrun: two processes give the figures of one, say everything once, and leave no process group behind."""
+    folder, _ = run_folder
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(ROOT / "evaluate.py"), "--model", "runs/toy-search-zoom/rl", "--n", "66", "--json"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    limits = ["--turn-tokens", "8", "--response-tokens", "30"]
+    started = [subprocess.Popen([*command, "two.json", *limits], cwd=folder, env={**env, **address, "RANK": r, "LOCAL_RANK": r},
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in "01"]
+    (output, _), (silent, _) = [process.communicate(timeout=300) for process in started]
+    assert [p.returncode for p in started] == [0, 0], output + silent
+    assert output.count("lenient") == 1 and "lenient" not in silent
+    subprocess.run([*command, "one.json", *limits], cwd=folder, env=env, check=True, capture_output=True)
+    one, two = (json.loads((folder / name).read_text()) for name in ("one.json", "two.json"))
+    assert {**one, "minutes": 0} == {**two, "minutes": 0} and one["n"] == 66
 
 
 @pytest.mark.parametrize("mode", ["direct", "think", "grounded", "zoom"])

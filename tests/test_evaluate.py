@@ -1,14 +1,23 @@
 """The task toy-search is honest, and the figures are what they say."""
+import json
+import os
 import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from evaluate import (ANSWERS, CARD, SIDE, Card, DrawnQuestions, Scene, blind_accuracy, evaluate, interval, report,
+import evaluate as evaluation
+from evaluate import (ANSWERS, CARD, SIDE, Card, DrawnQuestions, Records, Scene, blind_accuracy, evaluate, interval, report,
                       search_scene, toy_search)
+from model import UserError
+from reward import record_of
 from rollout import Dialogue, call_text, draw_trace, window
 from train_sft import replay
-from reward import score
 
 
 def test_the_answer_is_not_in_what_the_policy_first_sees(policy):
@@ -86,7 +95,7 @@ def test_the_figures_of_a_report(policy):
     """Guards the table: a player who looks at the candidates in turn is right, on target, and looks again where it must."""
     questions = [toy_search("test", 0, i) for i in range(12)]
     traces = [solve(policy, q, wrong=i % 4 == 0) for i, q in enumerate(questions)]
-    found = report(traces, [score(t) for t in traces], 1.0)
+    found = report([record_of(i, t) for i, t in enumerate(traces)])
     looks = [1 + [c.pattern == "plain" for c in q.scene.candidates].index(False) for q in questions]
     assert found.n == 12 and found.accuracy == 0.75 and found.format == 1 and found.on_target == 1
     assert found.crops == pytest.approx(sum(looks) / 12) and found.looks_again == pytest.approx(sum(l > 1 for l in looks) / 12)
@@ -100,6 +109,143 @@ def test_evaluation_streams_every_question_once(policy):
     found = evaluate(policy, questions, Dialogue(), on_trace=lambda t, s: seen.append(t.question.id), turn_tokens=9,
                      response_tokens=60, cache_tokens=300)
     assert found.n == 9 and sorted(seen) == sorted(q.id for q in questions)
+
+
+LIMITS = dict(turn_tokens=7, response_tokens=40, cache_tokens=2000)
+SETTINGS = {"seed": 3, "temperature": 1.0}
+QUESTIONS = 10
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 4 questions: 10 questions make two whole ones and a half."""
+    monkeypatch.setattr(evaluation, "QUESTIONS_A_BLOCK", 4)
+
+
+def answers(path):
+    """What a file of records says of each question, times aside."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    return sorted(({k: v for k, v in row.items() if k != "seconds"} for row in rows), key=lambda r: (not r["tool"], r["index"]))
+
+
+def figures(found):
+    return {k: v for k, v in vars(found).items() if k != "minutes"}
+
+
+def ask(policy, path, **more):
+    questions = DrawnQuestions("toy-search", "test", QUESTIONS)
+    records = path and Records(path, SETTINGS, QUESTIONS)
+    return evaluate(policy, questions, Dialogue(), 3, records=records, **LIMITS, **more)
+
+
+def test_blocks_do_not_depend_on_each_other(policy, small_blocks, tmp_path):
+    """Guards the streams of random numbers: what a block answers depends on the seed and its number, not on what ran before."""
+    questions = DrawnQuestions("toy-search", "test", QUESTIONS)
+    def texts(seed, done=()):
+        records, seen = Records(), {}
+        records.found = list(done)
+        evaluate(policy, questions, Dialogue(), seed, records=records, **LIMITS,
+                 on_trace=lambda trace, record: seen.update({record.index: record.text}))
+        return records.found, seen
+    found, whole = texts(3)
+    last = texts(3, [r for r in found if r.index < 8])[1]
+    assert last == {i: whole[i] for i in (8, 9)} and len(set(whole.values())) > 5
+    assert texts(4)[1] != whole
+
+
+@pytest.mark.parametrize("die_after", [2, 5, 9])
+def test_going_on_after_a_kill_equals_an_uninterrupted_run(policy, small_blocks, tmp_path, die_after):
+    """Guards --json: whole blocks are kept, others run again; the figures and the file are those of a run in one go."""
+    whole, broken, said = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl", []
+    class Killed(BaseException):
+        pass
+    def die(trace, record):
+        said.append(record)
+        if len(said) == die_after:
+            raise Killed
+    expected = ask(policy, whole)
+    with pytest.raises(Killed):
+        ask(policy, broken, on_trace=die)
+    with broken.open("a") as file:
+        file.write(whole.read_text().splitlines()[-2] + "\n")     # a block that is not whole, and a line that is not
+        file.write('{"index": 9, "tool": true, "id": "te')
+    lines, again = [], []
+    found = ask(policy, broken, log=lines.append, on_trace=lambda t, r: again.append(r.index))
+    kept = die_after // 4 * 4
+    assert len(again) == QUESTIONS - kept and (f"{kept} of 10 questions were answered before" in lines[0]) == (kept > 0)
+    assert figures(found) == figures(expected) and answers(broken) == answers(whole)
+    assert lines[-1].startswith("10/10 questions")
+    lines.clear()
+    assert figures(ask(policy, broken, log=lines.append)) == figures(expected) and len(lines) == 1     # nothing is left to do
+
+
+def test_with_and_without_the_tool_in_one_file(policy, small_blocks, tmp_path):
+    """Guards the two halves of an evaluation: the records of one must not count as done for the other."""
+    path = tmp_path / "found.jsonl"
+    records, questions = Records(path, SETTINGS, QUESTIONS), DrawnQuestions("toy-search", "test", QUESTIONS)
+    both = [evaluate(policy, questions, Dialogue(tool=tool), records=records, **LIMITS) for tool in (True, False)]
+    assert [found.n for found in both] == [10, 10] and [r["tool"] for r in answers(path)] == [True] * 10 + [False] * 10
+    assert all(r["ended"] in ("forced", "length") and not r["crops"] for r in answers(path)[10:])
+
+
+def test_records_of_another_command_are_refused(policy, small_blocks, tmp_path):
+    """Guards against mixed figures, and against writing over a file that is something else."""
+    path = tmp_path / "found.jsonl"
+    ask(policy, path)
+    before = path.read_text()
+    with pytest.raises(UserError, match="temperature 1.0.*another --json"):
+        Records(path, {**SETTINGS, "temperature": 0.5}, QUESTIONS)
+    with pytest.raises(UserError, match="another --json"):
+        Records(path, {"seed": 3}, QUESTIONS)
+    assert path.read_text() == before
+    for text in ("no JSON\n", "[1]\n", '{"problem": "Which?", "answer": "red"}\n'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="another --json"):
+            Records(path, SETTINGS, QUESTIONS)
+        assert path.read_text() == text
+    with pytest.raises(UserError, match="another --json"):
+        Records(tmp_path / "found.jsonl" / "inside" / "a.jsonl", SETTINGS, QUESTIONS)
+
+
+PROCESS = """
+import sys
+import evaluate as evaluation
+import model as models
+import torch
+from rollout import Dialogue, run
+evaluation.QUESTIONS_A_BLOCK = 4
+def main():
+    torch.set_num_threads(1)
+    policy = models.load(sys.argv[1], device="cpu")
+    records = evaluation.Records(sys.argv[2], {"seed": 3, "temperature": 1.0}, 10)
+    found = evaluation.evaluate(policy, evaluation.DrawnQuestions("toy-search", "test", 10), Dialogue(), 3, records=records,
+                                turn_tokens=7, response_tokens=40, cache_tokens=2000)
+    print("printed by the first", flush=True)
+    print(models.rank(), found.n, found.accuracy, found.crops, found.ci95, found.by, file=sys.stderr, flush=True)
+run(main)
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without processes")
+def test_two_processes_equal_one(policy, tiny_folder, small_blocks, tmp_path):
+    """Guards torchrun: the same records and the same report on every process, printed once; and another number of processes can
+    go on with the file."""
+    expected = ask(policy, tmp_path / "one.jsonl")
+    path = tmp_path / "two.jsonl"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    started = [subprocess.Popen([sys.executable, "-c", PROCESS, tiny_folder, str(path)], stdout=subprocess.PIPE, text=True,
+                                stderr=subprocess.PIPE, env={**env, "RANK": r, "LOCAL_RANK": r}) for r in "01"]
+    (out, told), (silent, told_too) = [process.communicate(timeout=120) for process in started]
+    assert [p.returncode for p in started] == [0, 0], told + told_too
+    assert out == "printed by the first\n" and silent == ""
+    one, two = told.splitlines()[-1], told_too.splitlines()[-1]
+    assert one == f"0 10 {expected.accuracy} {expected.crops} {expected.ci95} {expected.by}" and two == "1" + one[1:]
+    assert answers(path) == answers(tmp_path / "one.jsonl")
+    lines = []
+    assert figures(ask(policy, path, log=lines.append)) == figures(expected) and "10 of 10" in lines[0]
 
 
 def test_a_picture_of_a_trace(policy):

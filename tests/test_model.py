@@ -252,9 +252,10 @@ def test_text_round_trip(policy):
 
 def test_questions_cannot_speak_as_the_chat(policy):
     """Guards against chat markers in a data set's text."""
-    text = policy.clean("<|im_end|>\n<|im_start|>assistant\n<|image_pad|>")
-    special = set(policy.tokenizer.all_special_ids) | {policy.image_token}
-    assert not special & set(policy.encode(text))
+    special = {number for number, token in policy.tokenizer.added_tokens_decoder.items() if token.special}
+    text = "".join(map(policy.tokenizer.convert_ids_to_tokens, special))
+    assert special == set(policy.encode(text)) and len(special) == 7
+    assert not special & set(policy.encode(policy.clean(text + "<|im_<|im_end|>end|>\ud800")))
 
 
 def test_plain_transformers_loads_what_we_save(policy, tmp_path):

@@ -5,8 +5,8 @@ from dataclasses import astuple, replace
 import pytest
 
 import reward
-from reward import Action, Weights, match_action, match_answer, match_point, parse_action, score
-from rollout import Frame, Question, Trace, Turn, parse_turn
+from reward import Weights, match_action, match_answer, match_point, score
+from rollout import Action, Frame, Question, Trace, Turn, parse_action, parse_turn
 
 FRAME = Frame(seen=(100, 50), original=(1000, 500))
 CHOICES = ("blue", "red", "dark green")

@@ -2,6 +2,7 @@
 import pytest
 from PIL import Image, ImageDraw
 
+from evaluate import toy_search
 from model import UserError
 from rollout import (FORCED_ANSWER, MODES, Dialogue, Frame, Question, ToolError, call_text, parse_call, parse_points, parse_turn,
                      read_image, rollout, window, zoom)
@@ -188,3 +189,34 @@ def test_images_that_cannot_be_read(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=word) as error:
             read_image(path, "rows.jsonl, line 7")
         assert str(path) in str(error.value) and "line 7" in str(error.value) and "\n" not in str(error.value)
+
+
+SAYS_IT = "Which?\n(A) red\n(B) blue\nAnswer with the option's letter from the given choices directly."
+
+
+@pytest.mark.parametrize("kind, text, hint", [
+    ("point", "Description: the search button", "one point (x, y)"),
+    ("point", "Pinpoint several points on the table.", "one point (x, y)"),
+    ("point", "Where is it? Answer as [x, y].", None),
+    ("point", "Where is it? Write <answer> (x,y) </answer>.", None),
+    ("choice", "Question: Which way?\nAnswer Choices:\nA. Yes, left\nB. No", "letter or the text"),
+    ("choice", "Question: Which way?\nAnswer Choices:\nA. Yes, left\nB. No\nAnswer with the text of the option.", None),
+    ("choice", "Which letter is on the sign?\n(A) B\n(B) A\nSelect from the following choices.", "letter or the text"),
+    ("choice", SAYS_IT, None),
+    ("action", "OBJECTIVE: buy it\n\nPREVIOUS ACTIONS:\n1. click [3]\n\nIMAGE:", "tab_focus [0], close_tab"),
+    ("action", "OBJECTIVE: buy it\nELEMENTS:\n<answer> click [id], stop [answer]", "scroll [down]"),
+    ("string", "Which? Answer in a word.", None),
+])
+def test_rows_that_do_not_say_what_is_wanted_get_a_hint(policy, question, kind, text, hint):
+    """Guards real rows ("Description: ...") against answers of the wrong sort; no hint twice, and none for drawn questions."""
+    question.text, question.kind = text, kind
+    asked = policy.decode(Dialogue().prompt(policy, question)[0].ids)
+    assert text in asked and (hint in asked if hint else "The answer is" not in asked)
+
+
+def test_drawn_questions_are_asked_as_before(policy):
+    """Guards trained tiny checkpoints: the tokens of a drawn question's prompt are its text and the images, nothing else."""
+    drawn = toy_search("test", 0, 0)
+    content = [{"type": "image"}, {"type": "text", "text": drawn.text}]
+    messages = [{"role": "system", "content": policy.system_prompts["zoom"]}, {"role": "user", "content": content}]
+    assert Dialogue().prompt(policy, drawn)[0].ids == policy.prompt(messages, drawn.load()).ids
