@@ -32,7 +32,7 @@ from PIL import Image
 import model as models
 from model import UserError
 from reward import USAGE, distinct_crops, in_region, lenient_rule, official_rule, parse_action, score
-from rollout import PRESETS, Question, add_arguments, dialogue_of, draw_trace, read_image, rollout, run, sampling_of, window
+from rollout import Question, add_arguments, dialogue_of, draw_trace, preset, read_image, rollout, run, sampling_of, window
 
 # ------------------------------------------------------------------------------------------------ toy-search: drawn scenes
 
@@ -620,7 +620,7 @@ def finish_arguments(args):
     if args.task not in TOYS and not Path(args.task).exists():
         raise UserError(f"--task {args.task}: neither a file nor one of {', '.join(TOYS)}")
     args.family = family_of(args)
-    for name, value in PRESETS[args.family].items():
+    for name, value in preset(args.family, args.mode).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in ("crop_half", "crop_size", "turn_tokens", "response_tokens", "cache_tokens"):

@@ -376,6 +376,7 @@ def draw_trace(trace, width=768):
 # ------------------------------------------------------------------------------------------------ flags and their defaults
 
 # What goes with a family of tasks, unless a flag says otherwise (paper, appendix): close-ups, what is seen, bounds of an answer.
+# response_tokens: the paper's 2,048 of the policy's own, and room for four close-ups of 672 px (576 tokens) or 384 px (196).
 REAL = dict(max_pixels=None, turn_tokens=1024, response_tokens=4608, cache_tokens=262_144, crop_half=182, crop_size=672,
             crop_dot=False)
 PRESETS = {
@@ -383,9 +384,41 @@ PRESETS = {
                   crop_dot=False),
     "spatial": REAL | dict(max_pixels=4_194_304),
     "search": REAL | dict(max_pixels=2_850_000),
-    "gui": REAL | dict(max_pixels=4_194_304, crop_half=50, crop_size=384, crop_dot=True),
+    "gui": REAL | dict(max_pixels=4_194_304, response_tokens=3072, crop_half=50, crop_size=384, crop_dot=True),
 }
 PRESETS["web"] = PRESETS["gui"]
+SINGLE = dict(turn_tokens=2048, response_tokens=2048)    # of real tasks in the modes of one turn: no close-ups, the turn is all
+
+# Rows of the settings that a training run prints first.
+ROWS = {
+    "task": ("model", "task", "seed", "train_vision"),
+    "looks": ("max_pixels", "crop_half", "crop_size", "crop_dot", "max_crops"),
+    "roll-out": ("temperature", "turn_tokens", "response_tokens", "cache_tokens"),
+    "SFT": ("sft_lr", "sft_batch", "sft_steps", "micro_tokens", "adam_dtype"),
+    "GRPO": ("lr", "optimizer", "steps", "questions", "update_questions", "group", "warm_up", "final_lr"),
+    "": ("kl", "clip_norm", "diversity", "reference"),
+}
+
+
+def preset(family, mode):
+    """The defaults {flag: value} that go with a family of tasks and a mode."""
+    return PRESETS[family] | (SINGLE if family != "drawn" and mode != "zoom" else {})
+
+
+def parse(parser):
+    """Parses the command line, and remembers in `given` which flags were on it."""
+    args = parser.parse_args()
+    args.given = sorted(name for name, value in vars(args).items() if value != parser.get_default(name))
+    return args
+
+
+def settings(args):
+    """The settings in force, to be printed: a row a concern, those given by a flag with a star."""
+    lines = [f"settings of the family '{args.family}' in the mode '{args.mode}' (* given by a flag)"]
+    for row, names in ROWS.items():
+        shown = [f"{n} {getattr(args, n)}{'*' * (n in args.given)}" for n in names if getattr(args, n, None) is not None]
+        lines += [f"  {row:<8}  {'  '.join(shown)}"] if shown else []
+    return "\n".join(lines)
 
 
 def add_arguments(parser):
@@ -405,8 +438,10 @@ def add_arguments(parser):
     add("--max-crops", type=int, default=4, help="looks a trace; after that the answer is asked for (%(default)s)")
     add("--max-pixels", type=int, metavar="N", help="area that the policy sees of an image at most (drawn: the "
         "checkpoint's own; search 2850000, others 4194304)")
-    add("--turn-tokens", type=int, metavar="N", help="tokens sampled a turn at most (drawn 48, files 1024)")
-    add("--response-tokens", type=int, metavar="N", help="tokens behind the question at most, close-ups too (drawn 288, files 4608)")
+    add("--turn-tokens", type=int, metavar="N", help="tokens sampled a turn at most (drawn 48, files 1024, in a single "
+        "turn 2048)")
+    add("--response-tokens", type=int, metavar="N", help="tokens behind the question at most, close-ups too (drawn 288, "
+        "gui and web 3072, others 4608, in a single turn 2048)")
     add("--cache-tokens", type=int, metavar="N", help="K/V columns of all roll-outs in flight (drawn 65536, files 262144)")
 
 
