@@ -30,10 +30,10 @@ import numpy as np
 from PIL import Image
 
 import model as models
-from model import UserError, gather, rank, world
-from reward import Record, record_of
-from rollout import (PRESETS, USAGE, Question, add_arguments, dialogue_of, draw_trace, parse_action, random_stream, read_image,
-                     rollout, run, sampling_of, settings_line, window)
+from model import UserError
+from reward import Record, Unusable, as_box, record_of, scored_by
+from rollout import (Question, add_arguments, dialogue_of, draw_trace, gather, parse, preset, random_stream, rank, read_image,
+                     rollout, run, sampling_of, settings, window, world)
 
 # ------------------------------------------------------------------------------------------------ toy-search: drawn scenes
 
@@ -171,63 +171,7 @@ def blind_accuracy(questions, dialogue, looks, guesses=len(ANSWERS), seed=0):
 FACET = " | "          # between the parts of a category, "mobile | text": `summarise` groups by each, and by all together
 EMBEDDED = object()    # an image that is in the row itself
 PLATFORMS = {"ios": "mobile", "android": "mobile", "windows": "desktop", "macos": "desktop"}    # all others are web pages
-OPTIONS = (re.compile(r"\(([A-Z])\)\s*(.*?)(?=\s*\([A-Z]\)|\n|$)"),     # (A) red (B) blue: on one line or several
-           re.compile(r"^\s*([A-Z])[.)][^\S\n]+(.+)$", re.M))           # A. red: a line each
-WHOLE_BOX = re.compile(r"[(\[]\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]")
-NUMBERS = re.compile(r"[(\[]+\s*-?[\d.]+(?:[\s,()\[\]]+-?[\d.]+)+\s*[)\]]+")
-ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S)    # "stop" alone is a word
 ASKS_FOR_SHARES = re.compile(r"\s*Your answer should be formatted as a list of tuples.*", re.S)
-
-
-class Unusable(Exception):
-    """Why a row cannot be asked or scored."""
-
-
-def parse_options(text):
-    """The options' texts in the order of their letters: "Which?\\nA. Yes, left\\nB. No" -> ("Yes, left", "No"), or ()."""
-    text = text.rpartition("Answer Choices:")[2]
-    for pattern in OPTIONS:
-        found = pattern.findall(text)
-        letters = "".join(letter for letter, _ in found)
-        start = letters.rfind("A")
-        if 0 <= start < len(letters) - 1 and LETTERS.startswith(letters[start:]):
-            return tuple(option.strip() for _, option in found[start:])
-    return ()
-
-
-def as_box(values, limit=10**6):
-    """Corners (x1, y1, x2, y2), checked. limit: the largest value there may be."""
-    if not (len(values) == 4 and all(type(v) in (int, float) for v in values)
-            and 0 <= values[0] <= values[2] <= limit and 0 <= values[1] <= values[3] <= limit):
-        raise Unusable(f"{list(values)} are not the corners of a box in " + ("[0, 1]" if limit == 1 else "px"))
-    return tuple(values)
-
-
-def scored_by(text, answer, letter=False):
-    """How an answer is scored -> `kind`, `answer` and `choices` of the Question. letter: the answer is an option's letter.
-
-    A box in whole px is to be hit by a point; a web action is an action; where the text has options and the answer is the
-    letter or the text of one, it is a choice, and stays letter or text; all else ("yes" too) is compared as a string."""
-    answer = str(answer).strip() if type(answer) in (str, int, float) else ""
-    if not answer:
-        raise Unusable("it has no answer in words")
-    if WHOLE_BOX.fullmatch(answer):
-        return dict(kind="point", answer=as_box([int(v) for v in re.findall(r"\d+", answer)]))
-    if NUMBERS.fullmatch(answer):
-        raise Unusable(f"its answer, {answer}, is neither in words nor a box (x1, y1, x2, y2) in whole px")
-    if ACTION.fullmatch(answer):
-        parse_action(answer)
-        return dict(kind="action", answer=answer)
-    choices = parse_options(text)
-    places = [i for i, c in enumerate(choices) if c.casefold().rstrip(".") == answer.casefold().rstrip(".")]
-    named = re.fullmatch(r"\(?([A-Z])[.)]?", answer)
-    if choices and named and (letter or not places):
-        places = [LETTERS.index(named[1])]
-        if places[0] >= len(choices):
-            raise Unusable(f"its answer, {answer}, is none of its {len(choices)} options")
-    if not places:
-        return dict(kind="string", answer=answer)
-    return dict(kind="choice", answer=LETTERS[places[0]] if named else choices[places[0]], choices=choices)
 
 
 def read_conversation(row):
@@ -697,7 +641,7 @@ def finish_arguments(args):
     if args.task not in TOYS and not Path(args.task).exists():
         raise UserError(f"--task {args.task}: neither a file nor one of {', '.join(TOYS)}")
     args.family = family_of(args)
-    for name, value in PRESETS[args.family].items():
+    for name, value in preset(args.family, args.mode).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in ("crop_half", "crop_size", "turn_tokens", "response_tokens", "cache_tokens"):
@@ -752,7 +696,7 @@ def main():
     add("--image", metavar="FILE", help="ask about this image")
     add("--question", metavar="TEXT", help="what to ask about --image")
     add("--save", metavar="FILE", help="with --image: draw the trace to this PNG file; else: of the first question")
-    args = finish_arguments(parser.parse_args())
+    args = finish_arguments(parse(parser))
     if not args.model:
         raise UserError("--model PATH is needed: a checkpoint folder, such as runs/toy-search-zoom/rl, or a hub id")
     if bool(args.image) != bool(args.question):
@@ -775,9 +719,9 @@ def main():
         questions = DrawnQuestions(args.task, "test", args.n or 512, args.seed)
     else:
         questions = open_file(args.task, args.image_root, args.n)
-    print(settings_line(args, policy))
-    settings, drawn = settings_of(args, policy, dialogue, len(questions)), []
-    records = Records(args.json and Path(args.json).with_suffix(".jsonl"), settings, len(questions))
+    print(settings(args))
+    drawn, begun = [], settings_of(args, policy, dialogue, len(questions))
+    records = Records(args.json and Path(args.json).with_suffix(".jsonl"), begun, len(questions))
     def draw(trace, record):
         if args.save and record.index == 0 and not drawn:
             draw_trace(trace).save(args.save)

@@ -4,11 +4,10 @@ In:  a Hugging Face folder or hub id of the Qwen2.5-VL family, and dialogues mad
 Out: `Sequence`s of sampled tokens with their log-probabilities, log-probabilities with gradients, checkpoints.
 
 A GRPO group is one prompt with G continuations, and it is computed as that: image and prompt are run once, the G
-continuations attend to them. The forward pass is Hugging Face's own; ours is only the attention, in four layouts:
+continuations attend to them. The forward pass is Hugging Face's own; ours is only the attention, in three layouts:
 
-    prefill   prompts, end to end, each causal                        -> prompt K/V, one copy a group
-    decode    one token of each live row: [prompt K/V | own K/V]
-    extend    an observation of some rows: the same, several tokens a row, the others go on decoding meanwhile
+    read      chunks of tokens, each of its own place: prompts (one copy of their K/V a group), or observations of some rows
+    decode    one token of each row, which sees [prompt K/V | own K/V]
     train     [prompt | response 1 | ... | response G]: each response sees the prompt and itself
 
 Where it departs from common practice: vision tokens and unused vocabulary rows are forbidden in sampling *and* in every
@@ -19,11 +18,9 @@ import math
 import os
 import shutil
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch.nn.attention.bias import causal_lower_right
@@ -79,34 +76,6 @@ class Sequence:
         self.log_probs += [0.0] * len(chunk.ids)
         self.pictures += chunk.pictures
         return self
-
-
-# ------------------------------------------------------------------------------------------------ processes (torchrun)
-
-def start_processes():
-    """Joins the processes that torchrun started, one a GPU (or on the CPU); does nothing without torchrun."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=4))
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def gather(value):
-    """Every process's `value` (anything that pickles), as a list by rank, on every process. It also waits for all of them."""
-    if world() == 1:
-        return [value]
-    values = [None] * world()
-    dist.all_gather_object(values, value)
-    return values
 
 
 # ------------------------------------------------------------------------------------------------ the policy
@@ -506,37 +475,21 @@ class Cache:
             kv[:] = [x[:rows].clone() for x in kv]
 
 
-class PrefillLayout:
-    """Tokens (1, N): prompts end to end, to be kept in the cache. places: [(slot, length)]."""
-
-    def __init__(self, cache, places):
-        self.cache, self.places = cache, places
-
-    def __call__(self, layer, q, k, v, scale):
-        out, start = [], 0
-        for slot, length in self.places:
-            part = slice(start, start + length)
-            self.cache.prompt_k[layer][slot, :, :length] = k[0, :, part]
-            self.cache.prompt_v[layer][slot, :, :length] = v[0, :, part]
-            out.append(causal_attention(q[:, :, part], k[:, :, part], v[:, :, part], scale))
-            start += length
-        return torch.cat(out, 2)
-
-
-class ExtendLayout:
-    """Tokens (1, N): chunks of several rows, end to end, for their own columns. places: [(row, slot, prompt, column, length)]."""
+class ReadLayout:
+    """Tokens (1, N): chunks, end to end, to be kept in the cache. places: [(slot, prompt, row, column, length)], where a prompt
+    itself has prompt 0 and row None, and what is behind one the prompt's length and where its own columns begin."""
 
     def __init__(self, cache, places):
         self.cache, self.places = cache, places
 
     def __call__(self, layer, q, k, v, scale):
         cache, out, start = self.cache, [], 0
-        for row, slot, prompt, column, length in self.places:
-            part, end = slice(start, start + length), column + length
-            keys = []
+        for slot, prompt, row, column, length in self.places:
+            part, keys = slice(start, start + length), []
             for own, shared, new in ((cache.own_k, cache.prompt_k, k), (cache.own_v, cache.prompt_v, v)):
-                own[layer][row, :, column:end] = new[0, :, part]
-                keys.append(torch.cat([shared[layer][slot, :, :prompt], own[layer][row, :, :end]], 1)[None])
+                kept = (shared[layer][slot] if row is None else own[layer][row])[:, :column + length]     # (Hk, M, D)
+                kept[:, column:] = new[0, :, part]
+                keys.append(torch.cat([shared[layer][slot, :, :prompt], kept], 1)[None])
             out.append(causal_attention(q[:, :, part], *keys, scale))
             start += length
         return torch.cat(out, 2)
@@ -695,11 +648,11 @@ class Engine:
                 ids += prompt.ids
                 pictures += prompt.pictures
                 positions.append(place)
-                places.append((row.group.slot, len(prompt.ids)))
+                places.append((row.group.slot, 0, None, 0, len(prompt.ids)))
             row.position = after
             last.append(len(ids) - 1)
         hidden = policy.hidden(policy.embed(ids, pictures)[None], torch.cat(positions, 1)[:, None],
-                               PrefillLayout(self.cache, places))[0]                                  # (N, hidden)
+                               ReadLayout(self.cache, places))[0]                                  # (N, hidden)
         return hidden[torch.tensor(last, device=hidden.device)]
 
     def decode(self):
@@ -749,7 +702,7 @@ class Engine:
         for r in rows:
             chunk, prompt = r.queued, len(r.sequence.prompt.ids)
             place, r.position = policy.positions(chunk.ids, chunk.pictures, r.position)
-            places.append((numbers[id(r)], r.group.slot, prompt, r.column, len(chunk.ids)))
+            places.append((r.group.slot, prompt, numbers[id(r)], r.column, len(chunk.ids)))
             ids += chunk.ids
             pictures += chunk.pictures
             positions.append(place)
@@ -757,7 +710,7 @@ class Engine:
             r.column += len(chunk.ids)
             r.queued = None
         hidden = policy.hidden(policy.embed(ids, pictures)[None], torch.cat(positions, 1)[:, None],
-                               ExtendLayout(self.cache, places))[0]                                   # (N, hidden)
+                               ReadLayout(self.cache, places))[0]                                   # (N, hidden)
         return hidden[torch.tensor(last, device=hidden.device)]
 
     def sample(self, rows, hidden, on_turn):

@@ -20,8 +20,9 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from string import ascii_uppercase as LETTERS
 
-from rollout import ToolError, parse_action, parse_call, parse_points, spoken
+from rollout import USAGE, ToolError, parse_action, parse_call, parse_points, spoken
 
 # ------------------------------------------------------------------------------------------------ answers in words
 
@@ -251,6 +252,66 @@ def score(trace, weights=None):
         diversity = weights.diversity * min(extra, weights.max_extra)
     parts = float(is_correct(trace)), float(not format_why), float(not grounding_why), diversity
     return Score(weights.total(*parts), *parts, len(trace.crops), format_why or grounding_why)
+
+
+# ------------------------------------------------------------------------------------------------ how an answer is scored
+
+OPTIONS = (re.compile(r"\(([A-Z])\)\s*(.*?)(?=\s*\([A-Z]\)|\n|$)"),     # (A) red (B) blue: on one line or several
+           re.compile(r"^\s*([A-Z])[.)][^\S\n]+(.+)$", re.M))           # A. red: a line each
+WHOLE_BOX = re.compile(r"[(\[]\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]")
+NUMBERS = re.compile(r"[(\[]+\s*-?[\d.]+(?:[\s,()\[\]]+-?[\d.]+)+\s*[)\]]+")
+ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S)    # "stop" alone is a word
+
+
+class Unusable(Exception):
+    """Why a row cannot be asked or scored."""
+
+
+def parse_options(text):
+    """The options' texts in the order of their letters: "Which?\\nA. Yes, left\\nB. No" -> ("Yes, left", "No"), or ()."""
+    text = text.rpartition("Answer Choices:")[2]
+    for pattern in OPTIONS:
+        found = pattern.findall(text)
+        letters = "".join(letter for letter, _ in found)
+        start = letters.rfind("A")
+        if 0 <= start < len(letters) - 1 and LETTERS.startswith(letters[start:]):
+            return tuple(option.strip() for _, option in found[start:])
+    return ()
+
+
+def as_box(values, limit=10**6):
+    """Corners (x1, y1, x2, y2), checked. limit: the largest value there may be."""
+    if not (len(values) == 4 and all(type(v) in (int, float) for v in values)
+            and 0 <= values[0] <= values[2] <= limit and 0 <= values[1] <= values[3] <= limit):
+        raise Unusable(f"{list(values)} are not the corners of a box in " + ("[0, 1]" if limit == 1 else "px"))
+    return tuple(values)
+
+
+def scored_by(text, answer, letter=False):
+    """How an answer is scored -> `kind`, `answer` and `choices` of the Question. letter: the answer is an option's letter.
+
+    A box in whole px is to be hit by a point; a web action is an action; where the text has options and the answer is the
+    letter or the text of one, it is a choice, and stays letter or text; all else ("yes" too) is compared as a string."""
+    answer = str(answer).strip() if type(answer) in (str, int, float) else ""
+    if not answer:
+        raise Unusable("it has no answer in words")
+    if WHOLE_BOX.fullmatch(answer):
+        return dict(kind="point", answer=as_box([int(v) for v in re.findall(r"\d+", answer)]))
+    if NUMBERS.fullmatch(answer):
+        raise Unusable(f"its answer, {answer}, is neither in words nor a box (x1, y1, x2, y2) in whole px")
+    if ACTION.fullmatch(answer):
+        parse_action(answer)
+        return dict(kind="action", answer=answer)
+    choices = parse_options(text)
+    places = [i for i, c in enumerate(choices) if c.casefold().rstrip(".") == answer.casefold().rstrip(".")]
+    named = re.fullmatch(r"\(?([A-Z])[.)]?", answer)
+    if choices and named and (letter or not places):
+        places = [LETTERS.index(named[1])]
+        if places[0] >= len(choices):
+            raise Unusable(f"its answer, {answer}, is none of its {len(choices)} options")
+    if not places:
+        return dict(kind="string", answer=answer)
+    return dict(kind="choice", answer=LETTERS[places[0]] if named else choices[places[0]], choices=choices)
 
 
 # ------------------------------------------------------------------------------------------------ other rules of being right

@@ -19,12 +19,14 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 
-from model import Chunk, Engine, Policy, Sequence, UserError, load, rank, start_processes
+from model import Chunk, Engine, Policy, Sequence, UserError, load
 
 MODES = ("direct", "think", "grounded", "zoom")
 MAX_IMAGE_PIXELS = 2**27    # of a file, refused before it is decoded: 134 million, 384 MiB in memory
@@ -464,9 +466,38 @@ def draw_trace(trace, width=768):
     return sheet
 
 
+# ------------------------------------------------------------------------------------------------ processes (torchrun)
+
+def start_processes():
+    """Joins the processes that torchrun started, one a GPU (or on the CPU); does nothing without torchrun."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=4))
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value):
+    """Every process's `value` (anything that pickles), as a list by rank, on every process. It also waits for all of them."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
 # ------------------------------------------------------------------------------------------------ flags and their defaults
 
 # What goes with a family of tasks, unless a flag says otherwise (paper, appendix): close-ups, what is seen, bounds of an answer.
+# response_tokens: the paper's 2,048 of the policy's own, and room for four close-ups of 672 px (576 tokens) or 384 px (196).
 REAL = dict(max_pixels=None, turn_tokens=1024, response_tokens=4608, cache_tokens=262_144, crop_half=182, crop_size=672,
             crop_dot=False)
 PRESETS = {
@@ -474,9 +505,41 @@ PRESETS = {
                   crop_dot=False),
     "spatial": REAL | dict(max_pixels=4_194_304),
     "search": REAL | dict(max_pixels=2_850_000),
-    "gui": REAL | dict(max_pixels=4_194_304, crop_half=50, crop_size=384, crop_dot=True),
+    "gui": REAL | dict(max_pixels=4_194_304, response_tokens=3072, crop_half=50, crop_size=384, crop_dot=True),
 }
 PRESETS["web"] = PRESETS["gui"]
+SINGLE = dict(turn_tokens=2048, response_tokens=2048)    # of real tasks in the modes of one turn: no close-ups, the turn is all
+
+# Rows of the settings that a training run prints first.
+ROWS = {
+    "task": ("model", "task", "seed", "train_vision"),
+    "looks": ("max_pixels", "crop_half", "crop_size", "crop_dot", "max_crops"),
+    "roll-out": ("temperature", "turn_tokens", "response_tokens", "cache_tokens"),
+    "SFT": ("sft_lr", "sft_batch", "sft_steps", "micro_tokens", "adam_dtype"),
+    "GRPO": ("lr", "optimizer", "steps", "questions", "update_questions", "group", "warm_up", "final_lr"),
+    "": ("kl", "clip_norm", "diversity", "reference"),
+}
+
+
+def preset(family, mode):
+    """The defaults {flag: value} that go with a family of tasks and a mode."""
+    return PRESETS[family] | (SINGLE if family != "drawn" and mode != "zoom" else {})
+
+
+def parse(parser):
+    """Parses the command line, and remembers in `given` which flags were on it."""
+    args = parser.parse_args()
+    args.given = sorted(name for name, value in vars(args).items() if value != parser.get_default(name))
+    return args
+
+
+def settings(args):
+    """The settings in force, to be printed: a row a concern, those given by a flag with a star."""
+    lines = [f"settings of the family '{args.family}' in the mode '{args.mode}' (* given by a flag)"]
+    for row, names in ROWS.items():
+        shown = [f"{n} {getattr(args, n)}{'*' * (n in args.given)}" for n in names if getattr(args, n, None) is not None]
+        lines += [f"  {row:<8}  {'  '.join(shown)}"] if shown else []
+    return "\n".join(lines)
 
 
 def add_arguments(parser):
@@ -496,8 +559,10 @@ def add_arguments(parser):
     add("--max-crops", type=int, default=4, help="looks a trace; after that the answer is asked for (%(default)s)")
     add("--max-pixels", type=int, metavar="N", help="area that the policy sees of an image at most (drawn: the "
         "checkpoint's own; search 2850000, others 4194304)")
-    add("--turn-tokens", type=int, metavar="N", help="tokens sampled a turn at most (drawn 48, files 1024)")
-    add("--response-tokens", type=int, metavar="N", help="tokens behind the question at most, close-ups too (drawn 288, files 4608)")
+    add("--turn-tokens", type=int, metavar="N", help="tokens sampled a turn at most (drawn 48, files 1024, in a single "
+        "turn 2048)")
+    add("--response-tokens", type=int, metavar="N", help="tokens behind the question at most, close-ups too (drawn 288, "
+        "gui and web 3072, others 4608, in a single turn 2048)")
     add("--cache-tokens", type=int, metavar="N", help="K/V columns of all roll-outs in flight (drawn 65536, files 262144)")
 
 
@@ -522,15 +587,6 @@ def sampling_of(args, seed=None, **more):
                 cache_tokens=args.cache_tokens, generator=None if seed is None else random_stream(seed), **more)
 
 
-def settings_line(args, policy):
-    """What follows from the family of the task and the flags, in words."""
-    looks = f"at most {args.max_crops} looks, {2 * args.crop_half} px wide and shown at {args.crop_size} px" + \
-        (" with a dot" if args.crop_dot else "")
-    return (f"{args.mode}, family {args.family}: " + (f"{looks}; " if args.mode == "zoom" and not args.no_tool else "")
-            + f"images of at most {policy.image_processor.size['longest_edge']:,} px; {args.turn_tokens} tokens a turn, "
-            f"{args.response_tokens} in all; temperature {args.temperature:g}, top-p {args.top_p:g}, seed {args.seed}")
-
-
 def run(main):
     """Runs a script's `main`: a UserError becomes one line and exit code 2. Of several processes (torchrun) only the first
     prints; where one fails, it leaves at once, and torchrun ends the others."""
@@ -539,8 +595,8 @@ def run(main):
         if rank():
             sys.stdout = open(os.devnull, "w")
         main()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -604,7 +660,7 @@ class WebAgent:
     def __init__(self, policy, mode="zoom", tries=3, **settings):
         parser = argparse.ArgumentParser()
         add_arguments(parser)
-        known = vars(parser.parse_args([])) | PRESETS["web"] | {"mode": mode}
+        known = vars(parser.parse_args([])) | preset("web", mode) | {"mode": mode}
         if unknown := settings.keys() - known:
             raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
         self.args, self.tries = argparse.Namespace(**known | settings), tries

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText
 
 import evaluate as evaluation
 import model as models
@@ -27,7 +28,7 @@ import train_sft as sft
 from evaluate import mean
 from model import UserError
 from reward import MULTI_TURN, SINGLE_TURN, Weights, score
-from rollout import add_arguments, dialogue_of, rollout, run, sampling_of
+from rollout import add_arguments, dialogue_of, parse, rollout, run, sampling_of, settings, world
 
 # ------------------------------------------------------------------------------------------------ the update
 
@@ -63,6 +64,19 @@ def grpo_loss(new, old, ref, advantages, *, kl, clip_low=0.2, clip_high=0.28, du
     return loss.sum(), {"kl": divergence.detach().sum().item(), "clip": off.sum().item()}
 
 
+@torch.no_grad()
+def reference_log_probs(reference, micro_batches, args, device):
+    """Log-probabilities (N,) of each micro-batch under the reference model, None without one. With --reference cpu it is on the
+    device only meanwhile."""
+    if reference is None:
+        return [None] * len(micro_batches)
+    reference.model.to(device)
+    found = [reference.log_probs(micro, args.temperature) for micro in micro_batches]
+    if args.reference == "cpu":
+        reference.model.to("cpu")
+    return found
+
+
 def train_step(policy, reference, groups, optimizers, args, factor):
     """One update on the traces of some groups. groups: [(traces, advantages)]. -> what to log"""
     groups = [(traces, a) for traces, a in groups if any(a)]
@@ -70,16 +84,14 @@ def train_step(policy, reference, groups, optimizers, args, factor):
     advantage_of = {id(t): x for traces, a in kept for t, x in zip(traces, a)}
     tokens = sum(sum(t.sampled) for traces, _ in kept for t in traces)
     sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0}
+    micro_batches = list(policy.micro_batches([traces for traces, _ in kept], args.micro_tokens))
+    references = reference_log_probs(reference, micro_batches, args, policy.device)
     policy.model.train()
-    for micro in policy.micro_batches([traces for traces, _ in kept], args.micro_tokens):
+    for micro, ref in zip(micro_batches, references):
         flat = [(trace, log_prob) for traces in micro for trace in traces
                 for log_prob, sampled in zip(trace.log_probs, trace.sampled) if sampled]
         old = torch.tensor([log_prob for _, log_prob in flat], device=policy.device)
         advantages = torch.tensor([advantage_of[id(trace)] for trace, _ in flat], device=policy.device)
-        ref = None
-        if reference:
-            with torch.no_grad():
-                ref = reference.log_probs(micro, args.temperature)
         loss, logged = grpo_loss(policy.log_probs(micro, args.temperature), old, ref, advantages, kl=args.kl)
         (loss / tokens).backward()
         for name, value in {"loss": loss.item(), **logged}.items():
@@ -93,6 +105,139 @@ def add_up(updates):
     """What to log of a step's updates: counts are added, all else is averaged."""
     counts = ("groups_used", "tokens")
     return {name: (sum if name in counts else mean)([u[name] for u in updates]) for name in updates[0]}
+
+
+# ------------------------------------------------------------------------------------------------ what it needs of a GPU
+
+TEXT = 512                  # tokens of a prompt beside its image's: system prompt and question
+ROOM = 0.9                  # share of a GPU's memory that can be planned with; the rest is CUDA's own, and fragments
+
+
+def count_parameters(config):
+    """(all, of the vision tower, of the largest matrix): of a model that is never filled with weights."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    named = [(name, p.numel()) for name, p in model.named_parameters()]
+    return sum(n for _, n in named), sum(n for name, n in named if ".visual." in name), max(n for _, n in named)
+
+
+def update_bytes(config, prompt, group, response, groups=1, width=2):
+    """Bytes at the peak of a forward and backward pass with gradient checkpointing, beside weights, gradients and optimizer.
+
+    config: of the language model; prompt, response: tokens; group: responses a prompt; groups: in the pass; width: bytes of a
+    number. Kept is one hidden state a layer and token, and two more at the ends. Then comes the larger of
+    - one layer, run again and differentiated: a token has 6 numbers for each inner unit of the MLP, 8 for each hidden unit, 3
+      for each of the queries, keys and values (where a number has 2 bytes: and 4 float32 ones a hidden unit, of the norms); a
+      response has its prompt's keys and values and its own once more;
+    - the logits of the responses, MAX_LOGITS at most at a time: 3 times in float32 and once in `width`; and once more the
+      gradient of the output matrix."""
+    hidden, tokens = config.hidden_size, groups * (prompt + group * response)
+    kv = 2 * hidden // config.num_attention_heads * config.num_key_value_heads
+    kept = (config.num_hidden_layers + 2) * tokens * hidden * width
+    layer = tokens * (width * (6 * config.intermediate_size + 11 * hidden + 3 * kv) + 16 * hidden * (width < 4))
+    layer += groups * group * (prompt + response) * kv * width
+    logits = min(models.MAX_LOGITS, groups * group * response * config.vocab_size) * (12 + width)
+    return kept + max(layer, logits + config.vocab_size * hidden * width)
+
+
+def memory(config, counts, args, width=2):
+    """GPU memory of one of args.gpus processes, {what for: GiB}; an estimate, on the safe side.
+
+    counts: of `count_parameters`; width: bytes of a weight. A group is a prompt (an image of --max-pixels and TEXT tokens) and
+    --group responses of --response-tokens, all as long as they may be.
+    - weights, gradients, AdamW's two moments, reference model: parameters x bytes / processes.
+    - cache: keys and values, layers x heads x size of a head x 2 a column; --cache-tokens columns, or what one group needs.
+    - features: what the frozen vision tower made of a step's images and close-ups is kept until the update is done; and so are
+      their pixels, in float32, in the host's memory.
+    - roll-out: all but gradients, the whole weights of every process, and the largest of: reading the prompts of all groups in
+      flight, reading a close-up of every row (3 numbers an inner unit of the MLP and 6 a hidden unit for each token, the norms'
+      in float32), decoding (attention scores of one layer, logits of every row), and a pass of the vision tower.
+    - update: all but the cache, with `update_bytes` of --micro-tokens, or of one group if that is longer. With several
+      processes: two layers and the embeddings gathered, with gradients. --reference cpu: its pass, before any gradients."""
+    total, tower, largest = counts
+    text, vision = config.text_config, config.vision_config
+    hidden, layers, heads, one = text.hidden_size, text.num_hidden_layers, text.num_attention_heads, args.gpus == 1
+    side = vision.patch_size * vision.spatial_merge_size                                   # px a token
+    image, norms = args.max_pixels // side**2, 8 * (width < 4)
+    shown = math.ceil(args.crop_size / side)**2 if args.mode == "zoom" else 0              # tokens of a close-up
+    prompt, seen = image + TEXT, image + args.group * args.max_crops * shown               # seen: image tokens of a group
+    longest = prompt + args.group * args.response_tokens
+    groups = max(1, args.micro_tokens // longest)                                          # of a pass of the update
+    asked = math.ceil(args.questions / args.gpus)
+    slots = min(max(1, args.cache_tokens // longest), asked)                               # groups in flight
+    trained = total if args.train_vision else total - tower
+    moments = 8 if width == 4 or args.adam_dtype == "float32" else 4
+
+    def reading(tokens, config, units):                                                    # a pass without gradients
+        return tokens * (width * (3 * config.intermediate_size + 6 * units) + norms * units)
+
+    whole, weights, gradients = total * width, total * width / args.gpus, trained * width / args.gpus
+    states = (trained * moments if args.optimizer == "adamw" else (trained - largest) * width + largest * moments) / args.gpus
+    reference = weights if args.kl else 0
+    column = 2 * layers * text.num_key_value_heads * (hidden // heads) * width
+    cache = max(args.cache_tokens, longest) * column
+    features = 0 if args.train_vision else asked * seen * hidden * width
+    kept = states + features + (reference if args.reference == "gpu" else 0)               # in both phases
+    merged = vision.spatial_merge_size**2                                                  # patches a token; below: in a pass
+    patches = min(max(models.MAX_VISION_PATCHES, image * merged), slots * image * merged)
+    decoding = slots * args.group * (heads * (prompt + args.response_tokens) * (2 * width + 8) + 4 * text.vocab_size * 4)
+    working = max(reading(slots * prompt, text, hidden), reading(slots * args.group * shown, text, hidden), decoding,
+                  reading(patches, vision, vision.hidden_size))
+    roll_out = kept + weights + (0 if one else whole) + cache + working
+    gathered = 0 if one else 2 * width * (2 * (total - tower) / layers + largest)
+    update = kept + weights + gradients + gathered + update_bytes(text, prompt, args.group, args.response_tokens, groups, width)
+    if args.train_vision:                                                                  # its blocks are checkpointed too
+        units = width * 6 * vision.intermediate_size + (width * (vision.depth + 8) + 2 * norms) * vision.hidden_size
+        update += groups * seen * merged * units
+    alone = kept + weights + reference + reading(groups * longest, text, hidden) + 16 * models.MAX_LOGITS
+    update = max(update, alone if args.reference == "cpu" else 0)
+    pixels = asked * seen * 3 * vision.temporal_patch_size * side**2 * 4
+    found = {"weights": weights, "gradients": gradients, "optimizer": states, "reference": reference, "features": features,
+             "cache": cache, "cache of one group": longest * column, "roll-out": roll_out, "update": update, "pixels": pixels}
+    return {name: value / 2**30 for name, value in found.items()}
+
+
+def advice(config, counts, args, room):
+    """What to change so that the peak is at most `room` GiB: flags, those that change no result first; or more processes."""
+    def peak(**changes):
+        found = memory(config, counts, argparse.Namespace(**{**vars(args), **changes}))
+        return max(found["roll-out"], found["update"])
+    order = [(name, getattr(args, name) // 2**k) for name in ("cache_tokens", "micro_tokens") for k in (1, 2, 3, 4)]
+    order += [("reference", "cpu")] * (args.gpus == 1) + [("adam_dtype", "bfloat16")]
+    order += [(name, max(2, getattr(args, name) * k // 4)) for name in ("response_tokens", "group") for k in (3, 2)]
+    changes = {}
+    for name, value in 2 * order:                    # twice: what did not help at first may be what is left
+        if peak(**changes) > room and peak(**{**changes, name: value}) < peak(**changes):
+            changes[name] = value
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
+    more = [n for n in (2, 4, 8, 16) if n > args.gpus and peak(gpus=n, reference="gpu") <= room]
+    ways = [flags] * (peak(**changes) <= room) + [f"torchrun --nproc-per-node {n}" for n in more[:1]]
+    return "it fits with " + ", or with ".join(ways) if ways else "no flags make it fit; take a smaller model or --max-pixels"
+
+
+def dry_run(args):
+    """Prints what the job needs of a GPU, from the checkpoint's config alone. Raises UserError where it does not fit."""
+    if not args.model:
+        raise UserError("--dry-run needs --model; the tiny base fits anywhere")
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+        if not args.max_pixels:
+            args.max_pixels = AutoImageProcessor.from_pretrained(args.model, backend="pil").size["longest_edge"]
+        counts = total, tower, _ = count_parameters(config)
+        need = memory(config, counts, args)
+    except (AttributeError, OSError, ValueError) as error:
+        raise UserError(f"{args.model}: no config of the Qwen2.5-VL family ({str(error).splitlines()[0]})") from error
+    gib = torch.cuda.get_device_properties().total_memory / 2**30 if torch.cuda.is_available() else args.gpu_gib
+    trained = total if args.train_vision else total - tower
+    print(f"{total:,} parameters, {tower:,} of the vision tower; {trained:,} are trained\n"
+          f"estimated GiB on each of {args.gpus} GPU(s), weights in bfloat16:")
+    for name, value in need.items():
+        note = {"roll-out": " at its peak", "update": " at its peak", "pixels": " of the host's memory"}.get(name, "")
+        print(f"  {name:<18}  {value:8.2f}{note}")
+    phase = max("roll-out", "update", key=need.get)
+    print(f"  {'to be had':<18}  {ROOM * gib:8.2f} of {gib:.1f}")
+    if need[phase] > (room := ROOM * gib):
+        raise UserError(f"the {phase} needs {need[phase]:.1f} GiB of {room:.1f}; {advice(config, counts, args, room)}")
 
 
 # ------------------------------------------------------------------------------------------------ the job
@@ -119,6 +264,8 @@ def parse_arguments():
     add("--warm-up", type=int, help="steps until the learning rate is reached (5; with --model a twentieth, single-turn none)")
     add("--final-lr", type=float, help="share of the learning rate at the end (tiny base 0.2, with --model 1)")
     add("--kl", type=float, help="coefficient of the KL penalty to the SFT model; 0: none (tiny base 0.05, with --model 0.01)")
+    add("--reference", choices=("gpu", "cpu"), default="gpu", help="where the SFT model's weights are between the "
+        "passes that need them; cpu frees their part of the GPU's memory the rest of the time (%(default)s)")
     add("--clip-norm", type=float, help="norm to which gradients are clipped (1; with --model in the mode zoom 0.2)")
     add("--diversity", type=float, help="reward of a further distinct look, as a share of the format reward; it fades out by "
         "half-time (tiny base 0, with --model 0.2)")
@@ -127,7 +274,11 @@ def parse_arguments():
     add("--eval-task", metavar="FILE", help="questions of the final table (a tenth of --task, held out)")
     add("--save-every", type=int, default=25, help="steps between checkpoints to resume from (%(default)s)")
     add("--show-every", type=int, default=50, help="steps between traces printed in full (%(default)s)")
-    args = sft.finish_arguments(parser.parse_args())
+    add("--dry-run", action="store_true", help="print the settings and the GPU memory that the job needs (bfloat16: 2 bytes a "
+        "weight, 2 its gradient, 8 or 4 AdamW's moments, 2 the reference model), and stop")
+    add("--gpu-gib", type=float, default=80, help="of --dry-run where there is no GPU: memory of one, GiB (%(default)s)")
+    add("--gpus", type=int, help="of --dry-run: GPUs, each with a process of its own (the processes that torchrun started)")
+    args = sft.finish_arguments(parse(parser))
     defaults = TINY if not args.model else PAPER_MULTI if args.mode == "zoom" else PAPER_SINGLE
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -135,11 +286,14 @@ def parse_arguments():
     args.lr = args.lr or {"muon": 2.5e-3, "adamw": 1e-6}[args.optimizer]
     args.warm_up = round(args.steps / 20) if args.warm_up is None else args.warm_up
     args.update_questions = args.update_questions or args.questions
-    for name in ("questions", "update_questions", "group", "steps", "eval_n", "save_every", "show_every"):
+    args.gpus = args.gpus or world()
+    for name in ("questions", "update_questions", "group", "steps", "eval_n", "save_every", "show_every", "gpus", "gpu_gib"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if args.group < 2:
         raise UserError("--group must be at least 2: advantages compare the traces of a group")
+    if args.reference == "cpu" and args.gpus > 1:
+        raise UserError("--reference cpu is for one process; with several the reference model's weights are shared out anyway")
     try:
         weights_at(args, 0)
     except ValueError as error:
@@ -158,7 +312,7 @@ def weights_at(args, step):
 def train(policy, reference, args, out):
     """The GRPO loop."""
     dialogue = dialogue_of(args)
-    optimizers = sft.make_optimizers(policy, args.optimizer, args.lr, args.adamw_lr)
+    optimizers = sft.make_optimizers(policy, args.optimizer, args.lr, args.adamw_lr, args.adam_dtype)
     first = restore(policy, optimizers, out) if args.resume else 0
     started = time.time()
     for step in range(first, args.steps):
@@ -249,7 +403,8 @@ def restore(policy, optimizers, out):
 
 def check_arguments(args, out):
     """A run is resumed as it was begun: other arguments would not give the result of either."""
-    free = {"resume", "out", "eval_n", "save_every", "show_every", "micro_tokens", "cache_tokens"}
+    free = {"resume", "out", "eval_n", "save_every", "show_every", "micro_tokens", "cache_tokens", "reference", "given",
+            "dry_run", "gpus", "gpu_gib"}
     try:
         began = json.loads((out / "args.json").read_text())
     except (OSError, ValueError) as error:
@@ -284,6 +439,9 @@ def final_table(args, stages, out):
 
 def main():
     args = parse_arguments()
+    print(settings(args))
+    if args.dry_run:
+        return dry_run(args)
     out = sft.folder_of(args)
     if not args.resume and any((out / name).exists() for name in ("log.jsonl", "state.pt", "rl")):
         raise UserError(f"{out} holds a run already; give --resume to go on with it, or another --out")
@@ -294,6 +452,8 @@ def main():
     base = sft.warm_start(args, print)
     policy = sft.load_trainable(args, out / "sft")
     reference = sft.load_trainable(args, out / "sft") if args.kl else None
+    if reference and args.reference == "cpu":
+        reference.model.to("cpu")
     train(policy, reference, args, out)
     seconds = sum(json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text().splitlines())
     policy.save(out / "rl", minutes=seconds / 60)

@@ -7,9 +7,8 @@ Out: `traces.jsonl` (what the search found, to be read by a person and by `--tra
     python train_sft.py --model PATH --task FILE --mode zoom --teacher PATH
     python train_sft.py --model PATH --task FILE --mode zoom --traces FILE
 
-Departures from the paper: in the mode `zoom` a step of the search is a turn of the dialogue with its
-real close-up, so the value of a step depends on what it shows; the policy is its own teacher unless `--teacher` names another;
-the pretraining (section (a)) stands in for Qwen's, for a base that starts from nothing.
+Departures from the paper: in the mode `zoom` a step of the search is a turn with its real close-up, so that its value depends
+on what it shows; the policy is its own teacher, or `--teacher`; for a base from nothing, pretraining (a) stands in for Qwen's.
 """
 import argparse
 import json
@@ -19,9 +18,11 @@ import re
 import shutil
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AddedToken, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -30,8 +31,8 @@ import model as models
 from evaluate import (ANSWERS, COLOURS, PATTERNS, QUESTION, SIDE, Scene, place_cards, search_scene)
 from model import Chunk, Policy, Sequence, UserError
 from reward import is_correct
-from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, call_text, dialogue_of, parse_points, parse_turn,
-                     run, run_dialogues, sampling_of, spoken, window, zoom)
+from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, call_text, dialogue_of, parse,
+                     parse_points, parse_turn, run, run_dialogues, sampling_of, settings, spoken, window, zoom)
 
 # ------------------------------------------------------------------------------------------------ (a) the tiny base
 
@@ -61,10 +62,8 @@ CHAT_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 
 
 def make_tiny(folder, strings, system_prompts, *, image_px=SEEN, hidden=96, layers=4, heads=3, vision_hidden=64):
-    """Writes a tiny Qwen2.5-VL with random weights (torch's seed) as an ordinary checkpoint folder.
-
-    strings: what shall be one token each, besides Qwen's special tokens and single bytes (digits among them).
-    image_px: side of the square that it sees of any image, in px: patches of 8 px, merged 2x2."""
+    """Writes a tiny Qwen2.5-VL with random weights (torch's seed) as a checkpoint folder. strings: what shall be one token
+    each, besides special tokens and bytes. image_px: side of the square that it sees of an image: 8 px a patch, merged 2x2."""
     alphabet = sorted(chr(c) for c in byte_characters())
     tokenizer = Qwen2Tokenizer(vocab={c: i for i, c in enumerate(alphabet)}, merges=[], eos_token="<|im_end|>",
                                pad_token="<|endoftext|>")
@@ -167,10 +166,8 @@ def lesson_read(policy, rng):
 def lesson_dialogue(policy, rng, go_on, show):
     """The dialogue of the mode `zoom`, with decisions that are not sensible: after each look, whatever it showed, it goes on to
     the next candidate (or back to the one that it missed) with probability `go_on` and otherwise answers, if need be with any
-    pattern. So the base learns the grammar, where cards are and what a close-up shows, but not when to look on. show: the
-    instructed kind, which looks at all of them.
-
-    Some looks are astray (their points are not learned), so that it also learns to say that nothing is there."""
+    pattern. So the base learns the grammar, where cards are and what a close-up shows, but not when to look on. Some looks are
+    astray (their points are not learned): it learns to say that nothing is there. show: the instructed kind, all cards."""
     colour, count = rng.choice(list(COLOURS)), rng.choice((1, 2, 3, 3))
     scene = search_scene(rng, colour, count)
     faces = {id(c): rng.choice(("plain", *ANSWERS)) for c in scene.candidates}     # here any of them may bear a pattern
@@ -179,8 +176,8 @@ def lesson_dialogue(policy, rng, go_on, show):
     words = SHOW if show else QUESTION
     lesson = Lesson(policy, TINY_PROMPTS["zoom"], f"{words[0]} {colour}{words[1]}", overview(scene))
     if not show and rng.random() < 0.05:               # answering without a look: a guess
-        return lesson.write(FORCED_ANSWER, learned=False).write(
-            rng.choice(ANSWERS) + "</answer>" + policy.tokenizer.eos_token).sequence
+        guess = rng.choice(ANSWERS) + "</answer>" + policy.tokenizer.eos_token
+        return lesson.write(FORCED_ANSWER, learned=False).write(guess).sequence
     number, thought = 0, ""
     for turn in range(4):
         astray = rng.random() < 0.1
@@ -205,15 +202,15 @@ def lesson_dialogue(policy, rng, go_on, show):
     return lesson.write(f"<think>{thought.strip()}</think>\n<answer>{answer}</answer>{policy.tokenizer.eos_token}").sequence
 
 
-def learning_rate(step, steps, warm_up, final):
-    """Factor on the learning rate: linear warm-up over `warm_up` steps, then linear decay to `final` at the end."""
-    return min(1, (step + 1) / warm_up) * (1 - (1 - final) * step / steps)
+def learning_rate(step, steps, warm_up, final=0.1, cosine=False):
+    """Factor on the learning rate: linear warm-up over `warm_up` steps; decay to `final` at the end, linear or by a cosine."""
+    done = (1 - math.cos(math.pi * step / steps)) / 2 if cosine else step / steps
+    return min(1, (step + 1) / warm_up) * (1 - (1 - final) * done)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: for hidden weight matrices of small models (Jordan 2024). torch.optim.Muon does the same in
-    bfloat16, which on a CPU without bfloat16 units took five times as long as the rest of a step; this one stays in float32
-    and takes all matrices of a shape at once."""
+    """Momentum, orthogonalised: for hidden matrices of small models (Jordan 2024), all of a shape at once. torch.optim.Muon
+    works in bfloat16, which on a CPU without units for it took five times as long as the rest of a step; ours in float32."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -227,9 +224,7 @@ class Muon(torch.optim.Optimizer):
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
                 grads = torch.stack([p.grad for p in params])                                         # (n, rows, columns)
-                for p in params:
-                    self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momenta = [self.state[p]["momentum"] for p in params]
+                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
                 torch._foreach_lerp_(momenta, list(grads), 1 - group["momentum"])
                 update = orthogonalise(grads.lerp(torch.stack(momenta), group["momentum"]))
                 scale = max(1, shape[0] / shape[1])**0.5
@@ -248,21 +243,64 @@ def orthogonalise(x, steps=5):
     return x.mT if tall else x
 
 
-def make_optimizers(policy, kind, lr, adamw_lr=None):
-    """"adamw", or "muon": Muon for the hidden matrices and AdamW for the rest, the pair that learns a small model fastest."""
+class RoundedAdamW(torch.optim.Optimizer):
+    """AdamW for bfloat16 weights. These are 1e-4 apart at 0.02, so a step of 1e-6 would always be rounded away; here what is
+    written back is rounded up or down at random, right on average. Moments are kept in `dtype`; the arithmetic is float32,
+    SLICE elements at a time. The random numbers follow from step and parameter alone: a resumed run goes on as it would."""
+    SLICE = 2**24
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), weight_decay=0.01, dtype=torch.float32):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            (b1, b2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
+            for number, p in enumerate(p for p in group["params"] if p.grad is not None):
+                state = self.state[p] = self.state[p] or {
+                    "step": 0, **{n: torch.zeros_like(p, dtype=self.dtype) for n in ("exp_avg", "exp_avg_sq")}}
+                state["step"] = t = state["step"] + 1
+                generator = torch.Generator(p.device).manual_seed(t * 100_003 + number)
+                tensors = p, state["exp_avg"], state["exp_avg_sq"], p.grad.contiguous()
+                tensors = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)     # of a sharded one: our part
+                for *kept, grad in zip(*(x.view(-1).split(self.SLICE) for x in tensors)):
+                    w, m, v, g = (x.float() for x in (*kept, grad))
+                    m.lerp_(g, 1 - b1)
+                    v.mul_(b2).addcmul_(g, g, value=1 - b2)
+                    w.mul_(1 - lr * decay).addcdiv_(m, (v / (1 - b2**t)).sqrt_().add_(1e-8), value=-lr / (1 - b1**t))
+                    for old, new in zip(kept, (w, m, v)):
+                        old.copy_(rounded(new, generator) if old.dtype == torch.bfloat16 else new)
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)            # casts moments to the weights' dtype: taken again as they were kept
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        for name, p in zip(names, [p for group in self.param_groups for p in group["params"]]):
+            kept = state_dict["state"].get(name, {})
+            self.state[p].update({k: x.to(p.device) if torch.is_tensor(x) else x for k, x in kept.items()})
+
+
+def rounded(x, generator):
+    """float32 -> bfloat16, to one of the two neighbours, the nearer one the more often: the mean is x."""
+    noise = torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    return ((x.view(torch.int32) + noise) & -2**16).view(torch.float32).bfloat16()
+
+
+def make_optimizers(policy, kind, lr, adamw_lr=None, dtype="float32"):
+    """"adamw", or "muon": Muon for hidden matrices, AdamW for the rest. dtype: of AdamW's moments of bfloat16 weights."""
+    whole = policy.model.dtype != torch.bfloat16
+    adamw = torch.optim.AdamW if whole else partial(RoundedAdamW, dtype=getattr(torch, dtype))
     if kind == "adamw":
-        return [torch.optim.AdamW(policy.trainable(), lr=lr, weight_decay=0.01)]
+        return [adamw(policy.trainable(), lr=lr, weight_decay=0.01)]
     named = dict(policy.model.named_parameters())
-    outer = {id(p) for n, p in named.items() if "embed_tokens" in n or "lm_head" in n}
-    hidden = [p for p in policy.trainable() if p.ndim == 2 and id(p) not in outer]
-    chosen = set(map(id, hidden))
-    rest = [p for p in policy.trainable() if id(p) not in chosen]
-    return [Muon(hidden, lr=lr), torch.optim.AdamW(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    outer = {id(p) for n, p in named.items() if p.ndim != 2 or "embed_tokens" in n or "lm_head" in n}
+    hidden = [p for p in policy.trainable() if id(p) not in outer]
+    rest = [p for p in policy.trainable() if id(p) in outer]
+    return [Muon(hidden, lr=lr), adamw(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def list_kind(u):
-    """The scenes of the lessons that list cards, from easy to hard, at share `u` of pretraining: few cards of different colours,
-    then more of them, then more of the same colour."""
+    """The scenes of lessons that list cards at share `u` of pretraining: few colours once each, then more cards, then alike."""
     if u < 0.08:
         return dict(fewest=1, most=1 + int(5 * u / 0.08), copies=(1,))
     w = min(1, (u - 0.08) / 0.22)
@@ -271,8 +309,7 @@ def list_kind(u):
 
 
 def pretrain(policy, steps, seed, *, batch=16, go_on=0.2, log=print):
-    """Teaches the tiny base to see and to speak the grammar: lists from the start, dialogues among them from a fifth of the time
-    on and as half of the batch from half-time on; of the dialogues six in ten are of the instructed kind."""
+    """Teaches the tiny base to see and to speak: lists first, dialogues from a fifth of the time on, six in ten instructed."""
     rng = random.Random(f"pretraining {seed}")
     policy.train_vision = True
     policy.model.train()
@@ -401,11 +438,10 @@ def continue_from(policy, dialogue, prefixes, count, sampling):
 
 def search(policy, questions, dialogue, sampling, *, simulations=8, width=3, rollouts=2, depth=10, c=2.0, min_distance=10,
            log=print):
-    """Monte Carlo tree search for right traces of each question (paper: warm start). -> the trees' roots.
-
-    All trees take a simulation at the same time: UCB1 selects a leaf in each; `width` continuations are sampled from it to
-    their ends; the first step of each becomes a child unless it repeats a point of its path or a sibling; each child gets
-    `rollouts` roll-outs, the one that it came with among them; rewards (1 right, 0 wrong) are backed up."""
+    """Monte Carlo tree search for right traces of each question (paper: warm start). -> the trees' roots. In each simulation
+    UCB1 selects a leaf of every tree; `width` continuations are sampled from it to their ends; the first step of each becomes a
+    child unless it repeats a point of its path or a sibling; each child gets `rollouts` roll-outs, the one that it came with
+    among them; rewards (1 right, 0 wrong) are backed up."""
     roots = [Node(dialogue.start(policy, question, 1)[0]) for question in questions]
     started = time.time()
     for simulation in range(simulations):
@@ -437,14 +473,10 @@ def search(policy, questions, dialogue, sampling, *, simulations=8, width=3, rol
 
 
 def expand(policy, leaf, trace, min_distance, depth):
-    """The child of `leaf` that the first new step of `trace` leads to: a new one, a sibling that is the same, or None where the
-    step repeats a point already used on the path."""
+    """The child of `leaf` that the first new step of `trace` leads to: new, the same sibling, or None if it repeats a point."""
     step = cut_trace(policy, trace, first_step_end(policy, trace, len(leaf.trace.ids)))
     text = policy.decode(step.ids[len(leaf.trace.ids):])
-    if trace.mode == "zoom":
-        points = step.crops[len(leaf.trace.crops):]
-    else:
-        points = parse_points(text) if not step.ended else []
+    points = step.crops[len(leaf.trace.crops):] if trace.mode == "zoom" else [] if step.ended else parse_points(text)
     if any(near(p, used, min_distance) for p in points for used in leaf.points):
         return None
     for sibling in leaf.children:
@@ -452,8 +484,8 @@ def expand(policy, leaf, trace, min_distance, depth):
             return sibling
     node = Node(step, leaf, leaf.points + tuple(points))
     level, above = 1, leaf
-    while above.parent:
-        level, above = level + 1, above.parent
+    while above := above.parent:
+        level += 1
     if level >= depth and not step.ended:              # too deep: the answer is asked for
         step.add(Chunk(policy.encode("</think>\n<answer>")))
         step.begun += "</think>\n<answer>"
@@ -467,8 +499,8 @@ def near(a, b, distance):
 # ------------------------------------------------------------------------------------------------ (c) linearising
 
 def linearise(root, min_distance=10):
-    """The chains of a tree, each a list of turns' texts: from each node, every right roll-out, and every pair of a wrong one
-    and a right one with a back-tracking sentence between (paper: warm start); nothing twice. The shortest first."""
+    """The chains of a tree (lists of turns' texts): of each node, every right roll-out, and every pair of a wrong and a right
+    one with a back-tracking sentence between (paper: warm start); nothing twice, the shortest first."""
     chains = {}
     for node in root.walk():
         right = [t for t in node.rollouts if t.ended == "answer" and is_correct(t)]
@@ -569,8 +601,8 @@ def read_traces(path, questions):
 
 # ------------------------------------------------------------------------------------------------ (d) supervised fine-tuning
 
-def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16_384, clip=1.0, final=0.1, log=print):
-    """Maximises the likelihood of the policy's own tokens of `traces`, `batch` traces a step, each as often as the others."""
+def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16_384, clip=1.0, log=print, **decay):
+    """Maximises the likelihood of the policy's own tokens of `traces`, `batch` a step. decay: options of `learning_rate`."""
     rng, order, started = random.Random(f"fine-tuning {seed}"), [], time.time()
     policy.model.train()
     for step in range(steps):
@@ -582,7 +614,7 @@ def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16
             loss = -policy.log_probs(micro).sum() / tokens
             loss.backward()
             total += loss.item()
-        norm = descend(policy, optimizers, learning_rate(step, steps, max(1, steps * 0.03), final), clip)
+        norm = descend(policy, optimizers, learning_rate(step, steps, max(1, steps * 0.03), **decay), clip)
         if step % 20 == 19 or step + 1 == steps:
             log(f"sft {step + 1}/{steps}  loss {total:.3f}  grad norm {norm:.2f}  {remaining(started, step + 1, steps)}")
     policy.model.eval()
@@ -607,6 +639,8 @@ def add_training_arguments(parser):
     add("--sft-batch", type=int, default=32, help="traces a step (%(default)s)")
     add("--sft-lr", type=float, help="peak learning rate of fine-tuning, by AdamW (tiny base 1e-3, with --model 1e-6)")
     add("--optimizer", choices=("muon", "adamw"), help="of GRPO (tiny base muon, with --model adamw)")
+    add("--adam-dtype", choices=("float32", "bfloat16"), default="float32", help="of AdamW's two moments where the weights are "
+        "bfloat16, as on a GPU: 8 or 4 bytes a trained weight, beside 2 of the weight and 2 of its gradient (%(default)s)")
     add("--train-vision", action="store_true", help="train the vision tower too (frozen; its pretraining aside)")
     add("--micro-tokens", type=int, default=16_384, help="tokens in one forward and backward pass at most (%(default)s)")
 
@@ -704,10 +738,10 @@ def warm_start(args, log):
     if not fit:
         raise UserError(f"none of the {len(traces)} traces is whole and right in the mode {args.mode}; look at them in "
                         f"{args.traces or out / 'search.jsonl'}, or give others by --traces")
-    optimizers = make_optimizers(policy, "adamw", args.sft_lr)
+    optimizers = make_optimizers(policy, "adamw", args.sft_lr, dtype=args.adam_dtype)
     steps = args.sft_steps or math.ceil(len(fit) / args.sft_batch)
     fine_tune(policy, fit, optimizers, steps=steps, batch=args.sft_batch, seed=args.seed,
-              micro_tokens=args.micro_tokens, log=log)
+              micro_tokens=args.micro_tokens, final=0.0 if args.model else 0.1, cosine=bool(args.model), log=log)
     policy.save(out / "sft", minutes=(time.time() - started) / 60)
     return base
 
@@ -716,8 +750,9 @@ def main():
     parser = argparse.ArgumentParser(description="Warm start: search for right traces, then supervised fine-tuning on them.")
     add_arguments(parser)
     add_training_arguments(parser)
-    args = finish_arguments(parser.parse_args())
+    args = finish_arguments(parse(parser))
     out = folder_of(args)
+    print(settings(args))
     if (out / "sft").is_dir() and not args.resume:
         raise UserError(f"{out / 'sft'} is there already; give --resume to keep it, or another --out")
     warm_start(args, print)

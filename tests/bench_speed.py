@@ -14,6 +14,8 @@ encoded beforehand (but not in `step_trl`); the vision tower is frozen, and each
     step_trl  one question, 8 single-turn roll-outs of 50 to 150 tokens, loss, gradients, AdamW; no KL penalty, no gradient
               checkpointing. Theirs: `trl.GRPOTrainer`, where it is installed: pip install trl
     memory    peak of an update on 1, 4 and 8 groups, one group a micro-batch: it grows with the longest group only.
+    estimate  peak of an update with gradient checkpointing, and what `train_rl.py --dry-run` estimates of it. By itself, as
+              `--only estimate`: it has the allocator give freed tensors back at once: slow, but it shows what is in use.
 """
 import argparse
 import copy
@@ -48,7 +50,7 @@ import model as models
 import train_sft as sft
 from evaluate import table
 from model import Chunk, Engine, Policy, Sequence
-from train_rl import group_advantages, grpo_loss, train_step
+from train_rl import group_advantages, grpo_loss, train_step, update_bytes
 
 GROUP, TURNS = 8, 3
 CROP = (8, 8)                                                               # the close-up, in tokens
@@ -250,6 +252,12 @@ def mark_memory(device):
     return status("VmRSS")
 
 
+def return_at_once(device):
+    """From now on, Linux's allocator gives freed tensors back: the resident memory is what is in use, without gaps."""
+    if device == "cpu" and sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-3, 2**17)                          # M_MMAP_THRESHOLD
+
+
 def peak_memory(device):
     return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else status("VmHWM")
 
@@ -334,7 +342,7 @@ def step(policy, image_tokens, args, rng):
     image, text = noise(policy, SIZES[image_tokens], rng), "Which one is it?"
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
     optimizer = torch.optim.AdamW(policy.trainable(), lr=1e-6, fused=True)
-    options = SimpleNamespace(temperature=1.0, kl=0.0, clip_norm=1.0, micro_tokens=16_384)
+    options = SimpleNamespace(temperature=1.0, kl=0.0, clip_norm=1.0, micro_tokens=16_384, reference="gpu")
     times, memory = ([], []), []
 
     def ours():
@@ -399,12 +407,29 @@ def update_memory(policy, _, args, rng):
     return found
 
 
+def update_estimate(policy, _, args, rng):
+    """Estimated and measured peak MiB of updates on one group, weights and gradients not counted."""
+    found = {}
+    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.model.train()
+    for prompt, response in ((64, 100), (400, 150), (400, 450)):
+        question = chunk(policy, UPDATES[prompt], prompt, rng)
+        group = [Sequence(question).add(Chunk(rng.integers(0, 256, response).tolist()), sampled=True) for _ in range(GROUP)]
+        def run():
+            policy.log_probs([group]).sum().backward()
+            policy.model.zero_grad(set_to_none=False)
+        run()
+        estimate = update_bytes(policy.text_config, prompt, GROUP, response, 1, policy.model.dtype.itemsize) / 2**20
+        found[f"{prompt}:{response}"] = estimate, memory_of(run, args.device)
+    return found
+
+
 BENCHMARKS = {"rollout_tiny": (rollout, "tiny", 16), "rollout_100": (rollout, "medium", 100),
               "rollout_400": (rollout, "medium", 400), "rollout_1500": (rollout, "medium", 1500),
               "update_tiny": (update, "tiny", (64, 100)), "update_64_100": (update, "medium", (64, 100)),
               "update_400_150": (update, "medium", (400, 150)), "update_1500_300": (update, "medium", (1500, 300)),
               "step_trl_100": (step, "medium", 100), "step_trl_400": (step, "medium", 400),
-              "memory": (update_memory, "medium", None)}
+              "memory": (update_memory, "medium", None), "estimate": (update_estimate, "medium", None)}
 
 
 def machine(args):
@@ -431,13 +456,15 @@ def main():
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     print(machine(args))
+    if args.only == ["estimate"]:
+        return_at_once(args.device)
     policies = {"medium": build("medium", args.device)}
     difference = largest_difference(policies["medium"], np.random.default_rng(args.seed))
     print(f"roll-out, update and padded batch agree on log-probabilities to {difference:.1e} (float32)")
     if difference > 1e-4:
         sys.exit("they should agree to 1e-4: the ratios would compare different things")
 
-    names = [n for n in args.only or BENCHMARKS if args.device == "cpu" or not n.endswith("_tiny")]
+    names = [n for n in args.only or list(BENCHMARKS)[:-1] if args.device == "cpu" or not n.endswith("_tiny")]
     found, rows = {}, [["", "model", "ratio", "range", "tokens/s", "theirs", "peak MiB", "theirs"]]
     for name in names:
         print(f"... {name}", file=sys.stderr)
@@ -447,7 +474,7 @@ def main():
         rng = np.random.default_rng(args.seed)
         try:
             one = found[name] = run(policies[shape], case, args, rng)
-            if run is update_memory:
+            if run in (update_memory, update_estimate):
                 continue
             rows.append([name, shape, f"{one['ratio']:.2f}", "{:.2f} to {:.2f}".format(*one["range"]),
                          *(f"{x:,.0f}" for x in one["tokens_per_second"] + one["peak_mib"])])
@@ -460,6 +487,9 @@ def main():
           "tokens/s: sampled ones; memory: above what was in use before")
     for name, mib in found.get("memory", {}).items():
         print(f"peak of an update on {name} tokens: {mib:,.0f} MiB")
+    for name, (estimate, measured) in found.get("estimate", {}).items():
+        print(f"update on {GROUP} x {name} tokens, checkpointed: estimated / measured {estimate:,.0f} / {measured:,.0f} MiB = "
+              f"{estimate / measured:.2f}")
     if args.json:
         ratios = {name: one["ratio"] for name, one in found.items() if "ratio" in one}
         Path(args.json).write_text(json.dumps({**ratios, "machine": machine(args), "details": found}, indent=1) + "\n")

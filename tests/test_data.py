@@ -10,9 +10,9 @@ from PIL import Image
 
 import evaluate
 from conftest import draw
-from evaluate import parse_options, read_questions, summarise
+from evaluate import read_questions, summarise
 from model import UserError
-from reward import lenient_rule, match_action, match_answer, match_point, official_rule, option_text
+from reward import lenient_rule, match_action, match_answer, match_point, official_rule, option_text, parse_options
 from rollout import Frame, Question, Trace, Turn
 
 

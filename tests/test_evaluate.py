@@ -212,7 +212,7 @@ import sys
 import evaluate as evaluation
 import model as models
 import torch
-from rollout import Dialogue, run
+from rollout import Dialogue, rank, run
 evaluation.QUESTIONS_A_BLOCK = 4
 def main():
     torch.set_num_threads(1)
@@ -221,7 +221,7 @@ def main():
     found = evaluation.evaluate(policy, evaluation.DrawnQuestions("toy-search", "test", 10), Dialogue(), 3, records=records,
                                 turn_tokens=7, response_tokens=40, cache_tokens=2000)
     print("printed by the first", flush=True)
-    print(models.rank(), found.n, found.accuracy, found.crops, found.ci95, found.by, file=sys.stderr, flush=True)
+    print(rank(), found.n, found.accuracy, found.crops, found.ci95, found.by, file=sys.stderr, flush=True)
 run(main)
 """
 

@@ -1,13 +1,17 @@
 """GRPO: advantages, the loss and the update, against numbers worked out by hand."""
 import argparse
 import math
+import sys
 
 import pytest
 import torch
+from transformers import AutoConfig, Qwen2_5_VLConfig
 
+import model as models
 import train_rl
 from evaluate import toy_search
-from rollout import Dialogue, rollout
+from model import Cache, UserError
+from rollout import Dialogue, rollout, settings
 from train_rl import group_advantages, grpo_loss, train_step
 
 
@@ -66,16 +70,15 @@ def groups(policy):
                         generator=torch.Generator().manual_seed(0)))
 
 
-def gradients(policy, groups, micro_tokens, reference=None):
+def gradients(policy, groups, micro_tokens, reference=None, place="gpu"):
     policy.model.zero_grad()
-    args = argparse.Namespace(**ARGUMENTS, micro_tokens=micro_tokens)
+    args = argparse.Namespace(**ARGUMENTS, micro_tokens=micro_tokens, reference=place)
     logged = train_step(policy, reference, groups, [NoStep()], args, 1.0)
     return logged, {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
 
 
 def test_the_loss_does_not_depend_on_the_micro_batches(policy, groups, tiny_folder):
     """Guards the one denominator: a token counts the same in a small and in a large micro-batch."""
-    import model as models
     reference = models.load(tiny_folder, device="cpu")
     with torch.no_grad():
         reference.model.model.language_model.norm.weight.mul_(1.1)
@@ -133,3 +136,116 @@ def test_the_bonus_fades_and_stays_bounded():
     args = argparse.Namespace(mode="zoom", diversity=0.2, steps=100)
     assert train_rl.weights_at(args, 0).diversity == 0.2 and train_rl.weights_at(args, 25).diversity == pytest.approx(0.1)
     assert train_rl.weights_at(args, 50).diversity == train_rl.weights_at(args, 99).diversity == 0
+
+
+def test_where_the_reference_model_lives_changes_no_number(policy, groups, tiny_folder, monkeypatch):
+    """Guards --reference cpu: it is fetched once an update and sent back before the policy's own passes; the update is the
+    same to the bit."""
+    reference = models.load(tiny_folder, device="cpu")
+    with torch.no_grad():
+        reference.model.model.language_model.norm.weight.mul_(1.1)
+    weighted = [(traces, [1.0, -0.5, -0.5]) for traces in groups]
+    logged, found = gradients(policy, weighted, 1, reference)
+    calls, plain = [], policy.log_probs
+    monkeypatch.setattr(reference.model, "to", lambda device: calls.append(str(device)))
+    monkeypatch.setattr(policy, "log_probs", lambda *a: calls.append("policy") or plain(*a))
+    again, same = gradients(policy, weighted, 1, reference, "cpu")
+    assert calls == ["cpu", "cpu", "policy", "policy", "policy"]           # fetched to the policy's device: here a CPU too
+    assert again == logged and all(torch.equal(found[name], same[name]) for name in found)
+
+
+# ------------------------------------------------------------------------------------------------ settings and memory
+
+def parsed(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["train_rl.py", *map(str, flags)])
+    return train_rl.parse_arguments()
+
+
+@pytest.mark.parametrize("family, mode, expected", [
+    ("spatial", "grounded", dict(max_pixels=4_194_304, turn_tokens=2048, response_tokens=2048, group=5, warm_up=0,
+                                 clip_norm=1.0)),
+    ("search", "zoom", dict(max_pixels=2_850_000, turn_tokens=1024, response_tokens=4608, crop_half=182, crop_size=672,
+                            crop_dot=False, group=8, warm_up=25, clip_norm=0.2, diversity=0.2)),
+    ("gui", "zoom", dict(max_pixels=4_194_304, turn_tokens=1024, response_tokens=3072, crop_half=50, crop_size=384,
+                         crop_dot=True, group=8)),
+    ("web", "think", dict(turn_tokens=2048, response_tokens=2048, group=5, diversity=0.0)),
+])
+def test_the_papers_settings(monkeypatch, family, mode, expected):
+    """Guards the defaults with --model, by family and mode."""
+    args = parsed(monkeypatch, "--model", "x", "--family", family, "--mode", mode)
+    common = dict(lr=1e-6, kl=0.01, questions=128, update_questions=64, steps=500, final_lr=1.0, max_crops=4, temperature=1.0,
+                  optimizer="adamw", sft_lr=1e-6, sft_batch=32, sft_steps=None, train_vision=False)
+    assert {name: getattr(args, name) for name in expected | common} == common | expected
+
+
+def test_flags_go_before_the_presets_and_are_marked(monkeypatch):
+    """Guards the printed settings: they are those in force, and a star says which were given."""
+    args = parsed(monkeypatch, "--model", "x", "--family", "search", "--group", 6, "--kl", 0)
+    shown = settings(args)
+    for part in ("group 6*", "kl 0.0*", "response_tokens 4608 ", "'search' in the mode 'zoom'"):
+        assert part in shown
+    assert args.given == ["family", "group", "kl", "model"]
+    with pytest.raises(UserError, match="--reference cpu"):
+        parsed(monkeypatch, "--reference", "cpu", "--gpus", 2)
+
+
+def config_of(size):
+    """The published shapes of Qwen2.5-VL."""
+    hidden, inner, layers, heads, kv, vocabulary, tied = {"3B": (2048, 11_008, 36, 16, 2, 151_936, True),
+                                                          "7B": (3584, 18_944, 28, 28, 4, 152_064, False)}[size]
+    text = dict(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied,
+                rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=hidden, patch_size=14,
+                  window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+
+
+def test_parameters_are_counted_without_weights(policy, tiny_folder):
+    """Guards the dry run: its counts are those of the model that is then made, and the published ones for the real shapes."""
+    total, tower, largest = train_rl.count_parameters(AutoConfig.from_pretrained(tiny_folder))
+    assert total == sum(p.numel() for p in policy.model.parameters())
+    assert total - tower == sum(p.numel() for p in policy.trainable()) and largest < total
+    assert train_rl.count_parameters(config_of("3B"))[0] == 3_754_622_976
+    assert train_rl.count_parameters(config_of("7B"))[0] == 8_292_166_656
+
+
+def test_memory_is_what_the_flags_make_it(policy, tiny_folder, monkeypatch):
+    """Guards the estimate: states are bytes x parameters, the cache is that of the engine, and each flag works as it says."""
+    config, gib = config_of("3B"), 2**30
+    counts = train_rl.count_parameters(config)
+    def memory(*flags):
+        return train_rl.memory(config, counts, parsed(monkeypatch, "--model", "x", "--family", "search", *flags))
+    plain, total, trained = memory(), counts[0], counts[0] - counts[1]
+    assert plain["weights"] == plain["reference"] == total * 2 / gib and plain["gradients"] == trained * 2 / gib
+    assert plain["optimizer"] == trained * 8 / gib and memory("--adam-dtype", "bfloat16")["optimizer"] == trained * 4 / gib
+    assert plain["cache"] == 262_144 * 36_864 / gib                # bytes a column: 36 layers, 2 heads of 128, K and V, 2 bytes
+    assert memory("--kl", 0)["reference"] == 0 and memory("--train-vision")["gradients"] == total * 2 / gib
+    for flags in (("--reference", "cpu"), ("--adam-dtype", "bfloat16"), ("--gpus", 8)):
+        assert all(memory(*flags)[phase] < plain[phase] for phase in ("update", "roll-out")), flags
+    assert memory("--group", 5)["update"] < plain["update"] > memory("--response-tokens", 2048)["update"]
+    assert memory("--cache-tokens", 131_072)["roll-out"] < plain["roll-out"] < memory("--max-pixels", 10**7)["roll-out"]
+
+    args = parsed(monkeypatch, "--cache-tokens", 1, "--max-pixels", 4096, "--group", 3)
+    config = AutoConfig.from_pretrained(tiny_folder)
+    one = train_rl.memory(config, train_rl.count_parameters(config), args, width=4)["cache of one group"]
+    cache = Cache(policy.text_config, 1, 3, 4096 // 256 + train_rl.TEXT, args.response_tokens, torch.float32, "cpu")
+    real = sum(x.nbytes for kv in (cache.prompt_k, cache.prompt_v, cache.own_k, cache.own_v) for x in kv)
+    assert one * gib == pytest.approx(real)
+
+
+def test_advice_fits_and_the_dry_run_stops_before_anything(tmp_path, monkeypatch, capsys):
+    """Guards --dry-run: where the job does not fit, the flags that it names make it fit; and no file is made."""
+    config_of("7B").save_pretrained(tmp_path / "7B")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", "7B", "--family", "search", "--mode", "grounded", "--dry-run"]
+    parsed(monkeypatch, *flags)
+    with pytest.raises(UserError, match="it fits with --.*, or with torchrun") as told:
+        train_rl.main()
+    advised = str(told.value).split("it fits with ")[1].split(", or")[0].split()
+    parsed(monkeypatch, *flags, *advised)
+    train_rl.main()
+    assert "8,292,166,656 parameters" in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == ["7B"]
+    parsed(monkeypatch, *flags, "--gpu-gib", 8)
+    with pytest.raises(UserError, match="smaller model"):
+        train_rl.main()

@@ -4,14 +4,16 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import train_sft as sft
 from evaluate import SIDE, toy_search
 from model import UserError
 from reward import is_correct, score
 from rollout import Dialogue, call_text, parse_turn
-from train_sft import (BACKTRACK, Muon, Node, continue_from, cut_trace, expand, first_step_end, linearise, orthogonalise,
-                       read_traces, replay, search, to_multi_turn, write_traces)
+from train_sft import (BACKTRACK, Muon, Node, RoundedAdamW, continue_from, cut_trace, expand, first_step_end, linearise,
+                       orthogonalise, read_traces, replay, rounded, search, to_multi_turn, write_traces)
 
 SAMPLING = dict(turn_tokens=30, response_tokens=200)
 
@@ -243,3 +245,100 @@ def test_muon_takes_the_same_step_as_torchs():
     assert (ours - theirs).norm() < 0.02 * moved
     singular = torch.linalg.svdvals(orthogonalise(grad[None])[0])
     assert 0.3 < singular.min() and singular.max() < 1.3
+
+
+# ------------------------------------------------------------------------------------------------ AdamW in bfloat16
+
+def test_rounding_is_right_on_average():
+    """Guards the write-back: only the two neighbours are taken, and their mean is the number itself."""
+    x = torch.cat([torch.full((100_000,), value) for value in (0.020003, -0.3001, 1.0)])
+    found = rounded(x, torch.Generator().manual_seed(0)).float().view(3, -1)
+    for row, value, gap in zip(found, (0.020003, -0.3001, 1.0), (2**-13, 2**-9, 0.0)):
+        assert len(row.unique()) == (2 if gap else 1) and (row - value).abs().max() <= gap
+        assert row.double().mean().item() == pytest.approx(value, abs=0.02 * gap + 1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_steps_move_bfloat16_weights(dtype):
+    """Guards training in bfloat16: steps of 1e-6 at 0.02, a hundredth of the spacing, must add up to what float32 AdamW does,
+    whatever the type of the moments; and the second moment must not get stuck."""
+    generator, p = torch.Generator().manual_seed(0), torch.nn.Parameter(torch.full((8192,), 0.02, dtype=torch.bfloat16))
+    exact = torch.nn.Parameter(p.detach().float())
+    start = exact.detach().clone()
+    ours, theirs = RoundedAdamW([p], lr=1e-6, dtype=dtype), torch.optim.AdamW([exact], lr=1e-6, weight_decay=0.01)
+    for _ in range(1000):
+        exact.grad = 1e-3 * (1 + torch.randn(8192, generator=generator))
+        p.grad = exact.grad.bfloat16()
+        ours.step()
+        theirs.step()
+    moved, expected = ((x.detach().float() - start).mean().item() for x in (p, exact))
+    assert expected < -5e-4 and moved == pytest.approx(expected, rel=0.02)
+    second = [o.state[x]["exp_avg_sq"].float().mean().item() for o, x in ((ours, p), (theirs, exact))]
+    assert second[0] == pytest.approx(second[1], rel=0.02)
+
+
+def test_our_adamw_is_adamw(monkeypatch):
+    """Guards the arithmetic, its slices among it: on float32 weights it takes torch's steps; a sharded parameter takes the
+    same step as a plain one."""
+    monkeypatch.setattr(RoundedAdamW, "SLICE", 64)
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(x) for x in torch.randn(40, 7).expand(2, -1, -1).clone())
+    pairs = [(ours, RoundedAdamW([ours], lr=1e-2)), (theirs, torch.optim.AdamW([theirs], lr=1e-2))]
+    for _ in range(5):
+        grad = torch.randn(40, 7)
+        for p, optimizer in pairs:
+            p.grad = grad.clone()
+            optimizer.step()
+    assert (ours - theirs).abs().max() < 1e-6
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, plain = dist.device_mesh.init_device_mesh("cpu", (1,)), torch.nn.Parameter(torch.randn(9, 5).bfloat16())
+        sharded = torch.nn.Parameter(distribute_tensor(plain.detach().clone(), mesh, [Shard(0)]))
+        grad = torch.randn(9, 5).bfloat16()
+        plain.grad, sharded.grad = grad, distribute_tensor(grad, mesh, [Shard(0)])
+        for p in (plain, sharded):
+            RoundedAdamW([p], lr=0.1).step()
+        assert torch.equal(sharded.full_tensor(), plain)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resuming_our_adamw_is_exact(dtype, tmp_path):
+    """Guards --resume in bfloat16: torch's load_state_dict would round float32 moments; and the random numbers go on."""
+    def make(values):
+        p = torch.nn.Parameter(values.clone())
+        return p, RoundedAdamW([p], lr=1e-3, dtype=dtype)
+    def step(p, optimizer, number):
+        p.grad = torch.randn(50, generator=torch.Generator().manual_seed(number)).bfloat16()
+        optimizer.step()
+    p, optimizer = make(torch.randn(50, generator=torch.Generator().manual_seed(9)).bfloat16())
+    for number in range(3):
+        step(p, optimizer, number)
+    torch.save({"p": p.detach(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    kept = torch.load(tmp_path / "state.pt", weights_only=True)
+    q, again = make(kept["p"])
+    again.load_state_dict(kept["optimizer"])
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert again.state[q][name].dtype == dtype and torch.equal(again.state[q][name], optimizer.state[p][name])
+    for number in range(3, 6):
+        step(p, optimizer, number)
+        step(q, again, number)
+    assert torch.equal(p, q)
+
+
+def test_the_type_of_the_weights_decides_the_optimizer(tiny_folder):
+    """Guards both paths: float32 weights keep torch's AdamW, bfloat16 ones get ours with the moments' type asked for."""
+    import model as models
+    assert type(sft.make_optimizers(models.load(tiny_folder, device="cpu"), "adamw", 1e-6)[0]) is torch.optim.AdamW
+    half = models.load(tiny_folder, device="cpu", dtype=torch.bfloat16)
+    (optimizer,) = sft.make_optimizers(half, "adamw", 1e-6, dtype="bfloat16")
+    assert type(optimizer) is RoundedAdamW and optimizer.dtype == torch.bfloat16
+    assert optimizer.defaults["betas"] == (0.9, 0.999) and optimizer.defaults["weight_decay"] == 0.01
+
+
+def test_the_papers_schedule_of_fine_tuning():
+    """Guards the cosine: half-way it is at a half, at the end at `final`; the tiny model's linear decay is as it was."""
+    assert sft.learning_rate(50, 100, 3, 0.0, cosine=True) == pytest.approx(0.5)
+    assert sft.learning_rate(99, 100, 3, 0.0, cosine=True) < 1e-3 and sft.learning_rate(0, 100, 3, 0.0, cosine=True) < 0.34
+    assert sft.learning_rate(50, 100, 3, 0.1) == pytest.approx(0.55)
