@@ -21,8 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, logging
@@ -98,6 +100,7 @@ class Policy:
         forbidden[[t for t in vision if t is not None and t < len(forbidden)]] = True
         self.forbidden = forbidden.to(model.device)
         self.train_vision = False
+        self.within = lambda function: function()    # of a sharded model: with the weights gathered, see `rollout.shard`
         self._offsets, self._encoded, self._rendered = {}, {}, {}   # what recurs: positions, tokens, chat templates
 
     @property
@@ -242,6 +245,9 @@ class Policy:
         """Log-probabilities, with gradients, of every sampled token of some groups: each prompt is run once.
 
         groups: lists of Sequences, those of a list sharing one prompt. -> (N,), ordered by group, sequence and token."""
+        return self.within(lambda: self._log_probs(groups, temperature).clone())     # FSDP wants no view
+
+    def _log_probs(self, groups, temperature):
         ids, pictures, positions, sizes, source, target = [], [], [], [], [], []
         for group in groups:
             prompt = group[0].prompt
@@ -280,16 +286,31 @@ class Policy:
             yield batch
 
     def save(self, folder, **notes):
-        """Writes a Hugging Face checkpoint folder, whole or not at all. notes: what else shall be known of it (notes.json)."""
-        folder = Path(folder)
+        """Writes a Hugging Face checkpoint folder, whole or not at all. notes: what else shall be known of it (notes.json).
+        Where there are several processes, all have to call it, and the first one writes."""
+        folder, state = Path(folder), {name: whole(x) for name, x in self.model.state_dict().items()}
+        if dist.is_initialized() and dist.get_rank():
+            return
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        self.model.save_pretrained(part)
+        self.model.save_pretrained(part, state_dict=state)
         self.tokenizer.save_pretrained(part)
         self.image_processor.save_pretrained(part)
         (part / "system_prompts.json").write_text(json.dumps(self.system_prompts, indent=1))
         (part / "notes.json").write_text(json.dumps(notes))
         replace(part, folder)
+
+
+def whole(x):
+    """A tensor that is shared out over processes, gathered (all have to call it); anything else as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def like(x, parameter):
+    """A whole tensor, shared out as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return x
+    return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def replace(part, final):

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +26,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from model import Chunk, Engine, Policy, Sequence, UserError, load
 
@@ -492,6 +495,40 @@ def gather(value):
     values = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def in_step(batches, spare):
+    """Batches of an update, as many in each process as in that which has the most: sharded weights are gathered by all of them
+    together. -> [(batch, 1.0)], filled up with (spare, 0.0), whose loss is not to count."""
+    return [(batch, 1.0) for batch in batches] + [(spare, 0.0)] * (max(gather(len(batches))) - len(batches))
+
+
+def shard(policy):
+    """FSDP2: each process keeps a part of every weight, gradient and optimizer state. In an update, the weights of the language
+    model are gathered layer by layer, and all others at once; gradients are averaged over the processes. A frozen vision tower
+    stays whole: which process has images to encode, and when, is its own affair."""
+    how = dict(mesh=init_device_mesh(policy.device.type, (world(),)), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    for layer in policy.model.model.language_model.layers:
+        fully_shard(layer, **how)
+    trained = {id(p) for p in policy.trainable()}
+    fully_shard(policy.model, **how, ignored_params={p for p in policy.model.parameters() if id(p) not in trained})
+    policy.model.within = policy.within
+    register_fsdp_forward_method(policy.model, "within")
+    policy.within = policy.model.within
+    policy.within(lambda: None)                  # so that the model is FSDP's root, and not the layer that runs first
+
+
+@contextmanager
+def whole_weights(policy):
+    """Inside, every process has all weights of a sharded policy, and samples without waiting for the others."""
+    units = [m for m in policy.model.modules() if isinstance(m, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(unit is not policy.model, recurse=False)
+        unit.reshard()
 
 
 # ------------------------------------------------------------------------------------------------ flags and their defaults

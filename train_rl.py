@@ -20,15 +20,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText
 
 import evaluate as evaluation
 import model as models
 import train_sft as sft
 from evaluate import mean
-from model import UserError
+from model import UserError, like, whole
 from reward import MULTI_TURN, SINGLE_TURN, Weights, score
-from rollout import add_arguments, dialogue_of, parse, rollout, run, sampling_of, settings, world
+from rollout import (add_arguments, dialogue_of, gather, in_step, parse, rank, rollout, run, sampling_of, settings, whole_weights,
+                     world)
 
 # ------------------------------------------------------------------------------------------------ the update
 
@@ -70,7 +72,8 @@ def reference_log_probs(reference, micro_batches, args, device):
     device only meanwhile."""
     if reference is None:
         return [None] * len(micro_batches)
-    reference.model.to(device)
+    if args.reference == "cpu":
+        reference.model.to(device)
     found = [reference.log_probs(micro, args.temperature) for micro in micro_batches]
     if args.reference == "cpu":
         reference.model.to("cpu")
@@ -78,27 +81,30 @@ def reference_log_probs(reference, micro_batches, args, device):
 
 
 def train_step(policy, reference, groups, optimizers, args, factor):
-    """One update on the traces of some groups. groups: [(traces, advantages)]. -> what to log"""
+    """One update on the traces of some groups, each process's own. groups: [(traces, advantages)]. -> what to log, of all"""
+    spare = min((traces for traces, _ in groups), key=lambda traces: sum(len(t.ids) for t in traces))[:1]
     groups = [(traces, a) for traces, a in groups if any(a)]
     kept = [([t for t, x in zip(traces, a) if x], [x for x in a if x]) for traces, a in groups]
     advantage_of = {id(t): x for traces, a in kept for t, x in zip(traces, a)}
-    tokens = sum(sum(t.sampled) for traces, _ in kept for t in traces)
-    sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0}
-    micro_batches = list(policy.micro_batches([traces for traces, _ in kept], args.micro_tokens))
-    references = reference_log_probs(reference, micro_batches, args, policy.device)
+    tokens = sum(gather(sum(sum(t.sampled) for traces, _ in kept for t in traces)))
+    sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0, "groups_used": len(kept)}
+    if not tokens:
+        return {**sums, "grad_norm": 0.0, "tokens": 0}
+    micro_batches = in_step(list(policy.micro_batches([traces for traces, _ in kept], args.micro_tokens)), [spare])
+    references = reference_log_probs(reference, [micro for micro, _ in micro_batches], args, policy.device)
     policy.model.train()
-    for micro, ref in zip(micro_batches, references):
+    for (micro, counts), ref in zip(micro_batches, references):
         flat = [(trace, log_prob) for traces in micro for trace in traces
                 for log_prob, sampled in zip(trace.log_probs, trace.sampled) if sampled]
         old = torch.tensor([log_prob for _, log_prob in flat], device=policy.device)
-        advantages = torch.tensor([advantage_of[id(trace)] for trace, _ in flat], device=policy.device)
+        advantages = torch.tensor([advantage_of.get(id(trace), 0.0) for trace, _ in flat], device=policy.device)
         loss, logged = grpo_loss(policy.log_probs(micro, args.temperature), old, ref, advantages, kl=args.kl)
-        (loss / tokens).backward()
+        (loss * counts * world() / tokens).backward()              # gradients are averaged over the processes
         for name, value in {"loss": loss.item(), **logged}.items():
-            sums[name] += value / tokens
+            sums[name] += value * counts / tokens
     policy.model.eval()
-    norm = sft.descend(policy, optimizers, factor, args.clip_norm) if tokens else 0.0
-    return {**sums, "grad_norm": norm, "groups_used": len(kept), "tokens": tokens}
+    norm, of_all = sft.descend(policy, optimizers, factor, args.clip_norm), gather(sums)
+    return {**{name: sum(one[name] for one in of_all) for name in sums}, "grad_norm": norm, "tokens": tokens}
 
 
 def add_up(updates):
@@ -292,6 +298,9 @@ def parse_arguments():
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if args.group < 2:
         raise UserError("--group must be at least 2: advantages compare the traces of a group")
+    if args.questions % args.gpus or args.update_questions % args.gpus:
+        raise UserError(f"--questions {args.questions} and --update-questions {args.update_questions} must be multiples of the "
+                        f"number of processes, {args.gpus}")
     if args.reference == "cpu" and args.gpus > 1:
         raise UserError("--reference cpu is for one process; with several the reference model's weights are shared out anyway")
     try:
@@ -318,8 +327,9 @@ def train(policy, reference, args, out):
     for step in range(first, args.steps):
         begun = time.time()
         questions = evaluation.questions_of(args, "train", args.questions, args.search_questions + step * args.questions)
-        sampling = sampling_of(args, hash_seed(args.seed, step))
-        groups = list(rollout(policy, questions, dialogue, args.group, **sampling))
+        sampling = sampling_of(args, hash_seed(args.seed, f"{step} {rank()}" if rank() else step))
+        with whole_weights(policy):
+            groups = list(rollout(policy, questions[rank()::world()], dialogue, args.group, **sampling))
         sampled = time.time() - begun
 
         weights = weights_at(args, step)
@@ -329,19 +339,22 @@ def train(policy, reference, args, out):
                       for (_, scores), ok in zip(scored, counted)]
         factor = sft.learning_rate(step, args.steps, max(1, args.warm_up), args.final_lr)
         pairs = [(t, a) for (t, _), a in zip(scored, advantages)]
-        learnt = add_up([train_step(policy, reference, pairs[i:i + args.update_questions], optimizers, args, factor)
-                         for i in range(0, len(pairs), args.update_questions)])
+        size = args.update_questions // world()
+        learnt = add_up([train_step(policy, reference, pairs[i:i + size], optimizers, args, factor)
+                         for i in range(0, len(pairs), size)])
 
-        flat = [(t, s) for traces, scores in scored for t, s in zip(traces, scores)]
+        flat = sum(gather([(row_of(t), s) for traces, scores in scored for t, s in zip(traces, scores)]), [])
+        counted = sum(gather(counted), [])
         line = {"step": step + 1, "reward": mean(s.total for _, s in flat), "accuracy": mean(s.correct for _, s in flat),
                 "format": mean(s.format for _, s in flat), "grounded": mean(s.grounded for _, s in flat),
                 "diversity": mean(s.diversity for _, s in flat), "crops": mean(s.crops for _, s in flat),
                 "cut_off": 1 - mean(ok for row in counted for ok in row), **learnt, "lr": args.lr * factor,
                 "seconds": time.time() - begun, "sampling_seconds": sampled}
-        keep_log(out, line, flat)
+        if rank() == 0:
+            keep_log(out, line, flat)
         print_line(line, args, sft.remaining(started, step + 1 - first, args.steps - first))
         if step % args.show_every == 0:
-            trace, s = flat[0]
+            trace, s = scored[0][0][0], scored[0][1][0]
             print(f"\n{trace.text()}\n-> truth: {trace.question.answer}; reward {s.total:.2f} = correct {s.correct:.0f}, "
                   f"format {s.format:.0f}, grounded {s.grounded:.0f}, diversity {s.diversity:.2f} {s.why}\n")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
@@ -365,17 +378,22 @@ def keep_log(out, line, flat):
     with open(out / "log.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
     with open(out / "traces.jsonl", "a") as file:
-        for trace, s in flat:
-            file.write(json.dumps({"step": line["step"], "id": trace.question.id, "question": trace.question.text,
-                                   "truth": trace.question.answer, "turns": [t.text for t in trace.turns],
-                                   "ended": trace.ended, **asdict(s)}, default=str) + "\n")
+        for row, s in flat:
+            file.write(json.dumps({"step": line["step"], **row, **asdict(s)}, default=str) + "\n")
+
+
+def row_of(trace):
+    """What traces.jsonl has of a trace, beside its score."""
+    return {"id": trace.question.id, "question": trace.question.text, "truth": trace.question.answer,
+            "turns": [t.text for t in trace.turns], "ended": trace.ended}
 
 
 def keep_state(policy, optimizers, out, step):
-    """state.pt: all that is needed to go on after `step`, written whole."""
-    part = out / "state.pt.part"
-    torch.save({"step": step, "model": policy.model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}, part)
-    models.replace(part, out / "state.pt")
+    """state.pt: all that is needed to go on after `step`, with any number of processes; written whole."""
+    state = tree_map(whole, {"model": policy.model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
+    if rank() == 0:
+        torch.save({"step": step, **state}, out / "state.pt.part")
+        models.replace(out / "state.pt.part", out / "state.pt")
 
 
 def restore(policy, optimizers, out):
@@ -386,15 +404,18 @@ def restore(policy, optimizers, out):
     else:
         try:
             state = torch.load(path, map_location=policy.device, weights_only=True)
-            policy.model.load_state_dict(state["model"])
+            parts = policy.model.state_dict()
+            policy.model.load_state_dict({name: like(x, parts[name]) for name, x in state["model"].items()})
             for optimizer, kept in zip(optimizers, state["optimizers"]):
                 optimizer.load_state_dict(kept)
+                for p, of_p in optimizer.state.items():
+                    of_p.update({k: like(x, p) for k, x in of_p.items() if torch.is_tensor(x) and x.shape == p.shape})
         except Exception as error:
             raise UserError(f"{path}: cannot be resumed from ({str(error).splitlines()[0]}); "
                             "delete it to start GRPO again") from error
         step = state["step"]
     for name in ("log.jsonl", "traces.jsonl"):
-        if (out / name).is_file():
+        if rank() == 0 and (out / name).is_file():
             lines = [row for row in (out / name).read_text().splitlines(keepends=True) if row.endswith("\n")]
             models.write_text(out / name, "".join(row for row in lines if json.loads(row)["step"] <= step))
     print(f"resuming after step {step}")
@@ -434,7 +455,8 @@ def final_table(args, stages, out):
         blind = {looks: evaluation.blind_accuracy(questions, dialogue, looks) for looks in (0, 1, 4)}
         summary["blind"] = blind
         print("a blind player with 0 / 1 / 4 looks at random places: " + " / ".join(f"{b:.3f}" for b in blind.values()))
-    models.write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    if rank() == 0:
+        models.write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
 def main():
@@ -448,7 +470,9 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     if args.resume:
         check_arguments(args, out)
-    models.write_text(out / "args.json", json.dumps(vars(args), indent=1) + "\n")
+    gather(None)                                    # all have read what an earlier run left
+    if rank() == 0:
+        models.write_text(out / "args.json", json.dumps(vars(args), indent=1) + "\n")
     base = sft.warm_start(args, print)
     policy = sft.load_trainable(args, out / "sft")
     reference = sft.load_trainable(args, out / "sft") if args.kl else None
@@ -457,6 +481,7 @@ def main():
     train(policy, reference, args, out)
     seconds = sum(json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text().splitlines())
     policy.save(out / "rl", minutes=seconds / 60)
+    gather(None)
     final_table(args, {"base": base, "sft": out / "sft", "rl": out / "rl"}, out)
 
 

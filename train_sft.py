@@ -29,10 +29,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import evaluate as evaluation
 import model as models
 from evaluate import (ANSWERS, COLOURS, PATTERNS, QUESTION, SIDE, Scene, place_cards, search_scene)
-from model import Chunk, Policy, Sequence, UserError
+from model import Chunk, Policy, Sequence, UserError, like, whole
 from reward import is_correct
-from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, call_text, dialogue_of, parse,
-                     parse_points, parse_turn, run, run_dialogues, sampling_of, settings, spoken, window, zoom)
+from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, call_text, dialogue_of, gather, in_step,
+                     parse, parse_points, parse_turn, rank, run, run_dialogues, sampling_of, settings, shard, spoken, window,
+                     world, zoom)
 
 # ------------------------------------------------------------------------------------------------ (a) the tiny base
 
@@ -223,13 +224,14 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                grads = torch.stack([p.grad for p in params])                                         # (n, rows, columns)
-                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-                torch._foreach_lerp_(momenta, list(grads), 1 - group["momentum"])
-                update = orthogonalise(grads.lerp(torch.stack(momenta), group["momentum"]))
+                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                           for p in params]
+                grads, momenta = (torch.stack([whole(x) for x in found])                              # (n, rows, columns)
+                                  for found in ([p.grad for p in params], momenta))
+                update = orthogonalise(grads.lerp(momenta, group["momentum"]))
                 scale = max(1, shape[0] / shape[1])**0.5
                 for p, u in zip(params, update):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * scale)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(like(u, p), alpha=-group["lr"] * scale)
 
 
 def orthogonalise(x, steps=5):
@@ -288,8 +290,8 @@ def rounded(x, generator):
 
 def make_optimizers(policy, kind, lr, adamw_lr=None, dtype="float32"):
     """"adamw", or "muon": Muon for hidden matrices, AdamW for the rest. dtype: of AdamW's moments of bfloat16 weights."""
-    whole = policy.model.dtype != torch.bfloat16
-    adamw = torch.optim.AdamW if whole else partial(RoundedAdamW, dtype=getattr(torch, dtype))
+    plain = policy.model.dtype != torch.bfloat16
+    adamw = torch.optim.AdamW if plain else partial(RoundedAdamW, dtype=getattr(torch, dtype))
     if kind == "adamw":
         return [adamw(policy.trainable(), lr=lr, weight_decay=0.01)]
     named = dict(policy.model.named_parameters())
@@ -340,7 +342,7 @@ def descend(policy, optimizers, factor, clip=1.0):
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+    return whole(norm).item()
 
 
 def remaining(started, done, total):
@@ -610,10 +612,11 @@ def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16
             order += rng.sample(traces, len(traces))
         groups, order = [[trace] for trace in order[:batch]], order[batch:]
         tokens, total = sum(sum(trace.sampled) for (trace,) in groups), 0.0
-        for micro in policy.micro_batches(groups, micro_tokens):
+        for micro, counts in in_step(list(policy.micro_batches(groups[rank()::world()], micro_tokens)), groups[:1]):
             loss = -policy.log_probs(micro).sum() / tokens
-            loss.backward()
-            total += loss.item()
+            (loss * counts * world()).backward()                  # gradients are averaged over the processes
+            total += loss.item() * counts
+        total = sum(gather(total))
         norm = descend(policy, optimizers, learning_rate(step, steps, max(1, steps * 0.03), **decay), clip)
         if step % 20 == 19 or step + 1 == steps:
             log(f"sft {step + 1}/{steps}  loss {total:.3f}  grad norm {norm:.2f}  {remaining(started, step + 1, steps)}")
@@ -664,6 +667,8 @@ def load_trainable(args, path):
         policy.system_prompts[args.mode] = prompt       # the checkpoint remembers it
     if policy.device.type == "cuda":
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if world() > 1:
+        shard(policy)
     return policy
 
 
@@ -704,16 +709,18 @@ def make_traces(args, base, out, log):
     dialogue = dialogue_of(args)
     if args.search_mode and args.mode == "zoom":
         dialogue.mode = args.search_mode
-    roots = search(teacher, questions, dialogue, sampling_of(args, args.seed), simulations=args.simulations, log=log)
-    rng = random.Random(f"chains {args.seed}")
-    chains = []
-    for root in roots:
-        found = linearise(root)
-        chains += [(root.trace.question, chain) for chain in rng.sample(found, min(args.chains, len(found)))]
+    roots = search(teacher, questions[rank()::world()], dialogue, sampling_of(args, args.seed + rank()),
+                   simulations=args.simulations, log=log)
+    found = gather([linearise(root) for root in roots])           # of question i: in process i % world(), number i // world()
+    rng, chains = random.Random(f"chains {args.seed}"), []
+    for i, question in enumerate(questions):
+        mine = found[i % world()][i // world()]
+        chains += [(question, chain) for chain in rng.sample(mine, min(args.chains, len(mine)))]
     if not chains:
         raise UserError(f"the search found no right trace in {len(questions)} questions; give a stronger --teacher or more "
                         "--search-questions")
-    write_traces(path, chains)
+    if rank() == 0:
+        write_traces(path, chains)
     return chains
 
 
@@ -721,7 +728,7 @@ def warm_start(args, log):
     """Makes the run's `sft/` unless it is there: base, traces, fine-tuning. -> the base's path"""
     out = folder_of(args)
     out.mkdir(parents=True, exist_ok=True)
-    base = make_base(args, log)
+    base = gather(make_base(args, log) if rank() == 0 else None)[0]        # the others wait
     if (out / "sft").is_dir():
         log(f"sft: {out / 'sft'} is there")
         return base
@@ -743,6 +750,7 @@ def warm_start(args, log):
     fine_tune(policy, fit, optimizers, steps=steps, batch=args.sft_batch, seed=args.seed,
               micro_tokens=args.micro_tokens, final=0.0 if args.model else 0.1, cosine=bool(args.model), log=log)
     policy.save(out / "sft", minutes=(time.time() - started) / 60)
+    gather(None)
     return base
 
 
