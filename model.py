@@ -23,13 +23,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, logging
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 logging.disable_progress_bar()
@@ -271,29 +270,16 @@ class Policy:
         targets = torch.tensor(ids, device=self.device)[target]
         return self.token_log_probs(hidden[source], targets, temperature)
 
-    def micro_batches(self, groups, tokens):
-        """Splits groups into batches of at most `tokens` tokens (one group at least), those of like length together."""
-        def size(group):
-            return len(group[0].prompt.ids) + sum(len(s.ids) for s in group)
-        batch, total = [], 0
-        for group in sorted(groups, key=size):
-            if batch and total + size(group) > tokens:
-                yield batch
-                batch, total = [], 0
-            batch.append(group)
-            total += size(group)
-        if batch:
-            yield batch
-
     def save(self, folder, **notes):
         """Writes a Hugging Face checkpoint folder, whole or not at all. notes: what else shall be known of it (notes.json).
         Where there are several processes, all have to call it, and the first one writes."""
-        folder, state = Path(folder), {name: whole(x) for name, x in self.model.state_dict().items()}
+        folder, state = Path(folder), self.model.state_dict(keep_vars=True)
+        gathered = {id(x): whole(x.detach()) for x in state.values()}      # tied weights once
         if dist.is_initialized() and dist.get_rank():
             return
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        self.model.save_pretrained(part, state_dict=state)
+        self.model.save_pretrained(part, state_dict={name: gathered[id(x)] for name, x in state.items()})
         self.tokenizer.save_pretrained(part)
         self.image_processor.save_pretrained(part)
         (part / "system_prompts.json").write_text(json.dumps(self.system_prompts, indent=1))
@@ -374,8 +360,7 @@ def cut_off(path):
     """The first weights file of a folder that is not whole, or the folder."""
     for file in sorted(Path(path).glob("*.safetensors")):
         try:
-            with safe_open(file, "pt"):
-                pass
+            load_state_dict(file, map_location="meta")          # reads its header
         except Exception:
             return file
     return path

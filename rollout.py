@@ -497,9 +497,19 @@ def gather(value):
     return values
 
 
-def in_step(batches, spare):
-    """Batches of an update, as many in each process as in that which has the most: sharded weights are gathered by all of them
-    together. -> [(batch, 1.0)], filled up with (spare, 0.0), whose loss is not to count."""
+def micro_batches(groups, tokens, spare):
+    """Splits groups of Sequences into batches of at most `tokens` tokens (one group at least), those of like length together.
+    -> [(batch, 1.0)]. Every process gets as many as that which has the most, for sharded weights are gathered by all of them
+    together: its list is filled up with (spare, 0.0), a batch whose loss is not to count."""
+    batches, room = [], 0
+    def size(group):
+        return len(group[0].prompt.ids) + sum(len(s.ids) for s in group)
+    for group in sorted(groups, key=size):
+        room -= size(group)
+        if room < 0 or not batches:
+            batches.append([])
+            room = tokens - size(group)
+        batches[-1].append(group)
     return [(batch, 1.0) for batch in batches] + [(spare, 0.0)] * (max(gather(len(batches))) - len(batches))
 
 
@@ -601,6 +611,7 @@ def add_arguments(parser):
     add("--response-tokens", type=int, metavar="N", help="tokens behind the question at most, close-ups too (drawn 288, "
         "gui and web 3072, others 4608, in a single turn 2048)")
     add("--cache-tokens", type=int, metavar="N", help="K/V columns of all roll-outs in flight (drawn 65536, files 262144)")
+    add("--cuda-graphs", action="store_true", help="decode by CUDA graphs: fewer launches (not measured yet, so off)")
 
 
 def dialogue_of(args, tool=True):
@@ -621,7 +632,8 @@ def random_stream(seed, device=None):
 def sampling_of(args, seed=None, **more):
     """Arguments for `model.Engine`; with a seed, a random generator too."""
     return dict(temperature=args.temperature, turn_tokens=args.turn_tokens, response_tokens=args.response_tokens,
-                cache_tokens=args.cache_tokens, generator=None if seed is None else random_stream(seed), **more)
+                cache_tokens=args.cache_tokens, graphs=args.cuda_graphs,
+                generator=None if seed is None else random_stream(seed), **more)
 
 
 def run(main):

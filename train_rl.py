@@ -29,8 +29,8 @@ import train_sft as sft
 from evaluate import mean
 from model import UserError, like, whole
 from reward import MULTI_TURN, SINGLE_TURN, Weights, score
-from rollout import (add_arguments, dialogue_of, gather, in_step, parse, rank, rollout, run, sampling_of, settings, whole_weights,
-                     world)
+from rollout import (add_arguments, dialogue_of, gather, micro_batches, parse, rank, rollout, run, sampling_of, settings,
+                     whole_weights, world)
 
 # ------------------------------------------------------------------------------------------------ the update
 
@@ -67,14 +67,14 @@ def grpo_loss(new, old, ref, advantages, *, kl, clip_low=0.2, clip_high=0.28, du
 
 
 @torch.no_grad()
-def reference_log_probs(reference, micro_batches, args, device):
+def reference_log_probs(reference, batches, args, device):
     """Log-probabilities (N,) of each micro-batch under the reference model, None without one. With --reference cpu it is on the
     device only meanwhile."""
     if reference is None:
-        return [None] * len(micro_batches)
+        return [None] * len(batches)
     if args.reference == "cpu":
         reference.model.to(device)
-    found = [reference.log_probs(micro, args.temperature) for micro in micro_batches]
+    found = [reference.log_probs(micro, args.temperature) for micro in batches]
     if args.reference == "cpu":
         reference.model.to("cpu")
     return found
@@ -90,10 +90,10 @@ def train_step(policy, reference, groups, optimizers, args, factor):
     sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0, "groups_used": len(kept)}
     if not tokens:
         return {**sums, "grad_norm": 0.0, "tokens": 0}
-    micro_batches = in_step(list(policy.micro_batches([traces for traces, _ in kept], args.micro_tokens)), [spare])
-    references = reference_log_probs(reference, [micro for micro, _ in micro_batches], args, policy.device)
+    batches = micro_batches([traces for traces, _ in kept], args.micro_tokens, [spare])
+    references = reference_log_probs(reference, [micro for micro, _ in batches], args, policy.device)
     policy.model.train()
-    for (micro, counts), ref in zip(micro_batches, references):
+    for (micro, counts), ref in zip(batches, references):
         flat = [(trace, log_prob) for traces in micro for trace in traces
                 for log_prob, sampled in zip(trace.log_probs, trace.sampled) if sampled]
         old = torch.tensor([log_prob for _, log_prob in flat], device=policy.device)

@@ -31,9 +31,9 @@ import model as models
 from evaluate import (ANSWERS, COLOURS, PATTERNS, QUESTION, SIDE, Scene, place_cards, search_scene)
 from model import Chunk, Policy, Sequence, UserError, like, whole
 from reward import is_correct
-from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, call_text, dialogue_of, gather, in_step,
-                     parse, parse_points, parse_turn, rank, run, run_dialogues, sampling_of, settings, shard, spoken, window,
-                     world, zoom)
+from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, call_text, dialogue_of, gather,
+                     micro_batches, parse, parse_points, parse_turn, rank, run, run_dialogues, sampling_of, settings, shard,
+                     spoken, window, world, zoom)
 
 # ------------------------------------------------------------------------------------------------ (a) the tiny base
 
@@ -612,7 +612,7 @@ def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16
             order += rng.sample(traces, len(traces))
         groups, order = [[trace] for trace in order[:batch]], order[batch:]
         tokens, total = sum(sum(trace.sampled) for (trace,) in groups), 0.0
-        for micro, counts in in_step(list(policy.micro_batches(groups[rank()::world()], micro_tokens)), groups[:1]):
+        for micro, counts in micro_batches(groups[rank()::world()], micro_tokens, groups[:1]):
             loss = -policy.log_probs(micro).sum() / tokens
             (loss * counts * world()).backward()                  # gradients are averaged over the processes
             total += loss.item() * counts

@@ -50,6 +50,7 @@ import model as models
 import train_sft as sft
 from evaluate import table
 from model import Chunk, Engine, Policy, Sequence
+from rollout import micro_batches
 from train_rl import group_advantages, grpo_loss, train_step, update_bytes
 
 GROUP, TURNS = 8, 3
@@ -397,7 +398,7 @@ def update_memory(policy, _, args, rng):
     short, long = [responses(policy, (64, 100), rng) for _ in range(8)], [responses(policy, (400, 150), rng)]
     short.sort(key=lambda group: sum(len(s.ids) for s in group))      # the longest group is in all three
     def run(groups):
-        for micro in policy.micro_batches(groups, 1):                 # one group each
+        for micro, _ in micro_batches(groups, 1, []):                 # one group each
             policy.log_probs(micro).sum().backward()
         policy.model.zero_grad(set_to_none=False)
     run(short[-1:])

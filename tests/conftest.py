@@ -1,4 +1,6 @@
 """What test files share: a tiny policy with random weights, made once for all tests, and data files with drawn images."""
+import base64
+import io
 import json
 import os
 import sys
@@ -8,12 +10,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from transformers import AutoModelForImageTextToText
 
 import model as models
 import train_sft as sft
+from model import Sequence
 
 torch.set_num_threads(1)    # the tests' matrices are too small for more
 
@@ -58,3 +63,84 @@ def data(tmp_path):
         path.write_text(text)
         return path
     return write
+
+
+# ------------------------------------------------------------------------------------------------ policies and dialogues
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def prompts(policy, n, group):
+    """Prompts of different lengths and images."""
+    for i in range(n):
+        content = [{"type": "image"}, {"type": "text", "text": "Which? " * (i % 3 + 1)}]
+        prompt = policy.prompt([{"role": "user", "content": content}], [noise(64 + 32 * (i % 3), 64, i)])
+        yield [Sequence(prompt) for _ in range(group)]
+
+
+def converse(policy, turns, seed=0):
+    """An on_turn that answers with close-ups of different sizes until `turns` turns are over; how often differs by row."""
+    rounds = {}
+    def on_turn(sequence, cut):
+        done = rounds[id(sequence)] = rounds.get(id(sequence), 0) + 1
+        if done >= turns - (len(sequence.ids) % 2 if turns > 1 else 0):
+            return None
+        return policy.reply([{"type": "text", "text": "here:"}, {"type": "image"}], [noise(64 + 16 * done, 64, seed)])
+    return on_turn
+
+
+def plain_log_probs(folder, policy, sequence):
+    """Log-probabilities of the sampled tokens by one plain Hugging Face forward of the whole dialogue."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([sequence.prompt.ids + sequence.ids])
+    pictures = sequence.prompt.pictures + sequence.pictures
+    logits = model(input_ids=ids, pixel_values=torch.cat([p.pixel_values for p in pictures]),
+                   image_grid_thw=torch.tensor([p.grid for p in pictures]),
+                   mm_token_type_ids=(ids == policy.image_token).int()).logits[0].float()
+    log_probs = torch.log_softmax(logits.masked_fill(policy.forbidden, -torch.inf), -1)
+    first = len(sequence.prompt.ids)
+    return torch.stack([log_probs[first + i - 1, t] for i, t in enumerate(sequence.ids) if sequence.sampled[i]])
+
+
+def recorded(groups):
+    return torch.tensor([l for group in groups for s in group for l, sampled in zip(s.log_probs, s.sampled) if sampled])
+
+
+# ------------------------------------------------------------------------------------------------ rows of the real data sets
+
+def talk(question, answer, **fields):
+    return {"id": 7, "image": "image.png", **fields,
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+SAT = "<image>\nQuestion: Which way?\nAnswer Choices:\nA. Yes, left\nB. No\nAnswer with the text of the option."
+SEARCH = "<image>\nWhat colour is the glove?\n(A) red\n(B) blue\n(C) dark green\nAnswer with the option's letter."
+SCREENSPOT = {"img_filename": "image.png", "bbox": [20, 30, 20, 10], "instruction": "send", "data_type": "text",
+              "data_source": "ios"}
+PRO = {"img_filename": "image.png", "bbox": [20, 30, 40, 40], "instruction": "undo", "id": "word_1", "application": "word",
+       "platform": "windows", "img_size": [200, 100], "ui_type": "icon", "group": "Office"}
+ATLAS = {"img_filename": "image.png", "bbox": [0.1, 0.3, 0.2, 0.4], "instruction": "undo"}
+POINT_RL = {"problem": "<image>Description: check sports news", "answer": "(20, 30, 40, 40)", "images": ["image.png"]}
+ACTION_RL = {"problem": "<image>OBJECTIVE: buy it\n\nPREVIOUS ACTIONS: \n1. click [3]\n\nIMAGE:\n", "answer": "click [12]",
+             "images": ["image.png"]}
+SFT = {"messages": [{"role": role, "content": content} for role, content in (
+           ("system", "You look closer."), ("user", SEARCH), ("assistant", "<think> (3, 4) </think>"),
+           ("user", "<observation><image></observation>"), ("assistant", "<answer> A </answer>"))],
+       "images": ["image.png", "crop.png"], "gt_answer": "A"}
+VSTAR = {"image": "image.png", "text": "Which sign?\n(A) B\n(B) A", "category": "direct_attributes", "question_id": 4,
+         "label": "A"}
+ROBOSPATIAL = [
+    {"category": "context", "question": "Point to the space left of the cup. Your answer should be formatted as a list of "
+     "tuples, i.e. [(x1, y1), ...], between 0 and 1.", "answer": "[(0.1, 0.3), (0.2, 0.3), (0.2, 0.5)]", "img": "image.png"},
+    {"category": "configuration", "question": "Is the cup left?", "answer": "Yes", "img": "image.png"}]
+PROBE = {"images": ["image.png"], "doc_id": "d1", "problem": "<image>What?", "solution": "EXIT", "data_source": "hard"}
+
+
+def hr_bench(side=8, **fields):
+    """A row of HR-Bench, with a noisy image of side x side px in it."""
+    buffer = io.BytesIO()
+    Image.effect_noise((side, side), 99).save(buffer, "PNG")
+    return {"index": 0, "question": '"Which ""one""?\nLook."', "A": "red", "B": "blue", "C": "green", "D": "white",
+            "answer": "C", "category": "single", "cycle_category": 0, **fields,
+            "image": base64.b64encode(buffer.getvalue()).decode()}

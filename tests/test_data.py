@@ -1,56 +1,18 @@
 """The readers of the real data sets, and their official scores. The fixtures have the field names of the real files; their
 contents are invented and their images drawn. What is at stake: a box in the wrong frame, or a row scored by the wrong rule,
 gives a plausible number that is wrong."""
-import base64
-import io
 import json
 
 import pytest
 from PIL import Image
 
 import evaluate
-from conftest import draw
+from conftest import (ACTION_RL, ATLAS, POINT_RL, PRO, PROBE, ROBOSPATIAL, SAT, SCREENSPOT, SEARCH, SFT, VSTAR, draw,
+                      hr_bench, talk)
 from evaluate import read_questions, summarise
 from model import UserError
 from reward import lenient_rule, match_action, match_answer, match_point, official_rule, option_text, parse_options
 from rollout import Frame, Question, Trace, Turn
-
-
-def talk(question, answer, **fields):
-    return {"id": 7, "image": "image.png", **fields,
-            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
-
-
-SAT = "<image>\nQuestion: Which way?\nAnswer Choices:\nA. Yes, left\nB. No\nAnswer with the text of the option."
-SEARCH = "<image>\nWhat colour is the glove?\n(A) red\n(B) blue\n(C) dark green\nAnswer with the option's letter."
-SCREENSPOT = {"img_filename": "image.png", "bbox": [20, 30, 20, 10], "instruction": "send", "data_type": "text",
-              "data_source": "ios"}
-PRO = {"img_filename": "image.png", "bbox": [20, 30, 40, 40], "instruction": "undo", "id": "word_1", "application": "word",
-       "platform": "windows", "img_size": [200, 100], "ui_type": "icon", "group": "Office"}
-ATLAS = {"img_filename": "image.png", "bbox": [0.1, 0.3, 0.2, 0.4], "instruction": "undo"}
-POINT_RL = {"problem": "<image>Description: check sports news", "answer": "(20, 30, 40, 40)", "images": ["image.png"]}
-ACTION_RL = {"problem": "<image>OBJECTIVE: buy it\n\nPREVIOUS ACTIONS: \n1. click [3]\n\nIMAGE:\n", "answer": "click [12]",
-             "images": ["image.png"]}
-SFT = {"messages": [{"role": role, "content": content} for role, content in (
-           ("system", "You look closer."), ("user", SEARCH), ("assistant", "<think> (3, 4) </think>"),
-           ("user", "<observation><image></observation>"), ("assistant", "<answer> A </answer>"))],
-       "images": ["image.png", "crop.png"], "gt_answer": "A"}
-VSTAR = {"image": "image.png", "text": "Which sign?\n(A) B\n(B) A", "category": "direct_attributes", "question_id": 4,
-         "label": "A"}
-ROBOSPATIAL = [
-    {"category": "context", "question": "Point to the space left of the cup. Your answer should be formatted as a list of "
-     "tuples, i.e. [(x1, y1), ...], between 0 and 1.", "answer": "[(0.1, 0.3), (0.2, 0.3), (0.2, 0.5)]", "img": "image.png"},
-    {"category": "configuration", "question": "Is the cup left?", "answer": "Yes", "img": "image.png"}]
-PROBE = {"images": ["image.png"], "doc_id": "d1", "problem": "<image>What?", "solution": "EXIT", "data_source": "hard"}
-
-
-def hr_bench(side=8, **fields):
-    """A row of HR-Bench, with a noisy image of side x side px in it."""
-    buffer = io.BytesIO()
-    Image.effect_noise((side, side), 99).save(buffer, "PNG")
-    return {"index": 0, "question": '"Which ""one""?\nLook."', "A": "red", "B": "blue", "C": "green", "D": "white",
-            "answer": "C", "category": "single", "cycle_category": 0, **fields,
-            "image": base64.b64encode(buffer.getvalue()).decode()}
 
 
 # ------------------------------------------------------------------------------------------------ formats

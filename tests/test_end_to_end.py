@@ -107,7 +107,7 @@ def test_evaluation_and_its_files(run_folder):
     output = call(*command, cwd=folder)
     found = json.loads((folder / "found.json").read_text())
     assert found["n"] == 5 and 0 <= found["accuracy_no_tool"] <= 1 and (folder / "first.png").is_file()
-    assert "family drawn" in output and "5/5 questions" in output and "without tool: 5/5" in output and "lenient" in output
+    assert "family 'drawn'" in output and "5/5 questions" in output and "without tool: 5/5" in output and "lenient" in output
     assert len((folder / "found.jsonl").read_text().splitlines()) == 1 + 2 * 5
     again = call(*command, cwd=folder)
     assert again.count("5 of 5 questions were answered before") == 2 and "not drawn" in again

@@ -2,54 +2,13 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import model as models
+from conftest import converse, noise, plain_log_probs, prompts, recorded
 from model import Engine, Sequence, UserError, nucleus
-
-
-def noise(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
-
-
-def prompts(policy, n, group):
-    """Prompts of different lengths and images."""
-    for i in range(n):
-        content = [{"type": "image"}, {"type": "text", "text": "Which? " * (i % 3 + 1)}]
-        prompt = policy.prompt([{"role": "user", "content": content}], [noise(64 + 32 * (i % 3), 64, i)])
-        yield [Sequence(prompt) for _ in range(group)]
-
-
-def converse(policy, turns, seed=0):
-    """An on_turn that answers with close-ups of different sizes until `turns` turns are over; how often differs by row."""
-    rounds = {}
-    def on_turn(sequence, cut):
-        done = rounds[id(sequence)] = rounds.get(id(sequence), 0) + 1
-        if done >= turns - (len(sequence.ids) % 2 if turns > 1 else 0):
-            return None
-        return policy.reply([{"type": "text", "text": "here:"}, {"type": "image"}], [noise(64 + 16 * done, 64, seed)])
-    return on_turn
-
-
-def plain_log_probs(folder, policy, sequence):
-    """Log-probabilities of the sampled tokens by one plain Hugging Face forward of the whole dialogue."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    ids = torch.tensor([sequence.prompt.ids + sequence.ids])
-    pictures = sequence.prompt.pictures + sequence.pictures
-    logits = model(input_ids=ids, pixel_values=torch.cat([p.pixel_values for p in pictures]),
-                   image_grid_thw=torch.tensor([p.grid for p in pictures]),
-                   mm_token_type_ids=(ids == policy.image_token).int()).logits[0].float()
-    log_probs = torch.log_softmax(logits.masked_fill(policy.forbidden, -torch.inf), -1)
-    first = len(sequence.prompt.ids)
-    return torch.stack([log_probs[first + i - 1, t] for i, t in enumerate(sequence.ids) if sequence.sampled[i]])
-
-
-def recorded(groups):
-    return torch.tensor([l for group in groups for s in group for l, sampled in zip(s.log_probs, s.sampled) if sampled])
 
 
 @pytest.fixture
@@ -74,6 +33,19 @@ def test_engine_equals_a_plain_forward(many_sizes, tiny_folder, turns):
         for sequence in job:
             plain = plain_log_probs(tiny_folder, policy, sequence)
             assert (plain - recorded([[sequence]])).abs().max() < 1e-5
+
+
+def test_the_fixed_shapes_of_graphs_change_nothing(many_sizes):
+    """Guards what a CUDA graph would run (here without one): idle rows and slots, columns in steps of 128."""
+    def tokens(graphs):
+        engine = Engine(many_sizes, temperature=0, turn_tokens=40, response_tokens=250, cache_tokens=2 * (60 + 3 * 250),
+                        graphs=graphs)
+        jobs = list(engine.run(prompts(many_sizes, 5, 3), converse(many_sizes, 4)))
+        log_probs = {tuple(s.ids): torch.tensor(s.log_probs) for job in jobs for s in job}
+        return [[s.ids for s in job] for job in jobs], log_probs
+    (plain, log_probs), (fixed, others) = tokens(False), tokens(True)
+    assert fixed == plain and max(len(ids) for job in plain for ids in job) > 128
+    assert all((log_probs[ids] - others[ids]).abs().max() < 1e-5 for ids in log_probs)
 
 
 def test_training_log_probs_equal_a_plain_forward(many_sizes, tiny_folder):

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
+from torch.utils._pytree import tree_leaves
+from transformers.modeling_utils import load_state_dict
 
 PROCESS = """
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -18,14 +20,13 @@ import evaluate as evaluation
 import model as models
 import train_rl as rl
 import train_sft as sft
-from model import whole
 from rollout import Dialogue, rank, rollout, run, shard, whole_weights, world
 
 def main():
     torch.set_num_threads(1)
-    found = {}
+    model, start, end = sys.argv[1:]
     for kind in ("adamw", "muon"):
-        policy, reference = (models.load(sys.argv[1], device="cpu") for _ in range(2))
+        policy, reference = (models.load(model, device="cpu") for _ in range(2))
         with torch.no_grad():
             for p in reference.model.parameters():
                 p.mul_(1.01)
@@ -43,13 +44,18 @@ def main():
         pairs = [(traces, [1.0, 0.0, -0.5] if i != 3 else [0.0] * 3) for i, traces in enumerate(groups)]
         optimizers = sft.make_optimizers(policy, kind, 1e-3, 1e-3)
         args = SimpleNamespace(micro_tokens=1, temperature=1.0, kl=0.1, clip_norm=1.0, reference="gpu")
+        if start != "-":
+            rl.restore(policy, optimizers, Path(start) / kind)
         logged = [rl.train_step(policy, reference, pairs[rank()::world()], optimizers, args, 1.0) for _ in range(2)]
         lines = []
         sft.fine_tune(policy, [t for traces in groups for t in traces], optimizers, steps=2, batch=3, seed=0, micro_tokens=1,
                       log=lines.append)
-        found[kind] = logged, lines, {n: whole(p).clone() for n, p in policy.model.named_parameters()}
-    if rank() == 0:
-        torch.save(found, sys.argv[2])
+        out = Path(end) / kind
+        out.mkdir(parents=True, exist_ok=True)
+        rl.keep_state(policy, optimizers, out, 1)
+        policy.save(out / "rl")
+        if rank() == 0:
+            torch.save([logged, lines], out / "logged.pt")
 run(main)
 """
 
@@ -69,19 +75,28 @@ def run_processes(number, *command):
     return [out for out, _ in outputs]
 
 
+def same(one, two):
+    """Whether the tensors and numbers of two trees are equal to 1e-5."""
+    one, two = ([x for x in tree_leaves(tree) if isinstance(x, (torch.Tensor, float, int))] for tree in (one, two))
+    return len(one) == len(two) and all(torch.allclose(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b).double(),
+                                                       rtol=1e-5, atol=1e-5) for a, b in zip(one, two))
+
+
 def test_two_processes_equal_one(tiny_folder, tmp_path):
     """Guards FSDP2: uneven micro-batches, a process without a group to learn from, shared denominators, the norm that gradients
-    are clipped to, both optimizers, activation checkpointing, a trained vision tower."""
-    found = []
-    for number in (1, 2):
-        run_processes(number, "-c", PROCESS, tiny_folder, tmp_path / f"{number}.pt")
-        found.append(torch.load(tmp_path / f"{number}.pt"))
-    for kind, (logged, lines, weights) in found[0].items():
-        others, other_lines, other_weights = found[1][kind]
-        for ours, theirs in zip(logged, others):
-            assert ours["tokens"] == theirs["tokens"] > 0 and ours["groups_used"] == theirs["groups_used"] == 4
-            for name, value in ours.items():
-                assert theirs[name] == pytest.approx(value, abs=1e-5, rel=1e-5), (kind, name)
-        assert [line.split("  ")[:3] for line in lines] == [line.split("  ")[:3] for line in other_lines]
-        for name, weight in weights.items():
-            assert (weight - other_weights[name]).abs().max() < 1e-5, (kind, name)
+    are clipped to, both optimizers, activation checkpointing, a trained vision tower; and going on with what another number of
+    processes kept."""
+    for number, start, end in ((1, "-", "one"), (2, "-", "two"), (2, "one", "one-two"), (1, "two", "two-one")):
+        run_processes(number, "-c", PROCESS, tiny_folder, start if start == "-" else tmp_path / start, tmp_path / end)
+    for kind in ("adamw", "muon"):
+        for ours, theirs in (("one", "two"), ("one-two", "two-one")):
+            ours, theirs = tmp_path / ours / kind, tmp_path / theirs / kind
+            (logged, lines), (other, other_lines) = (torch.load(folder / "logged.pt") for folder in (ours, theirs))
+            assert all(step["tokens"] > 0 and step["groups_used"] == 4 for step in logged) and same(logged, other)
+            assert [line.split("  ")[:3] for line in lines] == [line.split("  ")[:3] for line in other_lines]
+            kept, others = (torch.load(folder / "state.pt") for folder in (ours, theirs))
+            assert kept["model"].keys() == others["model"].keys() and same(kept, others)
+            weights, other_weights = (load_state_dict(folder / "rl" / "model.safetensors") for folder in (ours, theirs))
+            assert same(weights, other_weights) and weights.keys() == other_weights.keys()
+        begun = torch.load(tmp_path / "one" / kind / "state.pt")
+        assert not same(begun, torch.load(tmp_path / "one-two" / kind / "state.pt"))

@@ -7,21 +7,18 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
-from tokenizers.models import BPE
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLForConditionalGeneration,
-                          Qwen2Tokenizer)
+from transformers import (AddedToken, AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
+                          Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer)
+from transformers.modeling_utils import load_state_dict, safe_save_file
 
 import evaluate
 import model as models
 import train_rl
 import train_sft
+from conftest import (ACTION_RL, ATLAS, POINT_RL, PRO, PROBE, ROBOSPATIAL, SAT, SCREENSPOT, SEARCH, SFT, VSTAR, converse,
+                      draw, hr_bench, plain_log_probs, prompts, recorded, talk)
 from model import Engine
 from rollout import SYSTEM_PROMPTS, call_text, run
-from test_data import (ACTION_RL, ATLAS, POINT_RL, PRO, PROBE, ROBOSPATIAL, SAT, SCREENSPOT, SEARCH, SFT, VSTAR, draw, hr_bench,
-                       talk)
-from test_model import converse, plain_log_probs, prompts, recorded
 
 # ------------------------------------------------------------------------------------------------ the hub's folder, in small
 
@@ -56,17 +53,13 @@ SPARE = 21      # rows of the embedding beyond the tokenizer's last token (151,9
 
 def write_tokenizer(folder):
     """Byte-level BPE, trained on a few words of ours, as the five files of the hub. -> {special or added token: id}"""
-    like = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
-    tokenizer = Tokenizer(BPE())
-    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = like.normalizer, like.pre_tokenizer, like.decoder
     words = [*SYSTEM_PROMPTS.values(), "<answer>", "</answer>", "<think>", "</think>\n", call_text((1, 2))] * 3
-    tokenizer.train_from_iterator(words, trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    trained = Qwen2Tokenizer(vocab={}, merges=[]).train_new_from_iterator(words, vocab_size=600, show_progress=False)
+    tokenizer = trained.backend_tokenizer
     whole = json.loads(tokenizer.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(whole["vocab"], ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in whole["merges"]))
-    added = [AddedToken(token, special=token in SPECIAL, normalized=False) for token in SPECIAL + PLAIN]
-    tokenizer.add_tokens(added)
+    trained.add_tokens([AddedToken(token, special=token in SPECIAL, normalized=False) for token in SPECIAL + PLAIN])
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL + PLAIN}
     tokenizer.save(str(folder / "tokenizer.json"))
     flags = dict(lstrip=False, normalized=False, rstrip=False, single_word=False)
@@ -113,7 +106,7 @@ def write_weights(folder):
     files, where = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)], {}
     for i, file in enumerate(files):
         part = dict(list(weights.items())[i::2])
-        save_file(part, folder / file, metadata={"format": "pt"})
+        safe_save_file(part, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(part, file)
     size = sum(w.nbytes for w in weights.values())
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}))
@@ -224,7 +217,7 @@ def test_an_output_matrix_of_its_own(hub, tmp_path):
     shutil.copytree(folder, tmp_path / "7B")
     edit(tmp_path / "7B/config.json", tie_word_embeddings=False)
     shard, head = "model-00001-of-00002.safetensors", torch.randn_like(written["model.embed_tokens.weight"])
-    save_file(load_file(folder / shard) | {"lm_head.weight": head}, tmp_path / "7B" / shard, metadata={"format": "pt"})
+    safe_save_file(load_state_dict(folder / shard) | {"lm_head.weight": head}, tmp_path / "7B" / shard, metadata={"format": "pt"})
     index = tmp_path / "7B/model.safetensors.index.json"
     edit(index, weight_map=json.loads(index.read_text())["weight_map"] | {"lm_head.weight": shard})
     models.load(str(tmp_path / "7B"), device="cpu").save(tmp_path / "out")
@@ -373,8 +366,8 @@ def remove(folder, *files):
 
 def lose_a_weight(folder):
     shard = folder / "model-00001-of-00002.safetensors"
-    kept = {name: weight for name, weight in load_file(shard).items() if name != "visual.patch_embed.proj.weight"}
-    save_file(kept, shard, metadata={"format": "pt"})
+    kept = {name: weight for name, weight in load_state_dict(shard).items() if name != "visual.patch_embed.proj.weight"}
+    safe_save_file(kept, shard, metadata={"format": "pt"})
 
 
 def lose_the_template(folder):
