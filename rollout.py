@@ -1,7 +1,8 @@
 """The dialogue: prompts, coordinates, the zoom tool, many turns, many traces.
 
 In:  questions about images. Out: `Trace`s: which tokens the policy sampled, where it pointed, what it was shown, how it ended.
-At the end, `WebAgent`: the same dialogue, as VisualWebArena asks for one action after another.
+Then come several processes (torchrun), the flags that all scripts share, and `WebAgent`: the same dialogue, as VisualWebArena
+asks for one action after another.
 
 Four modes, as in the paper: `direct` (an answer only), `think` (a thought, then the answer), `grounded` (a thought whose
 steps point at the image) and `zoom` (turns: a thought that points, a look at the point, ..., the answer).

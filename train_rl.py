@@ -4,6 +4,8 @@ In:  a task and a checkpoint (by default everything before it is made: the tiny 
 Out: a run folder: args.json, log.jsonl (a line a step), traces.jsonl (sampled traces with their rewards), the checkpoints
      base/, sft/, rl/, state.pt (to resume from), summary.json (the final table).
 
+With torchrun, each process rolls out and learns from its own share of the questions, and all make the same update (FSDP2).
+
 Kept of GRPO (DeepSeekMath; as the paper uses it): G traces a question, advantages relative to their group, clipped
 probability ratios (0.2 below, 0.28 above, a second clip at 3 for negative advantages), a KL penalty to the SFT model by the k3
 estimator inside the loss, mean over tokens, one update a batch.
@@ -151,7 +153,7 @@ def memory(config, counts, args, width=2):
 
     counts: of `count_parameters`; width: bytes of a weight. A group is a prompt (an image of --max-pixels and TEXT tokens) and
     --group responses of --response-tokens, all as long as they may be.
-    - weights, gradients, AdamW's two moments, reference model: parameters x bytes / processes.
+    - weights, gradients, AdamW's two moments, reference model: parameters x bytes / processes (a frozen vision tower: whole).
     - cache: keys and values, layers x heads x size of a head x 2 a column; --cache-tokens columns, or what one group needs.
     - features: what the frozen vision tower made of a step's images and close-ups is kept until the update is done; and so are
       their pixels, in float32, in the host's memory.
@@ -177,7 +179,8 @@ def memory(config, counts, args, width=2):
     def reading(tokens, config, units):                                                    # a pass without gradients
         return tokens * (width * (3 * config.intermediate_size + 6 * units) + norms * units)
 
-    whole, weights, gradients = total * width, total * width / args.gpus, trained * width / args.gpus
+    frozen = total - trained                                                               # is whole in every process
+    weights, gradients = (frozen + trained / args.gpus) * width, trained * width / args.gpus
     states = (trained * moments if args.optimizer == "adamw" else (trained - largest) * width + largest * moments) / args.gpus
     reference = weights if args.kl else 0
     column = 2 * layers * text.num_key_value_heads * (hidden // heads) * width
@@ -189,8 +192,8 @@ def memory(config, counts, args, width=2):
     decoding = slots * args.group * (heads * (prompt + args.response_tokens) * (2 * width + 8) + 4 * text.vocab_size * 4)
     working = max(reading(slots * prompt, text, hidden), reading(slots * args.group * shown, text, hidden), decoding,
                   reading(patches, vision, vision.hidden_size))
-    roll_out = kept + weights + (0 if one else whole) + cache + working
-    gathered = 0 if one else 2 * width * (2 * (total - tower) / layers + largest)
+    roll_out = kept + weights + (0 if one else trained * width) + cache + working
+    gathered = 0 if one else 2 * width * (2 * (total - tower) / layers + largest + args.train_vision * tower)
     update = kept + weights + gradients + gathered + update_bytes(text, prompt, args.group, args.response_tokens, groups, width)
     if args.train_vision:                                                                  # its blocks are checkpointed too
         units = width * 6 * vision.intermediate_size + (width * (vision.depth + 8) + 2 * norms) * vision.hidden_size

@@ -9,10 +9,12 @@ encoded beforehand (but not in `step_trl`); the vision tower is frozen, and each
     rollout   8 roll-outs of each question, three turns of 20 to 60 tokens, a close-up of 64 tokens after the first two.
               Theirs: `model.generate` once a turn on the padded batch of all roll-outs. It reads everything again, images
               too, and goes on until the longest row is done; then each row is cut to the length planned for it.
+    graphs    on a GPU: ours with CUDA graphs, against ours without.
     update    log-probabilities, GRPO loss and gradients of 8 responses of 1/8, 2/8, ... 8/8 of the given length.
               Theirs: the padded batch through Hugging Face's own forward, with logits of the responses only.
     step_trl  one question, 8 single-turn roll-outs of 50 to 150 tokens, loss, gradients, AdamW; no KL penalty, no gradient
               checkpointing. Theirs: `trl.GRPOTrainer`, where it is installed: pip install trl
+    outside   share of a GRPO step of the default job that is not model or optimizer; it needs a run of `python train_rl.py`.
     memory    peak of an update on 1, 4 and 8 groups, one group a micro-batch: it grows with the longest group only.
     estimate  peak of an update with gradient checkpointing, and what `train_rl.py --dry-run` estimates of it. By itself, as
               `--only estimate`: it has the allocator give freed tensors back at once: slow, but it shows what is in use.
@@ -48,9 +50,11 @@ from transformers import AutoModelForImageTextToText, PrinterCallback, Qwen2_5_V
 
 import model as models
 import train_sft as sft
-from evaluate import table
+from evaluate import table, toy_search
 from model import Chunk, Engine, Policy, Sequence
-from rollout import micro_batches
+from reward import score
+from rollout import PRESETS, Dialogue, micro_batches
+from rollout import rollout as dialogues
 from train_rl import group_advantages, grpo_loss, train_step, update_bytes
 
 GROUP, TURNS = 8, 3
@@ -149,10 +153,10 @@ def next_turn(sequence, cut):
     return sequence.shown[sequence.turn - 1]
 
 
-def roll_out(policy, groups):
+def roll_out(policy, groups, **how):
     """Ours: fills the groups, in place."""
     longest = max(sum(s.plan) + sum(len(c.ids) for c in s.shown) for group in groups for s in group)
-    done = list(PlannedEngine(policy, turn_tokens=1024, response_tokens=longest + 1).run(groups, next_turn))
+    done = list(PlannedEngine(policy, turn_tokens=1024, response_tokens=longest + 1, **how).run(groups, next_turn))
     assert len(done) == len(groups) and all(sum(s.sampled) == sum(s.plan) for group in groups for s in group)
 
 
@@ -305,6 +309,12 @@ def rollout(policy, image_tokens, args, rng):
                    sum(sum(s.plan) for group in groups for s in group), args)
 
 
+def graphs(policy, image_tokens, args, rng):
+    groups = plan_groups(policy, image_tokens, args.questions, rng)
+    return compare(lambda: roll_out(policy, start(groups), graphs=True), lambda: roll_out(policy, start(groups)),
+                   sum(sum(s.plan) for group in groups for s in group), args)
+
+
 def responses(policy, shape, rng):
     """A group with random responses, as if sampled. shape: tokens (of the prompt, of the longest response)"""
     prompt = chunk(policy, UPDATES[shape[0]], shape[0], rng)
@@ -425,11 +435,45 @@ def update_estimate(policy, _, args, rng):
     return found
 
 
+def step_outside(_, folder, args, rng):
+    """Shares of some GRPO steps of the default job that are spent outside of model and optimizer: drawing, dialogue, close-ups,
+    image processing, choosing tokens, rewards. Counted as model: its passes while sampling, and the update as a whole."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(folder)
+    policy, reference = (models.load(folder, device=args.device) for _ in range(2))
+    options = SimpleNamespace(temperature=1.0, kl=0.05, clip_norm=1.0, micro_tokens=16_384, reference="gpu")
+    sampling = {name: PRESETS["drawn"][name] for name in ("turn_tokens", "response_tokens", "cache_tokens")}
+    optimizers, inside, shares = sft.make_optimizers(policy, "muon", 2.5e-3, 3e-4), [], []
+    def timed(function):
+        def run(*inputs, **named):
+            began = time.perf_counter()
+            out = function(*inputs, **named)
+            wait(args.device)
+            inside.append(time.perf_counter() - began)
+            return out
+        return run
+    for step in range(args.pairs + 1):
+        inside.clear()
+        began = time.perf_counter()
+        for name in ("hidden", "log_softmax", "features"):
+            setattr(policy, name, timed(getattr(Policy, name).__get__(policy)))
+        questions = [toy_search("train", args.seed, step * 16 + i) for i in range(16)]
+        groups = list(dialogues(policy, questions, Dialogue(), GROUP, **sampling))
+        for name in ("hidden", "log_softmax", "features"):
+            delattr(policy, name)
+        pairs = [(traces, group_advantages([score(t).total for t in traces], [True] * GROUP, True)) for traces in groups]
+        timed(train_step)(policy, reference, pairs, optimizers, options, 1.0)
+        shares.append(1 - sum(inside) / (time.perf_counter() - began))
+    return {"share": statistics.median(shares[1:]), "range": [min(shares[1:]), max(shares[1:])]}      # the first: warm-up
+
+
 BENCHMARKS = {"rollout_tiny": (rollout, "tiny", 16), "rollout_100": (rollout, "medium", 100),
               "rollout_400": (rollout, "medium", 400), "rollout_1500": (rollout, "medium", 1500),
+              "graphs": (graphs, "medium", 400),
               "update_tiny": (update, "tiny", (64, 100)), "update_64_100": (update, "medium", (64, 100)),
               "update_400_150": (update, "medium", (400, 150)), "update_1500_300": (update, "medium", (1500, 300)),
               "step_trl_100": (step, "medium", 100), "step_trl_400": (step, "medium", 400),
+              "outside": (step_outside, "tiny", "runs/toy-search-zoom/sft"),
               "memory": (update_memory, "medium", None), "estimate": (update_estimate, "medium", None)}
 
 
@@ -465,7 +509,8 @@ def main():
     if difference > 1e-4:
         sys.exit("they should agree to 1e-4: the ratios would compare different things")
 
-    names = [n for n in args.only or list(BENCHMARKS)[:-1] if args.device == "cpu" or not n.endswith("_tiny")]
+    names = [n for n in args.only or list(BENCHMARKS)[:-1] if n not in (["graphs"] if args.device == "cpu" else
+             ["rollout_tiny", "update_tiny", "outside"])]
     found, rows = {}, [["", "model", "ratio", "range", "tokens/s", "theirs", "peak MiB", "theirs"]]
     for name in names:
         print(f"... {name}", file=sys.stderr)
@@ -475,17 +520,22 @@ def main():
         rng = np.random.default_rng(args.seed)
         try:
             one = found[name] = run(policies[shape], case, args, rng)
-            if run in (update_memory, update_estimate):
+            if "ratio" not in one:
                 continue
             rows.append([name, shape, f"{one['ratio']:.2f}", "{:.2f} to {:.2f}".format(*one["range"]),
                          *(f"{x:,.0f}" for x in one["tokens_per_second"] + one["peak_mib"])])
         except ModuleNotFoundError as error:
             rows.append([name, shape, "-", f"no {error.name}: pip install trl", *[""] * 4])
+        except FileNotFoundError as error:
+            rows.append([name, shape, "-", f"no {error}: python train_rl.py", *[""] * 4])
         except torch.OutOfMemoryError:
             rows.append([name, shape, "-", "out of memory", *[""] * 4])
             policies[shape].model.zero_grad(set_to_none=True)
     print(f"\n{table(rows)}\nmedians of {args.pairs} pairs; rollout: {args.questions} question(s) of {GROUP}; "
           "tokens/s: sampled ones; memory: above what was in use before")
+    if one := found.get("outside"):
+        print("a GRPO step of the default job outside of model and optimizer: {:.1%} ({:.1%} to {:.1%})".format(
+            one["share"], *one["range"]))
     for name, mib in found.get("memory", {}).items():
         print(f"peak of an update on {name} tokens: {mib:,.0f} MiB")
     for name, (estimate, measured) in found.get("estimate", {}).items():

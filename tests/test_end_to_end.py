@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 
 def call(script, *arguments, cwd, code=0):
     """Runs a script in the folder `cwd`. -> its output"""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+    script = script if script == "-m" else str(ROOT / script)
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -42,6 +43,18 @@ def script_traces(path, n):
 
 MINI = ["--base-steps", 3, "--sft-steps", 2, "--sft-batch", 4, "--search-questions", 6, "--cache-tokens", 4000]
 MINI_RL = [*MINI, "--steps", 4, "--questions", 2, "--group", 3, "--eval-n", 4, "--save-every", 2, "--traces", "given.jsonl"]
+
+
+KILLED = """
+import sys, train_rl
+keep = train_rl.keep_log
+def killed(out, line, flat):
+    keep(out, line, flat)
+    if line["step"] == 3:
+        raise SystemExit(9)
+train_rl.keep_log = killed
+train_rl.main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +89,9 @@ def test_a_second_run_does_not_overwrite_the_first(run_folder):
 def test_resuming_gives_what_an_uninterrupted_run_gives(run_folder):
     """Guards --resume: after a kill between two checkpoints, log and weights must be those of a run that was not killed."""
     folder, _ = run_folder
-    runner = """
-import sys, train_rl
-keep = train_rl.keep_log
-def killed(out, line, flat):
-    keep(out, line, flat)
-    if line["step"] == 3:
-        raise SystemExit(9)
-train_rl.keep_log = killed
-train_rl.main()
-"""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     arguments = [*map(str, MINI_RL), "--out", "again"]
-    assert subprocess.run([sys.executable, "-c", runner, *arguments], cwd=folder, env=env, capture_output=True).returncode == 9
+    assert subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=folder, env=env, capture_output=True).returncode == 9
     output = call("train_rl.py", *arguments, "--resume", cwd=folder)
     assert "resuming after step 2" in output
     first, again = folder / "runs" / "toy-search-zoom", folder / "again"
@@ -97,6 +100,29 @@ train_rl.main()
     assert log(first / "log.jsonl") == log(again / "log.jsonl")
     assert (first / "traces.jsonl").read_text() == (again / "traces.jsonl").read_text()
     assert (first / "rl/model.safetensors").read_bytes() == (again / "rl/model.safetensors").read_bytes()
+
+
+def test_several_processes(run_folder):
+    """Guards torchrun: the main job on two processes, cut off, goes on with one; lines and files come once."""
+    folder, _ = run_folder
+    def torchrun(*command, code=0):
+        return call("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *command, cwd=folder, code=code)
+    runner = folder / "runner.py"
+    runner.write_text(KILLED.replace("train_rl.main()", "from rollout import run; run(train_rl.main)"))
+    output = torchrun(runner, *MINI_RL, "--out", "two", code=1)
+    assert output.count("step 1/4") == 1 and "step 3/4" not in output
+    output = call("train_rl.py", *MINI_RL, "--out", "two", "--resume", cwd=folder)
+    assert "resuming after step 2" in output and "step 4/4" in output
+    out = folder / "two"
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert len((out / "traces.jsonl").read_text().splitlines()) == 4 * 2 * 3
+    figures = []
+    for command in (torchrun, lambda *command: call(*command, cwd=folder)):
+        output = command(ROOT / "evaluate.py", "--model", out / "rl", "--n", 5, "--json", f"{len(figures)}.json")
+        figures.append(json.loads((folder / f"{len(figures)}.json").read_text()) | {"minutes": 0})
+        assert output.count("a blind player") == 1
+    assert figures[0] == figures[1]
+    assert "multiples of the number of processes" in torchrun(ROOT / "train_rl.py", *MINI_RL, "--questions", 3, code=1)
 
 
 def test_evaluation_and_its_files(run_folder):
