@@ -179,7 +179,7 @@ class Policy:
     def features(self, pictures):
         """Vision features of several pictures, each (tokens, hidden). With the vision tower frozen they are computed once and
         kept in the picture."""
-        todo, found = [p for p in pictures if p.features is None], {}
+        todo, found = list({id(p): p for p in pictures if p.features is None}.values()), {}     # each once
         while todo:
             ends = torch.tensor([len(p.pixel_values) for p in todo]).cumsum(0)
             n = max(1, int((ends <= MAX_VISION_PATCHES).sum()))
@@ -229,6 +229,17 @@ class Policy:
         """Hidden states (N, hidden) -> log-probabilities (N, vocabulary), float32, of the distribution sampled from."""
         logits = self.model.lm_head(hidden).float()
         return torch.log_softmax(logits.masked_fill(self.forbidden, -torch.inf) / temperature, -1)
+
+    def choose(self, hidden, temperature=1.0, top_p=1.0, generator=None):
+        """Hidden states (N, hidden) -> N sampled tokens and their log-probabilities, as lists. temperature 0: the likeliest."""
+        log_probs = self.log_softmax(hidden, temperature or 1.0)                                      # (N, vocabulary)
+        if top_p < 1:
+            log_probs = nucleus(log_probs, top_p)
+        if temperature == 0:
+            tokens = log_probs.argmax(-1, keepdim=True)
+        else:
+            tokens = torch.multinomial(log_probs.exp(), 1, generator=generator)
+        return tokens[:, 0].tolist(), log_probs.gather(1, tokens)[:, 0].tolist()
 
     def token_log_probs(self, hidden, targets, temperature):
         """log-probabilities (N,) of `targets` (N,), never holding more than MAX_LOGITS logits at a time."""
@@ -721,17 +732,8 @@ class Engine:
 
     def sample(self, rows, hidden, on_turn):
         """Samples a token for each row and appends it. -> the rows whose turn is over; what they go on with is queued."""
-        policy = self.policy
-        log_probs = policy.log_softmax(hidden, self.temperature or 1.0)                               # (rows, vocabulary)
-        if self.top_p < 1:
-            log_probs = nucleus(log_probs, self.top_p)
-        if self.temperature == 0:
-            tokens = log_probs.argmax(-1, keepdim=True)
-        else:
-            tokens = torch.multinomial(log_probs.exp(), 1, generator=self.generator)
-        chosen = log_probs.gather(1, tokens)[:, 0].tolist()
-        over = []
-        for row, token, log_prob in zip(rows, tokens[:, 0].tolist(), chosen):
+        policy, over = self.policy, []
+        for row, token, log_prob in zip(rows, *policy.choose(hidden, self.temperature, self.top_p, self.generator)):
             sequence = row.sequence
             sequence.ids.append(token)
             sequence.sampled.append(True)

@@ -317,6 +317,7 @@ class Trace(Sequence):
     ended: str = ""
     starts: list[int] = field(default_factory=lambda: [0])   # where each turn begins in `ids`
     begun: str = ""                                # text of the current turn that was written for the policy
+    shown: dict = field(default_factory=dict)      # close-ups of this question so far, of all its traces: Pictures by window
 
     @property
     def answer(self):
@@ -369,8 +370,8 @@ class Dialogue:
     def start(self, policy, question, group):
         """`group` empty Traces of a question, sharing one prompt."""
         prompt, frames = self.prompt(policy, question)
-        begun = "" if self.tool else FORCED_ANSWER
-        return [Trace(prompt, question=question, mode=self.mode, frames=frames, begun=begun) for _ in range(group)]
+        begun, shown = "" if self.tool else FORCED_ANSWER, {}
+        return [Trace(prompt, question=question, mode=self.mode, frames=frames, begun=begun, shown=shown) for _ in range(group)]
 
     def on_turn(self, policy, trace, cut):
         """Reads the turn that the policy just ended, appends it to the trace and answers it: a Chunk, or None at the end."""
@@ -399,15 +400,20 @@ class Dialogue:
         return None
 
     def look(self, policy, trace, turn):
-        """Answers a call with a close-up, or in words where there is nothing to show."""
+        """Answers a call with a close-up, or in words where there is nothing to show. What another trace of the question has
+        looked at already is not cut out and encoded again."""
         if not turn.error and not trace.frames[0].inside(turn.call):
             width, height = trace.frames[0].seen
             turn.error = f"The point {spoken(turn.call)} is outside the image, which is {width} px wide and {height} px high."
         if turn.error:
             return self.answer_call(policy, trace, turn.error)
-        image, point = trace.question.load()[0], trace.frames[0].to_original(turn.call)
-        turn.crop = window(image.size, point, self.crop_half)
-        return self.answer_call(policy, trace, zoom(image, point, self.crop_half, self.crop_size, self.crop_dot))
+        point = trace.frames[0].to_original(turn.call)
+        turn.crop = window(trace.frames[0].original, point, self.crop_half)
+        same = (turn.crop, self.crop_dot and point)
+        if same not in trace.shown:
+            image = zoom(trace.question.load()[0], point, self.crop_half, self.crop_size, self.crop_dot)
+            trace.shown[same] = policy.picture(image)
+        return self.answer_call(policy, trace, trace.shown[same])
 
     def answer_call(self, policy, trace, shown):
         """The observation (a picture or words) as a user turn, and what the policy's next turn is begun with."""

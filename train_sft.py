@@ -422,7 +422,7 @@ def continue_from(policy, dialogue, prefixes, count, sampling):
         for prefix in prefixes:
             prompt = Chunk(prefix.prompt.ids + prefix.ids, prefix.prompt.pictures + prefix.pictures)
             job = [Trace(prompt, question=prefix.question, mode=prefix.mode, frames=prefix.frames, turns=list(prefix.turns),
-                         begun=prefix.begun) for _ in range(count)]
+                         begun=prefix.begun, shown=prefix.shown) for _ in range(count)]
             place[id(job)] = len(place), job
             yield job
 
@@ -430,7 +430,8 @@ def continue_from(policy, dialogue, prefixes, count, sampling):
         shift = len(prefix.ids)
         return Trace(prefix.prompt, prefix.ids + rest.ids, prefix.sampled + rest.sampled, prefix.log_probs + rest.log_probs,
                      prefix.pictures + rest.pictures, question=rest.question, mode=rest.mode, frames=rest.frames,
-                     turns=rest.turns, ended=rest.ended, starts=prefix.starts + [s + shift for s in rest.starts[1:]])
+                     turns=rest.turns, ended=rest.ended, starts=prefix.starts + [s + shift for s in rest.starts[1:]],
+                     shown=prefix.shown)
 
     place, found = {}, {}
     for job in run_dialogues(policy, jobs(), dialogue, **sampling):

@@ -304,7 +304,7 @@ def summary(times, tokens, memory):
 # ------------------------------------------------------------------------------------------------ the benchmarks
 
 def rollout(policy, image_tokens, args, rng):
-    groups = plan_groups(policy, image_tokens, args.questions, rng)
+    groups = plan_groups(policy, image_tokens, args.questions if image_tokens < 1000 else 1, rng)
     return compare(lambda: roll_out(policy, start(groups)), lambda: generate(policy, start(groups)),
                    sum(sum(s.plan) for group in groups for s in group), args)
 
@@ -437,7 +437,7 @@ def update_estimate(policy, _, args, rng):
 
 def step_outside(_, folder, args, rng):
     """Shares of some GRPO steps of the default job that are spent outside of model and optimizer: drawing, dialogue, close-ups,
-    image processing, choosing tokens, rewards. Counted as model: its passes while sampling, and the update as a whole."""
+    image processing, rewards, book-keeping. Counted as model: its passes and choices while sampling, and the update."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(folder)
     policy, reference = (models.load(folder, device=args.device) for _ in range(2))
@@ -455,11 +455,11 @@ def step_outside(_, folder, args, rng):
     for step in range(args.pairs + 1):
         inside.clear()
         began = time.perf_counter()
-        for name in ("hidden", "log_softmax", "features"):
+        for name in ("hidden", "choose", "features"):
             setattr(policy, name, timed(getattr(Policy, name).__get__(policy)))
         questions = [toy_search("train", args.seed, step * 16 + i) for i in range(16)]
         groups = list(dialogues(policy, questions, Dialogue(), GROUP, **sampling))
-        for name in ("hidden", "log_softmax", "features"):
+        for name in ("hidden", "choose", "features"):
             delattr(policy, name)
         pairs = [(traces, group_advantages([score(t).total for t in traces], [True] * GROUP, True)) for traces in groups]
         timed(train_step)(policy, reference, pairs, optimizers, options, 1.0)
@@ -493,7 +493,8 @@ def main():
     add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: shapes of Qwen2.5-VL-3B, bfloat16 (%(default)s)")
     add("--json", metavar="FILE", help="write the ratios there by name, and all else under `details`")
     add("--pairs", type=int, default=5, help="alternating pairs of runs (%(default)s)")
-    add("--questions", type=int, default=4, help="questions of a roll-out, for ours and theirs (%(default)s)")
+    add("--questions", type=int, default=4, help="questions of a roll-out, for ours and theirs; of 1500 image tokens always "
+        "1 (%(default)s)")
     add("--only", nargs="+", metavar="NAME", choices=BENCHMARKS, help="some of: " + ", ".join(BENCHMARKS))
     add("--threads", type=int, default=1, help="threads of torch (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, images and lengths (%(default)s)")
@@ -531,7 +532,7 @@ def main():
         except torch.OutOfMemoryError:
             rows.append([name, shape, "-", "out of memory", *[""] * 4])
             policies[shape].model.zero_grad(set_to_none=True)
-    print(f"\n{table(rows)}\nmedians of {args.pairs} pairs; rollout: {args.questions} question(s) of {GROUP}; "
+    print(f"\n{table(rows)}\nmedians of {args.pairs} pairs; rollout: {args.questions} question(s) of {GROUP} (1500: one); "
           "tokens/s: sampled ones; memory: above what was in use before")
     if one := found.get("outside"):
         print("a GRPO step of the default job outside of model and optimizer: {:.1%} ({:.1%} to {:.1%})".format(
