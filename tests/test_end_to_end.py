@@ -106,7 +106,7 @@ def test_several_processes(run_folder):
     """Guards torchrun: the main job on two processes, cut off, goes on with one; lines and files come once."""
     folder, _ = run_folder
     def torchrun(*command, code=0):
-        return call("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *command, cwd=folder, code=code)
+        return call("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--", *command, cwd=folder, code=code)
     runner = folder / "runner.py"
     runner.write_text(KILLED.replace("train_rl.main()", "from rollout import run; run(train_rl.main)"))
     output = torchrun(runner, *MINI_RL, "--out", "two", code=1)
