@@ -12,7 +12,7 @@ encoded beforehand (but not in `step_trl`); the vision tower is frozen, and each
     graphs    on a GPU: ours with CUDA graphs, against ours without.
     update    log-probabilities, GRPO loss and gradients of 8 responses of 1/8, 2/8, ... 8/8 of the given length.
               Theirs: the padded batch through Hugging Face's own forward, with logits of the responses only.
-    step_trl  one question, 8 single-turn roll-outs of 50 to 150 tokens, loss, gradients, AdamW; no KL penalty, no gradient
+    step_trl  8 single-turn roll-outs a question, of 50 to 150 tokens, loss, gradients, AdamW; no KL penalty, no gradient
               checkpointing. Theirs: `trl.GRPOTrainer`, where it is installed: pip install trl
     outside   share of a GRPO step of the default job that is not model or optimizer; it needs a run of `python train_rl.py`.
     memory    peak of an update on 1, 4 and 8 groups, one group a micro-batch: it grows with the longest group only.
@@ -24,6 +24,7 @@ import copy
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import re
@@ -34,6 +35,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -304,7 +306,7 @@ def summary(times, tokens, memory):
 # ------------------------------------------------------------------------------------------------ the benchmarks
 
 def rollout(policy, image_tokens, args, rng):
-    groups = plan_groups(policy, image_tokens, args.questions if image_tokens < 1000 else 1, rng)
+    groups = plan_groups(policy, image_tokens, args.questions if image_tokens < 1000 else math.ceil(args.questions / 2), rng)
     return compare(lambda: roll_out(policy, start(groups)), lambda: generate(policy, start(groups)),
                    sum(sum(s.plan) for group in groups for s in group), args)
 
@@ -349,18 +351,21 @@ def step(policy, image_tokens, args, rng):
     from trl.trainer.grpo_trainer import Dataset
     from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
     from trl import GRPOConfig, GRPOTrainer
-    plan, rewards = rng.integers(50, 151, GROUP).tolist(), [float(i % 2) for i in range(GROUP)]
-    image, text = noise(policy, SIZES[image_tokens], rng), "Which one is it?"
+    rows = args.questions * GROUP
+    plan, rewards = rng.integers(50, 151, rows).tolist(), [float(i % 2) for i in range(rows)]
+    images, text = [noise(policy, SIZES[image_tokens], rng) for _ in range(args.questions)], "Which one is it?"
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    advantages = group_advantages(rewards[:GROUP], [True] * GROUP, True)
     optimizer = torch.optim.AdamW(policy.trainable(), lr=1e-6, fused=True)
     options = SimpleNamespace(temperature=1.0, kl=0.0, clip_norm=1.0, micro_tokens=16_384, reference="gpu")
     times, memory = ([], []), []
 
     def ours():
-        prompt = policy.prompt(messages, [image])
-        group = [Planned(prompt, plan=[n], left=n) for n in plan]
-        roll_out(policy, [group])
-        train_step(policy, None, [(group, group_advantages(rewards, [True] * GROUP, True))], [optimizer], options, 1.0)
+        lengths, groups = iter(plan), []
+        for prompt in [policy.prompt(messages, [image]) for image in images]:
+            groups.append([Planned(prompt, plan=[n], left=n) for n in islice(lengths, GROUP)])
+        roll_out(policy, groups)
+        train_step(policy, None, [(group, advantages) for group in groups], [optimizer], options, 1.0)
 
     class Processor(Qwen2_5_VLProcessor):                             # without videos, so without torchvision
         def __init__(self, image_processor, tokenizer, chat_template=None):
@@ -390,11 +395,11 @@ def step(policy, image_tokens, args, rng):
     model = copy.deepcopy(policy.model)
     model.model.language_model.config._attn_implementation = "sdpa"
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(folder, per_device_train_batch_size=GROUP, num_generations=GROUP, max_steps=args.pairs + 1,
+        config = GRPOConfig(folder, per_device_train_batch_size=rows, num_generations=GROUP, max_steps=args.pairs + 1,
                             max_completion_length=max(plan), generation_kwargs={"min_new_tokens": max(plan)}, bf16=False,
                             gradient_checkpointing=False, use_cpu=args.device == "cpu", seed=args.seed, save_strategy="no",
                             logging_strategy="no", report_to="none", disable_tqdm=True)
-        data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}], "image": image}] * (args.pairs + 1))
+        data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}], "image": image} for image in images])
         processor = Processor(policy.image_processor, policy.tokenizer, policy.tokenizer.chat_template)
         trainer = Trainer(model, lambda completions, **_: rewards, args=config, train_dataset=data, callbacks=[Turns()],
                           processing_class=processor)
@@ -493,8 +498,8 @@ def main():
     add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: shapes of Qwen2.5-VL-3B, bfloat16 (%(default)s)")
     add("--json", metavar="FILE", help="write the ratios there by name, and all else under `details`")
     add("--pairs", type=int, default=5, help="alternating pairs of runs (%(default)s)")
-    add("--questions", type=int, default=4, help="questions of a roll-out, for ours and theirs; of 1500 image tokens always "
-        "1 (%(default)s)")
+    add("--questions", type=int, default=4, help="questions of a roll-out and of a step, for ours and theirs; of 1500 "
+        "image tokens half as many (%(default)s)")
     add("--only", nargs="+", metavar="NAME", choices=BENCHMARKS, help="some of: " + ", ".join(BENCHMARKS))
     add("--threads", type=int, default=1, help="threads of torch (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, images and lengths (%(default)s)")
@@ -532,7 +537,7 @@ def main():
         except torch.OutOfMemoryError:
             rows.append([name, shape, "-", "out of memory", *[""] * 4])
             policies[shape].model.zero_grad(set_to_none=True)
-    print(f"\n{table(rows)}\nmedians of {args.pairs} pairs; rollout: {args.questions} question(s) of {GROUP} (1500: one); "
+    print(f"\n{table(rows)}\nmedians of {args.pairs} pairs; {args.questions} question(s) of {GROUP} (rollout_1500: half); "
           "tokens/s: sampled ones; memory: above what was in use before")
     if one := found.get("outside"):
         print("a GRPO step of the default job outside of model and optimizer: {:.1%} ({:.1%} to {:.1%})".format(
