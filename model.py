@@ -285,8 +285,11 @@ class Policy:
         """Writes a Hugging Face checkpoint folder, whole or not at all. notes: what else shall be known of it (notes.json).
         Where there are several processes, all have to call it, and the first one writes."""
         folder, state = Path(folder), self.model.state_dict(keep_vars=True)
-        gathered = {id(x): whole(x.detach()) for x in state.values()}      # tied weights once
-        if dist.is_initialized() and dist.get_rank():
+        first, gathered = not dist.is_initialized() or dist.get_rank() == 0, {}
+        for x in state.values():                        # one at a time, and tied ones once
+            full = whole(x.detach())
+            gathered[id(x)] = full.cpu() if first else None
+        if not first:
             return
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)

@@ -607,7 +607,8 @@ def add_arguments(parser):
     add("--system-prompt", metavar="FILE", help="text to use instead of the mode's own system prompt")
     add("--seed", type=int, default=0, help="decides everything that is random (%(default)s)")
     add("--temperature", type=float, default=1.0, help="of sampling; 0: the likeliest token (%(default)s)")
-    add("--crop-half", type=int, metavar="PX", help="half the side of a close-up, px of the original (drawn 32, gui and web 50, others 182)")
+    add("--crop-half", type=int, metavar="PX", help="half the side of a close-up, px of the original (drawn 32, gui and "
+        "web 50, others 182)")
     add("--crop-size", type=int, metavar="PX", help="side of the close-up as shown (drawn 64, gui and web 384, others 672)")
     add("--crop-dot", action=argparse.BooleanOptionalAction, help="mark the point looked at with a red dot (gui, web: yes)")
     add("--max-crops", type=int, default=4, help="looks a trace; after that the answer is asked for (%(default)s)")

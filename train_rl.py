@@ -393,7 +393,10 @@ def row_of(trace):
 
 def keep_state(policy, optimizers, out, step):
     """state.pt: all that is needed to go on after `step`, with any number of processes; written whole."""
-    state = tree_map(whole, {"model": policy.model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
+    def gathered(x):                # one tensor at a time; only the first process keeps it, in the host's memory
+        x = whole(x)
+        return x if not torch.is_tensor(x) else x.cpu() if rank() == 0 else None
+    state = tree_map(gathered, {"model": policy.model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
     if rank() == 0:
         torch.save({"step": step, **state}, out / "state.pt.part")
         models.replace(out / "state.pt.part", out / "state.pt")
@@ -406,13 +409,14 @@ def restore(policy, optimizers, out):
         step = 0
     else:
         try:
-            state = torch.load(path, map_location=policy.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             parts = policy.model.state_dict()
             policy.model.load_state_dict({name: like(x, parts[name]) for name, x in state["model"].items()})
             for optimizer, kept in zip(optimizers, state["optimizers"]):
+                params = [p for group in optimizer.param_groups for p in group["params"]]
+                for i, of_p in kept["state"].items():
+                    of_p.update({k: like(x, params[i]) for k, x in of_p.items() if getattr(x, "shape", 0) == params[i].shape})
                 optimizer.load_state_dict(kept)
-                for p, of_p in optimizer.state.items():
-                    of_p.update({k: like(x, p) for k, x in of_p.items() if torch.is_tensor(x) and x.shape == p.shape})
         except Exception as error:
             raise UserError(f"{path}: cannot be resumed from ({str(error).splitlines()[0]}); "
                             "delete it to start GRPO again") from error
@@ -432,7 +436,8 @@ def check_arguments(args, out):
     try:
         began = json.loads((out / "args.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{out / 'args.json'}: cannot be read ({error}); there is nothing to resume, so leave out --resume") from None
+        raise UserError(f"{out / 'args.json'}: cannot be read ({error}); there is nothing to resume, so leave out "
+                        "--resume") from None
     other = [f"--{k.replace('_', '-')} {began.get(k)}" for k, v in vars(args).items() if k not in free and began.get(k) != v]
     if other:
         raise UserError(f"{out} was begun with {', '.join(other)}; resume it with the same, or give another --out")
