@@ -18,12 +18,13 @@ import math
 import os
 import shutil
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, logging
@@ -34,7 +35,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 logging.disable_progress_bar()
 
 MAX_LOGITS = 2**26          # floats in the largest (tokens, vocabulary) tensor that is ever made: 256 MiB
-WASTE = 2**14                # query-key pairs of padding in a batch of responses, before another batch is cheaper
 MAX_VISION_PATCHES = 2**16  # patches in one pass of the vision tower
 
 
@@ -277,7 +277,7 @@ class Policy:
                 pictures += sequence.pictures
             sizes.append((prompt_length, [len(s.ids) for s in group]))
         x = self.embed(ids, pictures)[None]                                                # (1, N, hidden)
-        hidden = self.hidden(x, torch.cat(positions, 1)[:, None], TrainLayout(sizes, self.device))[0]   # (N, hidden)
+        hidden = self.hidden(x, torch.cat(positions, 1)[:, None], TrainLayout(sizes))[0]   # (N, hidden)
         targets = torch.tensor(ids, device=self.device)[target]
         return self.token_log_probs(hidden[source], targets, temperature)
 
@@ -304,13 +304,6 @@ class Policy:
 def whole(x):
     """A tensor that is shared out over processes, gathered (all have to call it); anything else as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def like(x, parameter):
-    """A whole tensor, shared out as the parameter is."""
-    if not isinstance(parameter, DTensor):
-        return x
-    return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def replace(part, final):
@@ -405,62 +398,72 @@ ALL_ATTENTION_FUNCTIONS.register("layout", layout_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("layout", sdpa_mask)
 
 
-class Padded:
-    """Pieces (start, length) of a row of tokens as a batch, padded on the right, and back."""
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu       # what F.scaled_dot_product_attention calls on a CPU;
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward       # it keeps the log-sum-exps to itself
 
-    def __init__(self, pieces, device):
-        self.longest, self.n = max(length for _, length in pieces), len(pieces)
-        column = torch.arange(self.longest)
-        starts, lengths = torch.tensor(pieces).T[..., None]
-        self.index = torch.where(column < lengths, starts + column, 0).flatten().to(device)
-        self.tokens = (column < lengths).flatten().nonzero()[:, 0].to(device)
 
-    def batch(self, x):       # (N, H, D) -> (B, H, longest, D)
-        return x.index_select(0, self.index).view(self.n, self.longest, *x.shape[1:]).transpose(1, 2)
+class SharedPrompt(torch.autograd.Function):
+    """q (1, H, N, D), k, v (1, Hk, N, D), scale, parts: TrainLayout's -> (1, H, N, D), on a CPU.
 
-    def flat(self, x):        # (B, H, longest, D) -> (tokens, H, D), piece after piece
-        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.tokens)
+    What a response sees of itself and of its prompt is computed apart, and put together by the log-sum-exps of the two: nothing
+    is copied or padded, and all responses meet their prompt in one product. Backward: with the output and the log-sum-exp of
+    both, the gradient of flash attention for one part is that part's share of the whole gradient."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, parts):
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        for queries, keys, causal in parts:
+            o, l = FLASH(q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, causal, scale=scale)
+            if not causal:                   # the prompt, after the responses themselves: its share in the sum of weights
+                before = lse[:, :, queries]
+                o = out[:, :, queries].lerp(o, torch.sigmoid(l - before)[..., None].to(o.dtype))
+                l = torch.logaddexp(l, before)
+            out[:, :, queries], lse[:, :, queries] = o, l
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale, ctx.parts = scale, parts
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = [torch.zeros_like(x) for x in (q, k, v)]
+        for queries, keys, causal in ctx.parts:
+            new = FLASH_BACKWARD(grad[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys], out[:, :, queries],
+                                 lse[:, :, queries], 0.0, causal, scale=ctx.scale)
+            for whole_grad, part, place in zip(grads, new, (queries, keys, keys)):
+                whole_grad[:, :, place] += part
+        return *grads, None, None
 
 
 class TrainLayout:
     """Tokens (1, N): for each group [prompt | response 1 | ... | response G]. sizes: [(prompt length, [response lengths])].
 
-    The prompts go as one causal batch, padded on the right: no query sees the padding behind it. Then the responses of each
-    group, as a batch of continuations of its prompt. A single response needs no such second step: it is the prompt's end."""
+    A single response is computed as its prompt's end."""
 
-    def __init__(self, sizes, device):
-        heads, self.groups, start = [], [], 0
+    def __init__(self, sizes):
+        self.groups, start = [], 0                          # slices of the N tokens, a group's prompt first
         for prompt, responses in sizes:
-            end = start + prompt + sum(responses)
-            if len(responses) < 2:
-                heads.append((start, end - start))
-            else:
-                heads.append((start, prompt))
-                pieces, begin = [], start + prompt
-                for n in responses:
-                    pieces.append((begin, n))
-                    begin += n
-                pieces, batch = sorted(pieces, key=lambda piece: -piece[1]), []
-                for piece in pieces:          # those of like length together: padding costs more than another batch
-                    if batch and (batch[0][1] - piece[1]) * (prompt + batch[0][1]) > WASTE:
-                        self.groups.append((len(heads) - 1, prompt, Padded(batch, device)))
-                        batch = []
-                    batch.append(piece)
-                self.groups.append((len(heads) - 1, prompt, Padded(batch, device)))
-            start = end
-        self.heads = Padded(heads, device)
-        computed = torch.cat([p.index[p.tokens] for p in (self.heads, *(rest for *_, rest in self.groups))])
-        self.order = computed.argsort()     # from heads, then responses, to the tokens' own order
+            lengths = [prompt, *responses] if len(responses) > 1 else [prompt + sum(responses)]
+            ends = list(accumulate(lengths, initial=start))
+            self.groups.append([slice(*ab) for ab in pairwise(ends)])
+            start = ends[-1]
+        self.parts = [(piece, piece, True) for group in self.groups for piece in group]        # (queries, keys, causal)
+        self.parts += [(slice(first.stop, rest[-1].stop), first, False) for first, *rest in self.groups if rest]
 
     def __call__(self, layer, q, k, v, scale):
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                                            # (N, H, D)
-        kh, vh = self.heads.batch(k), self.heads.batch(v)                                              # (B, Hk, P, D)
-        out = [self.heads.flat(causal_attention(self.heads.batch(q), kh, vh, scale))]
-        for i, prompt, rest in self.groups:
-            keys, values = (torch.cat([h[i:i + 1, :, :prompt].expand(rest.n, -1, -1, -1), rest.batch(x)], 2)
-                            for h, x in ((kh, k), (vh, v)))                                            # (G, Hk, P + R, D)
-            out.append(rest.flat(causal_attention(rest.batch(q), keys, values, scale)))
-        return torch.cat(out).index_select(0, self.order).transpose(0, 1)[None]                        # (1, H, N, D)
+        if q.device.type == "cpu":
+            return SharedPrompt.apply(q, k, v, scale, self.parts)
+        return self.plain(q, k, v, scale)
+
+    def plain(self, q, k, v, scale):
+        """The same by PyTorch's public functions, as a GPU computes it: each response with a copy of its prompt's K/V."""
+        out = []
+        for group in self.groups:
+            for i, piece in enumerate(group):
+                seen = [group[0], piece] if i else [piece]
+                keys, values = (torch.cat([x[:, :, s] for s in seen], 2) for x in (k, v))
+                out.append(causal_attention(q[:, :, piece], keys, values, scale))
+        return torch.cat(out, 2)
 
 
 class Cache:
@@ -474,10 +477,6 @@ class Cache:
             return [torch.zeros(places, self.heads, columns, dim, dtype=dtype, device=device) for _ in range(layers)]
         self.prompt_k, self.prompt_v = new(slots, prompt_columns), new(slots, prompt_columns)     # (S, Hk, P, D) a layer
         self.own_k, self.own_v = new(rows, own_columns), new(rows, own_columns)                   # (R, Hk, T, D) a layer
-
-    @property
-    def prompt_columns(self):
-        return self.prompt_k[0].shape[2]
 
     def move_slot(self, source, target, columns):
         for kv in self.prompt_k + self.prompt_v:
@@ -522,28 +521,31 @@ class DecodeLayout:
     The queries of a group meet the prompt's K/V as one matrix product, so the prompt is read once a group, not once a row."""
 
     def __init__(self, cache, group, places, prompts, columns, slots, width):
-        self.cache, self.group, self.places, self.slots, self.width = cache, group, places, slots, width
-        device, P, T = places.device, cache.prompt_columns, cache.own_k[0].shape[2]
+        self.cache, self.group, self.slots, self.width = cache, group, slots, width
+        device, P, T = places.device, cache.prompt_k[0].shape[2], cache.own_k[0].shape[2]
         seen = torch.cat([torch.arange(P, device=device) < prompts[:, None],
                           torch.arange(width, device=device) <= columns[:, None]], 1)                 # (N, P + t)
         self.bias = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)[:, None, None]
-        heads = torch.arange(len(places) * cache.heads, device=device).view(-1, cache.heads)
-        self.target = (heads * T + columns[:, None]).flatten()        # of each row and head, in (R * Hk * T, D)
+        head, rows = (torch.arange(n, device=device) for n in (cache.heads, len(places)))
+        row_of = torch.zeros(slots * group, dtype=torch.long, device=device).index_copy_(0, places, rows)     # idle places: any
+        self.target = ((rows[:, None] * cache.heads + head) * T + columns[:, None]).flatten()       # in (R * Hk * T, D)
+        self.to_slots = (row_of.view(slots, 1, group) * cache.heads + head[:, None]).flatten()      # (S * Hk * G): row, head
+        slot, index = (places // group)[:, None], (places % group)[:, None]
+        self.to_rows = ((slot * cache.heads + head) * group + index).flatten()                      # and back (N * Hk)
 
     def __call__(self, layer, q, k, v, scale):
-        cache, S, G, Hk, P = self.cache, self.slots, self.group, self.cache.heads, self.cache.prompt_columns
-        N, H, _, D = q.shape
+        cache, S, G, Hk, (N, H, _, D) = self.cache, self.slots, self.group, self.cache.heads, q.shape
         f = H // Hk                                                       # query heads that share one K/V head
         own = []
         for kv, new in ((cache.own_k[layer], k), (cache.own_v[layer], v)):
             kv.view(-1, D).index_copy_(0, self.target, new.reshape(-1, D))
             own.append(kv[:N, :, :self.width])                                                        # (N, Hk, t, D)
         prompt_k, prompt_v = cache.prompt_k[layer][:S], cache.prompt_v[layer][:S]                     # (S, Hk, P, D)
+        P = prompt_k.shape[2]
         def by_slot(x):                                                   # (N, Hk, f, X) -> (S, Hk, G * f, X)
-            x = x.new_zeros(S * G, *x.shape[1:]).index_copy_(0, self.places, x)
-            return x.view(S, G, Hk, f, -1).transpose(1, 2).reshape(S, Hk, G * f, -1)
+            return x.reshape(N * Hk, -1).index_select(0, self.to_slots).view(S, Hk, G * f, -1)
         def by_row(x):                                                    # and back
-            return x.view(S, Hk, G, f, -1).transpose(1, 2).reshape(S * G, Hk, f, -1).index_select(0, self.places)
+            return x.view(S * Hk * G, -1).index_select(0, self.to_rows).view(N, Hk, f, -1)
         q = q.view(N, Hk, f, D) * scale
         scores = torch.cat([by_row(by_slot(q) @ prompt_k.mT), q @ own[0].mT], -1)                     # (N, Hk, f, P + t)
         weights = (scores + self.bias).softmax(-1).to(q.dtype)

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import Chunk, Engine, Policy, Sequence, UserError, load
 
@@ -502,6 +503,13 @@ def gather(value):
     values = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def like(x, parameter):
+    """A whole tensor, shared out as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return x
+    return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def micro_batches(groups, tokens, spare):

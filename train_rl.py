@@ -29,9 +29,9 @@ import evaluate as evaluation
 import model as models
 import train_sft as sft
 from evaluate import mean
-from model import UserError, like, whole
+from model import UserError, whole
 from reward import MULTI_TURN, SINGLE_TURN, Weights, score
-from rollout import (add_arguments, dialogue_of, gather, micro_batches, parse, rank, rollout, run, sampling_of, settings,
+from rollout import (add_arguments, dialogue_of, gather, like, micro_batches, parse, rank, rollout, run, sampling_of, settings,
                      whole_weights, world)
 
 # ------------------------------------------------------------------------------------------------ the update

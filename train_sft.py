@@ -29,9 +29,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import evaluate as evaluation
 import model as models
 from evaluate import (ANSWERS, COLOURS, PATTERNS, QUESTION, SIDE, Scene, place_cards, search_scene)
-from model import Chunk, Policy, Sequence, UserError, like, whole
+from model import Chunk, Policy, Sequence, UserError, whole
 from reward import is_correct
-from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, call_text, dialogue_of, gather,
+from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, call_text, dialogue_of, gather, like,
                      micro_batches, parse, parse_points, parse_turn, rank, run, run_dialogues, sampling_of, settings, shard,
                      spoken, window, world, zoom)
 
@@ -646,7 +646,7 @@ def add_training_arguments(parser):
     add("--adam-dtype", choices=("float32", "bfloat16"), default="float32", help="of AdamW's two moments where the weights are "
         "bfloat16, as on a GPU: 8 or 4 bytes a trained weight, beside 2 of the weight and 2 of its gradient (%(default)s)")
     add("--train-vision", action="store_true", help="train the vision tower too (frozen; its pretraining aside)")
-    add("--micro-tokens", type=int, default=16_384, help="tokens in one forward and backward pass at most (%(default)s)")
+    add("--micro-tokens", type=int, help="tokens in a pass at most (tiny base 2048, to fit processors' caches; with --model 16384)")
 
 
 def finish_arguments(args):
@@ -654,6 +654,7 @@ def finish_arguments(args):
     args.sft_lr = args.sft_lr or (1e-6 if args.model else 1e-3)
     args.optimizer = args.optimizer or ("adamw" if args.model else "muon")
     args.sft_steps = 30 if args.sft_steps is None and not args.model else args.sft_steps
+    args.micro_tokens = (16_384 if args.model else 2048) if args.micro_tokens is None else args.micro_tokens
     for name in ("base_steps", "search_questions", "simulations", "chains", "sft_steps", "sft_batch", "micro_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")

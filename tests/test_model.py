@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import model as models
 from conftest import converse, noise, plain_log_probs, prompts, recorded
-from model import Engine, Sequence, UserError, nucleus
+from model import Engine, Sequence, TrainLayout, UserError, nucleus
 
 
 @pytest.fixture
@@ -48,6 +48,14 @@ def test_the_fixed_shapes_of_graphs_change_nothing(many_sizes):
     assert all((log_probs[ids] - others[ids]).abs().max() < 1e-5 for ids in log_probs)
 
 
+@pytest.fixture(params=["CPU", "GPU"])
+def layout_of(request, monkeypatch):
+    """The update's attention as a CPU and as a GPU computes it."""
+    if request.param == "GPU":
+        monkeypatch.setattr(TrainLayout, "__call__", lambda self, layer, q, k, v, scale: self.plain(q, k, v, scale))
+
+
+@pytest.mark.usefixtures("layout_of")
 def test_training_log_probs_equal_a_plain_forward(many_sizes, tiny_folder):
     """Guards the shared prompt: each response must see the prompt and itself, and no other response."""
     policy = many_sizes
@@ -60,6 +68,7 @@ def test_training_log_probs_equal_a_plain_forward(many_sizes, tiny_folder):
     assert (together - plain).abs().max() < 1e-5
 
 
+@pytest.mark.usefixtures("layout_of")
 def test_gradients_equal_those_of_the_padded_batch(many_sizes):
     """Guards the update: the prompt once for a group must give the gradients of the prompt once for every response."""
     policy = many_sizes
@@ -89,6 +98,23 @@ def test_gradients_equal_those_of_the_padded_batch(many_sizes):
     for name, p in policy.model.named_parameters():
         scale = max(1.0, p.grad.abs().max().item())
         assert (p.grad - shared[name]).abs().max() / scale < 1e-5, name
+
+
+@pytest.mark.parametrize("kind, near", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_a_prompt_and_its_responses_apart_are_their_attention_together(kind, near):
+    """Guards the sum over two parts, and its gradient: heads that share keys, groups of one, responses of one token."""
+    generator = torch.Generator().manual_seed(0)
+    layout = TrainLayout([(40, [1, 30, 7]), (5, [12]), (17, [9, 9])])
+    n = 40 + 38 + 5 + 12 + 17 + 18
+    q, k, v, weight = (torch.randn(1, heads, n, 16, dtype=torch.float64, generator=generator) for heads in (4, 2, 2, 4))
+    def run(how, kind):
+        inputs = [x.to(kind).detach().clone().requires_grad_() for x in (q, k, v)]
+        out = how(*inputs)
+        (out * weight.to(kind)).sum().backward()
+        return [x.double() for x in (out, *(x.grad for x in inputs))]
+    expected = run(lambda q, k, v: layout.plain(q, k, v, 0.25), torch.float64)
+    for found, right in zip(run(lambda q, k, v: layout(0, q, k, v, 0.25), kind), expected):
+        assert (found - right).abs().max() < near * right.abs().max()
 
 
 def test_vocabulary_in_chunks_changes_nothing(policy, monkeypatch):
