@@ -12,8 +12,9 @@ encoded beforehand (but not in `step_trl`); the vision tower is frozen, and each
     graphs    on a GPU: ours with CUDA graphs, against ours without.
     update    log-probabilities, GRPO loss and gradients of 8 responses of 1/8, 2/8, ... 8/8 of the given length.
               Theirs: the padded batch through Hugging Face's own forward, with logits of the responses only.
-    step_trl  8 single-turn roll-outs a question, of 50 to 150 tokens, loss, gradients, AdamW; no KL penalty, no gradient
-              checkpointing. Theirs: `trl.GRPOTrainer`, where it is installed: pip install trl
+    step_trl  a step of 16 questions, as in the default job: 8 single-turn roll-outs each, of 50 to 150 tokens, loss, gradients,
+              AdamW; no KL penalty, no gradient checkpointing. Theirs: `trl.GRPOTrainer`, where it is installed: pip install
+              trl. On both sides a backward pass has a group or two: all at once is slower, more so for theirs.
     outside   share of a GRPO step of the default job that is not model or optimizer; it needs a run of `python train_rl.py`.
     memory    peak of an update on 1, 4 and 8 groups, one group a micro-batch: it grows with the longest group only.
     estimate  peak of an update with gradient checkpointing, and what `train_rl.py --dry-run` estimates of it. By itself, as
@@ -24,7 +25,6 @@ import copy
 import ctypes
 import gc
 import json
-import math
 import os
 import platform
 import re
@@ -60,6 +60,7 @@ from rollout import rollout as dialogues
 from train_rl import group_advantages, grpo_loss, train_step, update_bytes
 
 GROUP, TURNS = 8, 3
+MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}                                # train_rl.py's defaults
 CROP = (8, 8)                                                               # the close-up, in tokens
 SIZES = {16: (4, 4), 100: (10, 10), 400: (20, 20), 1500: (50, 30)}          # image tokens -> wide, high
 UPDATES = {64: (6, 6), 400: (20, 18), 1500: (40, 36)}                       # prompt tokens -> its image, wide, high
@@ -306,7 +307,7 @@ def summary(times, tokens, memory):
 # ------------------------------------------------------------------------------------------------ the benchmarks
 
 def rollout(policy, image_tokens, args, rng):
-    groups = plan_groups(policy, image_tokens, args.questions if image_tokens < 1000 else math.ceil(args.questions / 2), rng)
+    groups = plan_groups(policy, image_tokens, args.questions, rng)
     return compare(lambda: roll_out(policy, start(groups)), lambda: generate(policy, start(groups)),
                    sum(sum(s.plan) for group in groups for s in group), args)
 
@@ -351,13 +352,13 @@ def step(policy, image_tokens, args, rng):
     from trl.trainer.grpo_trainer import Dataset
     from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
     from trl import GRPOConfig, GRPOTrainer
-    rows = args.questions * GROUP
+    rows = args.step_questions * GROUP
     plan, rewards = rng.integers(50, 151, rows).tolist(), [float(i % 2) for i in range(rows)]
-    images, text = [noise(policy, SIZES[image_tokens], rng) for _ in range(args.questions)], "Which one is it?"
+    images, text = [noise(policy, SIZES[image_tokens], rng) for _ in range(args.step_questions)], "Which one is it?"
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
     advantages = group_advantages(rewards[:GROUP], [True] * GROUP, True)
     optimizer = torch.optim.AdamW(policy.trainable(), lr=1e-6, fused=True)
-    options = SimpleNamespace(temperature=1.0, kl=0.0, clip_norm=1.0, micro_tokens=16_384, reference="gpu")
+    options = SimpleNamespace(temperature=1.0, kl=0.0, clip_norm=1.0, micro_tokens=MICRO_TOKENS[args.device], reference="gpu")
     times, memory = ([], []), []
 
     def ours():
@@ -374,7 +375,7 @@ def step(policy, image_tokens, args, rng):
     class Trainer(GRPOTrainer):                                       # each row is cut to its length, as by an end token
         def _generate_single_turn(self, *inputs, **named):
             ids, log_probs = super()._generate_single_turn(*inputs, **named)
-            return [row[:n] for row, n in zip(ids, plan)], log_probs
+            return [row[:n] for row, n in zip(ids, plan, strict=True)], log_probs
 
     class Turns(TrainerCallback):                                     # the first step of each is the warm-up
         def on_step_begin(self, _, state, control, **__):
@@ -395,10 +396,11 @@ def step(policy, image_tokens, args, rng):
     model = copy.deepcopy(policy.model)
     model.model.language_model.config._attn_implementation = "sdpa"
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(folder, per_device_train_batch_size=rows, num_generations=GROUP, max_steps=args.pairs + 1,
-                            max_completion_length=max(plan), generation_kwargs={"min_new_tokens": max(plan)}, bf16=False,
-                            gradient_checkpointing=False, use_cpu=args.device == "cpu", seed=args.seed, save_strategy="no",
-                            logging_strategy="no", report_to="none", disable_tqdm=True)
+        config = GRPOConfig(folder, per_device_train_batch_size=GROUP, gradient_accumulation_steps=args.step_questions,
+                            num_generations=GROUP, max_steps=args.pairs + 1, max_completion_length=max(plan),
+                            generation_kwargs={"min_new_tokens": max(plan)}, bf16=False, gradient_checkpointing=False,
+                            use_cpu=args.device == "cpu", seed=args.seed, save_strategy="no", logging_strategy="no",
+                            report_to="none", disable_tqdm=True)
         data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}], "image": image} for image in images])
         processor = Processor(policy.image_processor, policy.tokenizer, policy.tokenizer.chat_template)
         trainer = Trainer(model, lambda completions, **_: rewards, args=config, train_dataset=data, callbacks=[Turns()],
@@ -446,7 +448,7 @@ def step_outside(_, folder, args, rng):
     if not Path(folder).is_dir():
         raise FileNotFoundError(folder)
     policy, reference = (models.load(folder, device=args.device) for _ in range(2))
-    options = SimpleNamespace(temperature=1.0, kl=0.05, clip_norm=1.0, micro_tokens=16_384, reference="gpu")
+    options = SimpleNamespace(temperature=1.0, kl=0.05, clip_norm=1.0, micro_tokens=MICRO_TOKENS["cpu"], reference="gpu")
     sampling = {name: PRESETS["drawn"][name] for name in ("turn_tokens", "response_tokens", "cache_tokens")}
     optimizers, inside, shares = sft.make_optimizers(policy, "muon", 2.5e-3, 3e-4), [], []
     def timed(function):
@@ -498,8 +500,8 @@ def main():
     add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: shapes of Qwen2.5-VL-3B, bfloat16 (%(default)s)")
     add("--json", metavar="FILE", help="write the ratios there by name, and all else under `details`")
     add("--pairs", type=int, default=5, help="alternating pairs of runs (%(default)s)")
-    add("--questions", type=int, default=4, help="questions of a roll-out and of a step, for ours and theirs; of 1500 "
-        "image tokens half as many (%(default)s)")
+    add("--questions", type=int, default=4, help="questions of a roll-out, for ours and theirs (%(default)s)")
+    add("--step-questions", type=int, default=16, help="the same of a step (%(default)s)")
     add("--only", nargs="+", metavar="NAME", choices=BENCHMARKS, help="some of: " + ", ".join(BENCHMARKS))
     add("--threads", type=int, default=1, help="threads of torch (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, images and lengths (%(default)s)")
@@ -537,8 +539,8 @@ def main():
         except torch.OutOfMemoryError:
             rows.append([name, shape, "-", "out of memory", *[""] * 4])
             policies[shape].model.zero_grad(set_to_none=True)
-    print(f"\n{table(rows)}\nmedians of {args.pairs} pairs; {args.questions} question(s) of {GROUP} (rollout_1500: half); "
-          "tokens/s: sampled ones; memory: above what was in use before")
+    print(f"\n{table(rows)}\nmedians of {args.pairs} pairs; {args.questions} question(s) of {GROUP}, of a step "
+          f"{args.step_questions}; tokens/s: sampled ones; memory: above what was in use before")
     if one := found.get("outside"):
         print("a GRPO step of the default job outside of model and optimizer: {:.1%} ({:.1%} to {:.1%})".format(
             one["share"], *one["range"]))
