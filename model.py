@@ -397,9 +397,9 @@ def layout_attention(module, q, k, v, mask, scaling=None, layout=None, **kwargs)
 ALL_ATTENTION_FUNCTIONS.register("layout", layout_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("layout", sdpa_mask)
 
-
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu       # what F.scaled_dot_product_attention calls on a CPU;
-FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward       # it keeps the log-sum-exps to itself
+# What F.scaled_dot_product_attention calls on a CPU; it keeps the log-sum-exps to itself, which SharedPrompt needs.
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class SharedPrompt(torch.autograd.Function):

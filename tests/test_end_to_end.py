@@ -251,3 +251,12 @@ def test_help(script, tmp_path):
     """Guards --help: every flag with its help."""
     output = call(script, "--help", cwd=tmp_path)
     assert "--seed" in output and "--task" in output
+
+
+def test_the_speed_benchmark_runs(tmp_path):
+    """Guards the benchmark against changes of what it measures: it compares log-probabilities before, and writes its ratios."""
+    output = call("tests/bench_speed.py", "--only", "rollout_tiny", "update_tiny", "--pairs", 1, "--questions", 1, "--json",
+                  "speed.json", cwd=tmp_path)
+    assert "agree on log-probabilities" in output
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert found["rollout_tiny"] > 0 and len(found["details"]["update_tiny"]["seconds"]) == 2
