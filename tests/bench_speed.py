@@ -307,7 +307,7 @@ def summary(times, tokens, memory):
 # ------------------------------------------------------------------------------------------------ the benchmarks
 
 def rollout(policy, image_tokens, args, rng):
-    groups = plan_groups(policy, image_tokens, args.questions, rng)
+    groups = plan_groups(policy, image_tokens, max(1, args.questions // (2 if image_tokens > 1000 else 1)), rng)
     return compare(lambda: roll_out(policy, start(groups)), lambda: generate(policy, start(groups)),
                    sum(sum(s.plan) for group in groups for s in group), args)
 
@@ -500,7 +500,8 @@ def main():
     add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: shapes of Qwen2.5-VL-3B, bfloat16 (%(default)s)")
     add("--json", metavar="FILE", help="write the ratios there by name, and all else under `details`")
     add("--pairs", type=int, default=5, help="alternating pairs of runs (%(default)s)")
-    add("--questions", type=int, default=4, help="questions of a roll-out, for ours and theirs (%(default)s)")
+    add("--questions", type=int, default=8, help="questions of a roll-out, for ours and theirs; of 1500 image tokens half as "
+        "many, for theirs takes minutes (%(default)s)")
     add("--step-questions", type=int, default=16, help="the same of a step (%(default)s)")
     add("--only", nargs="+", metavar="NAME", choices=BENCHMARKS, help="some of: " + ", ".join(BENCHMARKS))
     add("--threads", type=int, default=1, help="threads of torch (%(default)s)")
@@ -539,8 +540,8 @@ def main():
         except torch.OutOfMemoryError:
             rows.append([name, shape, "-", "out of memory", *[""] * 4])
             policies[shape].model.zero_grad(set_to_none=True)
-    print(f"\n{table(rows)}\nmedians of {args.pairs} pairs; {args.questions} question(s) of {GROUP}, of a step "
-          f"{args.step_questions}; tokens/s: sampled ones; memory: above what was in use before")
+    print(f"\n{table(rows)}\nmedians of {args.pairs} pairs; {args.questions} question(s) of {GROUP} (rollout_1500: half), of a "
+          f"step {args.step_questions}; tokens/s: sampled ones; memory: above what was in use before")
     if one := found.get("outside"):
         print("a GRPO step of the default job outside of model and optimizer: {:.1%} ({:.1%} to {:.1%})".format(
             one["share"], *one["range"]))
