@@ -447,8 +447,9 @@ class TrainLayout:
             ends = list(accumulate(lengths, initial=start))
             self.groups.append([slice(*ab) for ab in pairwise(ends)])
             start = ends[-1]
-        self.parts = [(piece, piece, True) for group in self.groups for piece in group]        # (queries, keys, causal)
-        self.parts += [(slice(first.stop, rest[-1].stop), first, False) for first, *rest in self.groups if rest]
+        parts = [(piece, piece, True) for group in self.groups for piece in group]             # (queries, keys, causal)
+        parts += [(slice(first.stop, rest[-1].stop), first, False) for first, *rest in self.groups if rest]
+        self.parts = [part for part in parts if part[0].start < part[0].stop]                  # the kernel takes no empty ones
 
     def __call__(self, layer, q, k, v, scale):
         if q.device.type == "cpu":

@@ -102,10 +102,10 @@ def test_gradients_equal_those_of_the_padded_batch(many_sizes):
 
 @pytest.mark.parametrize("kind, near", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_a_prompt_and_its_responses_apart_are_their_attention_together(kind, near):
-    """Guards the sum over two parts, and its gradient: heads that share keys, groups of one, responses of one token."""
+    """Guards the sum over two parts, and its gradient: heads that share keys, groups of one, responses of a token or none."""
     generator = torch.Generator().manual_seed(0)
-    layout = TrainLayout([(40, [1, 30, 7]), (5, [12]), (17, [9, 9])])
-    n = 40 + 38 + 5 + 12 + 17 + 18
+    layout = TrainLayout([(40, [1, 30, 7]), (5, [12]), (17, [9, 0]), (3, [0, 0])])
+    n = 40 + 38 + 5 + 12 + 17 + 9 + 3
     q, k, v, weight = (torch.randn(1, heads, n, 16, dtype=torch.float64, generator=generator) for heads in (4, 2, 2, 4))
     def run(how, kind):
         inputs = [x.to(kind).detach().clone().requires_grad_() for x in (q, k, v)]
