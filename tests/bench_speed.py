@@ -14,7 +14,7 @@ encoded beforehand (but not in `step_trl`); the vision tower is frozen, and each
               Theirs: the padded batch through Hugging Face's own forward, with logits of the responses only.
     step_trl  a step of 16 questions, as in the default job: 8 single-turn roll-outs each, of 50 to 150 tokens, loss, gradients,
               AdamW; no KL penalty, no gradient checkpointing. Theirs: `trl.GRPOTrainer`, where it is installed: pip install
-              trl. On both sides a backward pass has a group or two: all at once is slower, more so for theirs.
+              trl. It learns from a group at a time, and so on a CPU do we (or from two): all at once is slower, for both.
     outside   share of a GRPO step of the default job that is not model or optimizer; it needs a run of `python train_rl.py`.
     memory    peak of an update on 1, 4 and 8 groups, one group a micro-batch: it grows with the longest group only.
     estimate  peak of an update with gradient checkpointing, and what `train_rl.py --dry-run` estimates of it. By itself, as
