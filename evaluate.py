@@ -23,6 +23,7 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
 
@@ -31,8 +32,8 @@ from PIL import Image
 
 import model as models
 from model import UserError
-from reward import Record, Unusable, as_box, record_of, scored_by
-from rollout import (Question, add_arguments, dialogue_of, draw_trace, gather, parse, preset, random_stream, rank, read_image,
+from reward import Unusable, as_box, distinct_crops, in_region, option_text, score, scored_by
+from rollout import (OVERLONG, Question, add_arguments, dialogue_of, draw_trace, gather, parse, parse_points, preset, rank, read_image,
                      rollout, run, sampling_of, settings, window, world)
 
 # ------------------------------------------------------------------------------------------------ toy-search: drawn scenes
@@ -55,6 +56,7 @@ PATTERNS = {                    # added to a card's colour, times CONTRAST; each
 }
 CONTRAST = 36
 ANSWERS = tuple(p for p in PATTERNS if p != "plain")
+NOTHING = "nothing"             # said of a crop that shows no candidate
 QUESTION = ("One", " card bears a pattern. Which?")     # the colour stands between
 
 
@@ -105,6 +107,16 @@ class Scene:
         """The card under a point (px of the drawing), or None."""
         return next((c for c in self.cards if max(abs(point[0] - c.x), abs(point[1] - c.y)) <= CARD // 2), None)
 
+    def cells(self):
+        """The 16 cells of the grid in reading order: the card in each, or None."""
+        found = {(c.y // CELL, c.x // CELL): c for c in self.cards}
+        return [found.get((row, column)) for row in range(SIDE // CELL) for column in range(SIDE // CELL)]
+
+    def contains(self, point):
+        """Whether a point (px of the drawing) lies on a card of the colour asked about."""
+        card = self.card_at(point)
+        return card is not None and card.colour == self.colour
+
     def shown(self, box):
         """The candidates of which the window shows at least 12x12 px, enough to read the pattern; the most central first."""
         middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
@@ -112,6 +124,16 @@ class Scene:
         seen = [c for c in self.candidates if min(c.x + half, box[2]) - max(c.x - half, box[0]) >= 12
                 and min(c.y + half, box[3]) - max(c.y - half, box[1]) >= 12]
         return sorted(seen, key=lambda c: max(abs(c.x - middle[0]), abs(c.y - middle[1])))
+
+    def face_in(self, box):
+        """What is true of a window: the pattern of the most central candidate that it shows, or "nothing"."""
+        seen = self.shown(box)
+        return seen[0].pattern if seen else NOTHING
+
+    def describes(self, thought, box):
+        """Whether a thought says of a window what is true of it, and nothing else: of all faces it names this one alone."""
+        words = set(re.findall(r"\w+", thought.lower()))
+        return words & {*PATTERNS, NOTHING} == {self.face_in(box)}
 
 
 def place_cards(rng, faces):
@@ -424,10 +446,91 @@ def image_size(path, where):
         return read_image(path, where).size      # says what is wrong
 
 
+# ------------------------------------------------------------------------------------------------ other rules of being right
+
+def official_rule(trace, strict):
+    """Whether the answer is right by the benchmark's own rule. Only RoboSpatial-Home's differs from `strict`: of yes and no
+    a prefix will do, of several points the first counts."""
+    question, answer = trace.question, trace.answer or ""
+    if question.category not in ("configuration", "compatibility", "context"):
+        return strict
+    if question.kind == "point":
+        return any(in_region(trace.frames[0].to_original(point), question.answer) for point in parse_points(answer)[:1])
+    return answer.strip().casefold().startswith(question.answer.casefold())
+
+
+def lenient_rule(trace, strict):
+    """Whether the answer is right by the public code's rule. The right text need only occur in it, blanks and punctuation
+    aside: "left or right" passes for "right". (A letter stands for its option here too.) Points and actions: `strict`."""
+    if trace.question.kind not in ("choice", "string"):
+        return strict
+    truth, said = ("".join(c for c in option_text(text, trace.question.choices) if c.isalnum())
+                   for text in (trace.question.answer, trace.answer or ""))
+    return truth in said if truth else strict
+
+
+# ------------------------------------------------------------------------------------------------ what is kept of a trace
+
+@dataclass
+class Record:
+    """What an evaluation keeps of a trace, one for each question. index: the question's number; tool: whether it could look;
+    correct, official, lenient: by our own rule, the benchmark's and the public code's; hits: of the points looked at, whether
+    they lie on what was asked for, and thoughts: of the thoughts after a crop, whether they are true of it, both where that is
+    known; crops, distinct: looks, and different ones; ended: see `rollout.Trace`; text: the trace, to be read; seconds: its share of the time that its block took."""
+    index: int
+    tool: bool
+    id: str
+    category: str
+    correct: bool
+    official: bool
+    lenient: bool
+    format: bool
+    hits: list
+    thoughts: list
+    crops: int
+    distinct: int
+    answer: str | None
+    ended: str
+    text: str
+    seconds: float = 0.0
+
+
+def record_of(index, trace, tool=True):
+    """The Record of a finished trace."""
+    scored, question = score(trace), trace.question
+    correct = bool(scored.correct)
+    return Record(index, tool, question.id, question.category, correct, bool(official_rule(trace, correct)),
+                  bool(lenient_rule(trace, correct)), bool(scored.format), targets_hit(trace), true_thoughts(trace),
+                  scored.crops, distinct_crops(trace.crops, 10), trace.answer, trace.ended, trace.text())
+
+
+def on_target(trace, point):
+    """Whether a point (px as seen) lies on what the question is about; None where that is not known."""
+    point, question = trace.frames[0].to_original(point), trace.question
+    if question.scene:
+        return question.scene.contains(point)
+    return in_region(point, question.answer) if question.kind == "point" else None
+
+
+def targets_hit(trace):
+    """Of each point looked at, whether it lies on what the question is about; empty where that is not known."""
+    hits = [on_target(trace, point) for point in trace.crops]
+    return [hit for hit in hits if hit is not None]
+
+
+def true_thoughts(trace):
+    """Of each thought of the policy's that follows a crop, whether it names what the crop shows; empty where that is not known."""
+    scene = trace.question.scene
+    if scene is None:
+        return []
+    return [scene.describes(turn.thought, before.crop) for before, turn in pairwise(trace.turns)
+            if before.crop and not turn.forced]
+
+
 # ------------------------------------------------------------------------------------------------ how well a policy does
 
-# Questions that share a stream of random numbers: enough to keep a GPU busy, and few enough that several processes have work in
-# a benchmark of some hundred questions, and that little is lost when a run is cut off.
+# Questions that a process takes at a time: enough to keep a GPU busy, and few enough that several processes have work in a
+# benchmark of some hundred questions, and that little is lost when a run is cut off.
 QUESTIONS_A_BLOCK = 64
 
 
@@ -481,16 +584,20 @@ def block_of(number, n):
 @dataclass
 class Report:
     """What an evaluation found. ci95: bounds of the accuracy's 95 % interval (Wilson). format: share of well-formed traces.
-    on_target: share of the points looked at that lie on what was asked for (a candidate; the box), where that is known. crops:
-    looks a trace. looks_again: share of traces that looked at two or more places. minutes: of all processes and runs together.
+    on_target: share of the points looked at that lie on what was asked for (a candidate; the box), and true_thoughts: share of
+    the thoughts after a crop that name what it shows, both where that is known. crops: looks a trace. looks_again: share of
+    traces that looked at two or more places. overlong: share that ran out of tokens or looks. minutes: of all processes and runs
+    together.
     by: accuracy by category; official: by the benchmark's own rules; lenient: accuracy by the public code's rule."""
     n: int
     accuracy: float
     ci95: tuple[float, float]
     format: float
     on_target: float | None
+    true_thoughts: float | None
     crops: float
     looks_again: float
+    overlong: float
     minutes: float
     by: dict
     official: dict
@@ -507,11 +614,11 @@ def interval(right, n, z=1.96):
 
 
 def evaluate(policy, questions, dialogue, seed=0, *, records=None, log=None, on_trace=None, **sampling):
-    """Answers every question once, block by block. The random numbers of a block follow from the seed and its number alone, so
-    that the result is the same in one go, after a break, or on several processes (which take turns; each gets the Report).
+    """Answers every question once, block by block. The random numbers of a question follow from the seed and its number alone,
+    so that the result is the same in one go, after a break, or on several processes (which take turns; each gets the Report).
 
     questions: anything with a length and an index; records: to go on from, and to add to; log: called with a line now and then;
-    on_trace: with each finished trace and its Record; sampling: see `model.Engine`, but for its generator. -> Report"""
+    on_trace: with each finished trace and its Record; sampling: see `model.Engine`. -> Report"""
     records, n, tool = records or Records(), len(questions), dialogue.tool
     started = told = time.time()
     done = [r for r in records.found if r.tool == tool]
@@ -527,8 +634,8 @@ def evaluate(policy, questions, dialogue, seed=0, *, records=None, log=None, on_
         mine, begun = [], time.time()
         for block in left[turn:][rank():rank() + 1]:
             asked = {replace(questions[i]): i for i in block_of(block, n)}
-            stream = random_stream((seed + 1_000_003 * block) % 2**63, policy.device)    # the CPU's takes the low 32 bits alone
-            for trace, in rollout(policy, asked, dialogue, 1, **{**sampling, "generator": stream}):
+            seeds = [f"evaluation {seed} {i}" for i in asked.values()]
+            for trace, in rollout(policy, asked, dialogue, 1, seeds, **sampling):
                 mine.append(record_of(asked[trace.question], trace, tool))
                 if on_trace:
                     on_trace(trace, mine[-1])
@@ -549,9 +656,11 @@ def report(records):
     """Records, in any order -> Report."""
     records = sorted(records, key=lambda r: r.index)
     hits, right = [hit for r in records for hit in r.hits], [r.correct for r in records]
+    thoughts = [true for r in records for true in r.thoughts]
     found = summarise([(r.category, r.official) for r in records])
     return Report(len(records), mean(right), interval(sum(right), len(right)), mean(r.format for r in records),
-                  mean(hits) if hits else None, mean(r.crops for r in records), mean(r.distinct > 1 for r in records),
+                  mean(hits) if hits else None, mean(thoughts) if thoughts else None, mean(r.crops for r in records),
+                  mean(r.distinct > 1 for r in records), mean(r.ended in OVERLONG for r in records),
                   sum(r.seconds for r in records) / 60, found["by"], found["official"], mean(r.lenient for r in records))
 
 
@@ -602,14 +711,15 @@ def table(rows):
     return "\n".join(map(line, rows))
 
 
-HEADS = ["", "accuracy", "95 %", "without tool", "format", "on target", "looks", "looks again"]
+HEADS = ["", "accuracy", "95 %", "without tool", "format", "on target", "true thoughts", "looks", "looks again", "overlong"]
 
 
 def cells(name, found, bare=None):
     """A row of a table under HEADS. bare: the Report without the tool, if it was evaluated too."""
     return [name, f"{found.accuracy:.3f}", "{:.3f}-{:.3f}".format(*found.ci95), f"{bare.accuracy:.3f}" if bare else "-",
-            f"{found.format:.3f}", "-" if found.on_target is None else f"{found.on_target:.3f}", f"{found.crops:.2f}",
-            f"{found.looks_again:.3f}"]
+            f"{found.format:.3f}", "-" if found.on_target is None else f"{found.on_target:.3f}",
+            "-" if found.true_thoughts is None else f"{found.true_thoughts:.3f}", f"{found.crops:.2f}",
+            f"{found.looks_again:.3f}", f"{found.overlong:.3f}"]
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -706,10 +816,10 @@ def main():
     if args.json and Path(args.json).suffix == ".jsonl":
         raise UserError(f"--json {args.json}: the answers are kept in a .jsonl beside it; give a name that ends in .json")
     policy, dialogue = models.load(args.model, max_pixels=args.max_pixels), dialogue_of(args, not args.no_tool)
-    sampling = sampling_of(args, args.seed if args.image else None, top_p=args.top_p)
+    sampling = sampling_of(args, top_p=args.top_p)
     if args.image:
         question = Question(args.question, [args.image], "")
-        trace = next(rollout(policy, [question], dialogue, 1, **sampling))[0]
+        trace = next(rollout(policy, [question], dialogue, 1, [args.seed], **sampling))[0]
         print(trace.text())
         print(f"-> {trace.answer or 'no answer'} ({trace.ended}; {len(trace.crops)} looks)")
         if args.save:
@@ -733,7 +843,7 @@ def main():
     print(min(records.found, key=lambda r: (not r.tool, r.index)).text, end="\n\n")
     rows = [[*HEADS, "lenient", "n"], [*cells(Path(args.task).stem, found, bare), f"{found.lenient:.3f}", found.n]]
     without = bare and bare.by | bare.official
-    rows += [[f"  {name}", f"{r['accuracy']:.3f}", "", f"{without[name]['accuracy']:.3f}" if bare else "-", *[""] * 5, r["n"]]
+    rows += [[f"  {name}", f"{r['accuracy']:.3f}", "", f"{without[name]['accuracy']:.3f}" if bare else "-", *[""] * 7, r["n"]]
              for name, r in {**found.by, **found.official}.items()]
     print(table(rows))
     if args.task in TOYS:

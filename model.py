@@ -16,6 +16,7 @@ log-softmax, so an image token in a sequence is always one that we placed; and p
 import json
 import math
 import os
+import random
 import shutil
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -64,12 +65,14 @@ class Chunk:
 @dataclass(eq=False)
 class Sequence:
     """A prompt and what follows it. `sampled[i]` says whether the policy sampled `ids[i]`: it is known by construction, and
-    exactly these tokens are trained on. `log_probs[i]` is the log-probability of sampling it (0.0 where it was injected)."""
+    exactly these tokens are trained on. `log_probs[i]` is the log-probability of sampling it (0.0 where it was injected).
+    stream: its own random numbers: what is sampled does not depend on what runs beside it. Greedy decoding needs none."""
     prompt: Chunk
     ids: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
+    stream: random.Random | None = None
 
     def add(self, chunk, sampled=False):
         self.ids += chunk.ids
@@ -230,15 +233,17 @@ class Policy:
         logits = self.model.lm_head(hidden).float()
         return torch.log_softmax(logits.masked_fill(self.forbidden, -torch.inf) / temperature, -1)
 
-    def choose(self, hidden, temperature=1.0, top_p=1.0, generator=None):
-        """Hidden states (N, hidden) -> N sampled tokens and their log-probabilities, as lists. temperature 0: the likeliest."""
-        log_probs = self.log_softmax(hidden, temperature or 1.0)                                      # (N, vocabulary)
+    def choose(self, hidden, streams, temperature=1.0, top_p=1.0):
+        """Samples a token from each of N hidden states (N, hidden), by the next number of each of N random streams.
+
+        temperature 0: the likeliest token, and no number is drawn. -> N tokens, N log-probabilities, as lists"""
+        log_probs = self.log_softmax(hidden, temperature or 1.0)                         # (N, vocabulary)
         if top_p < 1:
             log_probs = nucleus(log_probs, top_p)
         if temperature == 0:
             tokens = log_probs.argmax(-1, keepdim=True)
         else:
-            tokens = torch.multinomial(log_probs.exp(), 1, generator=generator)
+            tokens = invert(log_probs, [stream.getrandbits(32) / 2**32 for stream in streams])
         return tokens[:, 0].tolist(), log_probs.gather(1, tokens)[:, 0].tolist()
 
     def token_log_probs(self, hidden, targets, temperature):
@@ -581,13 +586,13 @@ class Engine:
 
     policy, and: temperature (0: greedy), top_p, turn_tokens (sampled tokens a turn at most), response_tokens (all tokens behind
     the prompt at most), cache_tokens (K/V columns at most: decides how many groups run at once; one always does),
-    generator (of random numbers), graphs (decode by CUDA graphs). A row that waits for its observation to be read holds up
+    graphs (decode by CUDA graphs). A row that waits for its observation to be read holds up
     nobody: it is read when a tenth of the rows wait, or when there is nothing else to do. A row that is done makes room at
     once, and the next group begins as soon as there is room for all of its rows."""
 
     def __init__(self, policy, *, temperature=1.0, top_p=1.0, turn_tokens=1024, response_tokens=2048, cache_tokens=65_536,
-                 generator=None, wait=0.1, graphs=False):
-        self.policy, self.temperature, self.top_p, self.generator, self.wait = policy, temperature, top_p, generator, wait
+                 wait=0.1, graphs=False):
+        self.policy, self.temperature, self.top_p, self.wait = policy, temperature, top_p, wait
         self.turn_tokens, self.response_tokens, self.cache_tokens = turn_tokens, response_tokens, cache_tokens
         self.graphs = graphs
 
@@ -739,7 +744,8 @@ class Engine:
     def sample(self, rows, hidden, on_turn):
         """Samples a token for each row and appends it. -> the rows whose turn is over; what they go on with is queued."""
         policy, over = self.policy, []
-        for row, token, log_prob in zip(rows, *policy.choose(hidden, self.temperature, self.top_p, self.generator)):
+        streams = [row.sequence.stream for row in rows]
+        for row, token, log_prob in zip(rows, *policy.choose(hidden, streams, self.temperature, self.top_p)):
             sequence = row.sequence
             sequence.ids.append(token)
             sequence.sampled.append(True)
@@ -757,6 +763,15 @@ class Engine:
             sequence.add(chunk)
             row.queued = Chunk([token, *chunk.ids], chunk.pictures)     # the last sampled token has not been read yet
         return over
+
+
+def invert(log_probs, uniforms):
+    """Inverse transform sampling: the first token at which the cumulated probability exceeds the uniform number in [0, 1).
+
+    log_probs (N, vocabulary); uniforms: N numbers. A token of probability 0 is never the first. -> tokens (N, 1)"""
+    cumulated = log_probs.exp().cumsum(-1, dtype=torch.float64)                          # (N, vocabulary)
+    uniforms = torch.tensor(uniforms, dtype=torch.float64, device=log_probs.device)
+    return torch.searchsorted(cumulated, uniforms[:, None] * cumulated[:, -1:], right=True)
 
 
 def nucleus(log_probs, top_p):

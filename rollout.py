@@ -17,6 +17,7 @@ import argparse
 import io
 import json
 import os
+import random
 import re
 import sys
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ SYSTEM_PROMPTS = {
 }
 OBSERVATION = ("<observation>\n", "\n</observation>")
 FORCED_ANSWER = "<think></think>\n<answer>"   # written for the policy when it must answer now
+OVERLONG = ("length", "forced")               # how a trace ends that ran out of tokens, or of looks
 
 
 # ------------------------------------------------------------------------------------------------ web actions
@@ -368,11 +370,12 @@ class Dialogue:
             chunk.ids += policy.encode(FORCED_ANSWER)
         return chunk, [Frame(policy.seen_size(*image.size), image.size) for image in images]
 
-    def start(self, policy, question, group):
-        """`group` empty Traces of a question, sharing one prompt."""
+    def start(self, policy, question, group, seed=0):
+        """`group` empty Traces of a question, sharing one prompt; number i samples by random numbers from `seed` and i."""
         prompt, frames = self.prompt(policy, question)
         begun, shown = "" if self.tool else FORCED_ANSWER, {}
-        return [Trace(prompt, question=question, mode=self.mode, frames=frames, begun=begun, shown=shown) for _ in range(group)]
+        return [Trace(prompt, question=question, mode=self.mode, frames=frames, begun=begun, shown=shown,
+                      stream=random.Random(f"{seed} {i}")) for i in range(group)]
 
     def on_turn(self, policy, trace, cut):
         """Reads the turn that the policy just ended, appends it to the trace and answers it: a Chunk, or None at the end."""
@@ -427,11 +430,12 @@ class Dialogue:
         return chunk
 
 
-def rollout(policy, questions, dialogue, group, **sampling):
+def rollout(policy, questions, dialogue, group, seeds, **sampling):
     """Traces of many questions at once: yields lists of `group` Traces, each as soon as it is finished.
 
-    questions: an iterable, read as places become free; sampling: see `model.Engine`."""
-    jobs = (dialogue.start(policy, question, group) for question in questions)
+    questions: an iterable, read as places become free; seeds: one for each (anything that prints), from which alone its random
+    numbers follow, whatever runs beside it and in how many processes; sampling: see `model.Engine`."""
+    jobs = (dialogue.start(policy, question, group, seed) for question, seed in zip(questions, seeds))
     yield from run_dialogues(policy, jobs, dialogue, **sampling)
 
 
@@ -640,16 +644,10 @@ def dialogue_of(args, tool=True):
     return Dialogue(args.mode, args.crop_half, args.crop_size, args.crop_dot, args.max_crops, tool, prompt)
 
 
-def random_stream(seed, device=None):
-    """A random generator for `model.Engine`. device: the policy's; by default a GPU, if there is one."""
-    return torch.Generator(device or ("cuda" if torch.cuda.is_available() else "cpu")).manual_seed(seed)
-
-
-def sampling_of(args, seed=None, **more):
-    """Arguments for `model.Engine`; with a seed, a random generator too."""
+def sampling_of(args, **more):
+    """Arguments for `model.Engine`."""
     return dict(temperature=args.temperature, turn_tokens=args.turn_tokens, response_tokens=args.response_tokens,
-                cache_tokens=args.cache_tokens, graphs=args.cuda_graphs,
-                generator=None if seed is None else random_stream(seed), **more)
+                cache_tokens=args.cache_tokens, graphs=args.cuda_graphs, **more)
 
 
 def run(main):
@@ -735,7 +733,7 @@ class WebAgent:
 
     def reset(self, test_config_file=None):
         """A new task begins: its random numbers do not depend on the tasks before."""
-        self.sampling = sampling_of(self.args) | {"generator": random_stream(self.args.seed, self.policy.device)}
+        self.asked = 0
 
     def set_action_set_tag(self, tag):
         """The tag of the action set; actions are written with the elements' numbers in any case."""
@@ -744,9 +742,11 @@ class WebAgent:
     def next_action(self, trajectory, intent, meta_data, images=None, output_response=False):
         """See `web_question` for what comes in. -> one action, such as "click [12]"; "stop [...]", with the reason, where no
         try gave one. output_response: print the traces. Raises UserError where there is no screenshot."""
-        question, sampling, why = web_question(trajectory, intent, meta_data, images), dict(self.sampling), ""
+        question, sampling, why = web_question(trajectory, intent, meta_data, images), sampling_of(self.args), ""
         for _ in range(self.tries):
-            trace = next(rollout(self.policy, [question], self.dialogue, 1, **sampling))[0]
+            self.asked += 1
+            seed = f"web {self.args.seed} {self.asked}"
+            trace = next(rollout(self.policy, [question], self.dialogue, 1, [seed], **sampling))[0]
             if output_response:
                 print(trace.text(), flush=True)
             try:

@@ -16,7 +16,6 @@ probabilities at sampling time are those recorded by the engine, so no second pa
 import argparse
 import json
 import math
-import random
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +30,7 @@ import train_sft as sft
 from evaluate import mean
 from model import UserError, whole
 from reward import MULTI_TURN, SINGLE_TURN, Weights, score
-from rollout import (add_arguments, dialogue_of, gather, like, micro_batches, parse, rank, rollout, run, sampling_of, settings,
+from rollout import (OVERLONG, add_arguments, dialogue_of, gather, like, micro_batches, parse, rank, rollout, run, sampling_of, settings,
                      whole_weights, world)
 
 # ------------------------------------------------------------------------------------------------ the update
@@ -47,6 +46,15 @@ def group_advantages(rewards, counted, scale):
     centre = sum(kept) / len(kept)
     spread = math.sqrt(sum((r - centre)**2 for r in kept) / len(kept)) + 1e-6 if scale else 1.0
     return [(r - centre) / spread if c else 0.0 for r, c in zip(rewards, counted)]
+
+
+def advantages_of(scores, complete, args):
+    """Advantages of one group's traces from their Scores. complete: which ended of their own accord; the others are left out
+    of the statistics and get 0 (--overlong mask), or count as traces that earned nothing (--overlong zero)."""
+    if args.overlong == "mask":
+        return group_advantages([s.total for s in scores], complete, not args.no_std)
+    rewards = [s.total if ended else 0.0 for s, ended in zip(scores, complete)]
+    return group_advantages(rewards, [True] * len(rewards), not args.no_std)
 
 
 def grpo_loss(new, old, ref, advantages, *, kl, clip_low=0.2, clip_high=0.28, dual_clip=3.0):
@@ -105,7 +113,7 @@ def train_step(policy, reference, groups, optimizers, args, factor):
         for name, value in {"loss": loss.item(), **logged}.items():
             sums[name] += value * counts / tokens
     policy.model.eval()
-    norm, of_all = sft.descend(policy, optimizers, factor, args.clip_norm), gather(sums)
+    norm, of_all = sft.optimizer_step(policy.trainable(), optimizers, factor, args.clip_norm), gather(sums)
     return {**{name: sum(one[name] for one in of_all) for name in sums}, "grad_norm": norm, "tokens": tokens}
 
 
@@ -252,9 +260,9 @@ def dry_run(args):
 # ------------------------------------------------------------------------------------------------ the job
 
 # What goes with the tiny base, and with --model (paper, appendix), where no flag says otherwise.
-TINY = dict(steps=160, questions=16, group=8, warm_up=5, final_lr=0.2, kl=0.05, clip_norm=1.0, diversity=0.0)
+TINY = dict(steps=160, questions=16, group=8, warm_up=5, final_lr=0.2, kl=0.05, clip_norm=1.0, diversity=0.0, overlong="zero")
 PAPER_SINGLE = dict(steps=500, questions=128, update_questions=64, group=5, warm_up=0, final_lr=1.0, kl=0.01, clip_norm=1.0,
-                    diversity=0.0)
+                    diversity=0.0, overlong="mask")
 PAPER_MULTI = PAPER_SINGLE | dict(group=8, warm_up=None, clip_norm=0.2, diversity=0.2)
 
 
@@ -278,6 +286,8 @@ def parse_arguments():
     add("--clip-norm", type=float, help="norm to which gradients are clipped (1; with --model in the mode zoom 0.2)")
     add("--diversity", type=float, help="reward of a further distinct look, as a share of the format reward; it fades out by "
         "half-time (tiny base 0, with --model 0.2)")
+    add("--overlong", choices=("mask", "zero"), help="traces that ran out of tokens or looks: left out of loss and statistics, "
+        "or reward 0 (tiny base zero, with --model mask)")
     add("--no-std", action="store_true", help="advantages without the division by the group's standard deviation")
     add("--eval-n", type=int, default=1024, help="held-out questions of the final table (%(default)s)")
     add("--eval-task", metavar="FILE", help="questions of the final table (a tenth of --task, held out)")
@@ -330,16 +340,16 @@ def train(policy, reference, args, out):
     for step in range(first, args.steps):
         begun = time.time()
         questions = evaluation.questions_of(args, "train", args.questions, args.search_questions + step * args.questions)
-        sampling = sampling_of(args, hash_seed(args.seed, f"{step} {rank()}" if rank() else step))
+        seeds = [f"GRPO {args.seed} {step} {i}" for i in range(args.questions)]
+        mine = slice(rank(), None, world())
         with whole_weights(policy):
-            groups = list(rollout(policy, questions[rank()::world()], dialogue, args.group, **sampling))
+            groups = list(rollout(policy, questions[mine], dialogue, args.group, seeds[mine], **sampling_of(args)))
         sampled = time.time() - begun
 
         weights = weights_at(args, step)
         scored = [(traces, [score(t, weights) for t in traces]) for traces in groups]
-        counted = [[t.ended not in ("length", "forced") for t in traces] for traces in groups]
-        advantages = [group_advantages([s.total for s in scores], ok, not args.no_std)
-                      for (_, scores), ok in zip(scored, counted)]
+        counted = [[t.ended not in OVERLONG for t in traces] for traces in groups]
+        advantages = [advantages_of(scores, ok, args) for (_, scores), ok in zip(scored, counted)]
         factor = sft.learning_rate(step, args.steps, max(1, args.warm_up), args.final_lr)
         pairs = [(t, a) for (t, _), a in zip(scored, advantages)]
         size = args.update_questions // world()
@@ -351,7 +361,7 @@ def train(policy, reference, args, out):
         line = {"step": step + 1, "reward": mean(s.total for _, s in flat), "accuracy": mean(s.correct for _, s in flat),
                 "format": mean(s.format for _, s in flat), "grounded": mean(s.grounded for _, s in flat),
                 "diversity": mean(s.diversity for _, s in flat), "crops": mean(s.crops for _, s in flat),
-                "cut_off": 1 - mean(ok for row in counted for ok in row), **learnt, "lr": args.lr * factor,
+                "overlong": 1 - mean(ok for row in counted for ok in row), **measured(row for row, _ in flat), **learnt, "lr": args.lr * factor,
                 "seconds": time.time() - begun, "sampling_seconds": sampled}
         if rank() == 0:
             keep_log(out, line, flat)
@@ -364,15 +374,12 @@ def train(policy, reference, args, out):
             keep_state(policy, optimizers, out, step + 1)
 
 
-def hash_seed(seed, step):
-    """A seed of its own for the roll-outs of each step."""
-    return random.Random(f"roll-outs {seed} {step}").randrange(2**62)
-
-
 def print_line(line, args, left):
     print(f"step {line['step']}/{args.steps}  reward {line['reward']:.3f}  accuracy {line['accuracy']:.3f}  "
           f"format {line['format']:.2f}  grounded {line['grounded']:.2f}  looks {line['crops']:.2f}  "
-          f"cut off {line['cut_off']:.2f}  tokens {line['tokens']}  kl {line['kl']:.3f}  clip {line['clip']:.3f}  "
+          f"overlong {line['overlong']:.2f}  "
+          + "".join(f"{name.replace('_', ' ')} {line[name]:.2f}  " for name in ("on_target", "true_thoughts") if name in line)
+          + f"tokens {line['tokens']}  kl {line['kl']:.3f}  clip {line['clip']:.3f}  "
           f"grad {line['grad_norm']:.2f}  {line['seconds']:.2f} s  ({left})", flush=True)
 
 
@@ -388,7 +395,15 @@ def keep_log(out, line, flat):
 def row_of(trace):
     """What traces.jsonl has of a trace, beside its score."""
     return {"id": trace.question.id, "question": trace.question.text, "truth": trace.question.answer,
-            "turns": [t.text for t in trace.turns], "ended": trace.ended}
+            "turns": [t.text for t in trace.turns], "ended": trace.ended, "on_target": evaluation.targets_hit(trace),
+            "true_thoughts": evaluation.true_thoughts(trace)}
+
+
+def measured(rows):
+    """What is true of the traces of some rows, where it is known: shares of points on target and of true thoughts."""
+    rows = list(rows)
+    values = {name: [value for row in rows for value in row[name]] for name in ("on_target", "true_thoughts")}
+    return {name: mean(found) for name, found in values.items() if found}
 
 
 def keep_state(policy, optimizers, out, step):
@@ -449,7 +464,7 @@ def final_table(args, stages, out):
         questions = evaluation.open_file(args.eval_task, args.image_root, args.eval_n)
     else:
         questions = evaluation.questions_of(args, "test", args.eval_n)
-    summary, rows, seed = {}, [[*evaluation.HEADS, "minutes"]], hash_seed(args.seed, "test")
+    summary, rows, seed = {}, [[*evaluation.HEADS, "minutes"]], f"test {args.seed}"
     for name, path in stages.items():
         policy, notes = models.load(str(path), max_pixels=args.max_pixels), Path(path) / "notes.json"
         minutes = json.loads(notes.read_text()).get("minutes", 0.0) if notes.is_file() else 0.0

@@ -17,22 +17,28 @@ import random
 import re
 import shutil
 import time
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch.distributed.tensor import DTensor
 from transformers import AddedToken, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import evaluate as evaluation
 import model as models
-from evaluate import (ANSWERS, COLOURS, PATTERNS, QUESTION, SIDE, Scene, place_cards, search_scene)
+from evaluate import (ANSWERS, BLOCK, CELL, COLOURS, CONTRAST, JITTER, PATTERNS, QUESTION, SIDE, Scene, mean,
+                      place_cards, search_scene)
 from model import Chunk, Policy, Sequence, UserError, whole
 from reward import is_correct
-from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, call_text, dialogue_of, gather, like,
-                     micro_batches, parse, parse_points, parse_turn, rank, run, run_dialogues, sampling_of, settings, shard,
+from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Dialogue, Frame, Question, Trace, add_arguments, call_text, dialogue_of, gather, like,
+                     micro_batches, parse, parse_points, parse_turn, rank, rollout, run, run_dialogues, sampling_of, settings, shard,
                      spoken, window, world, zoom)
 
 # ------------------------------------------------------------------------------------------------ (a) the tiny base
@@ -40,6 +46,8 @@ from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_argume
 TINY_PROMPTS = {"direct": "Answer.", "think": "Think.", "grounded": "Point.", "zoom": "Zoom."}
 SHOW = ("Show each", " card.")         # instructed dialogue: look at all of them
 LIST = "List the cards."
+LIST_CELLS, LIST_TILES = "List the cells.", "List the tiles."
+TILES = 4                              # a side of the image of tiles, one for each token
 SEEN = 64                              # px: the side of what the tiny base sees, of drawings and of close-ups
 
 
@@ -48,7 +56,7 @@ def tiny_strings():
     call = call_text((0, 0)).partition("[0, 0]")
     fixed = ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>", "<observation>", "</observation>",
              *OBSERVATION, "</think>\n" + call[0] + "[", "]" + call[2], "</think>\n<answer>", "system\n", "user\n", "assistant\n"]
-    words = [*TINY_PROMPTS.values(), *QUESTION, *SHOW, LIST, " Card ", "Card ", " at (", ", ", ").", " None.", "Nothing.", ":"]
+    words = [*TINY_PROMPTS.values(), *QUESTION, *SHOW, LIST, LIST_CELLS, LIST_TILES, " Card ", "Card ", " at (", ", ", ").", " None.", "Nothing.", ":"]
     words += [BACKTRACK] + [" " + c for c in COLOURS] + list(PATTERNS) + [p.capitalize() + "." for p in PATTERNS]
     return fixed + words
 
@@ -132,6 +140,41 @@ def mixed_scene(rng, fewest=4, most=9, copies=(1, 2, 3, 3)):
     return Scene(place_cards(rng, [(c, rng.choice(("plain", *PATTERNS))) for c in colours]), colours[0])
 
 
+def draw_tiles(rng):
+    """A crop's size of TILES x TILES tiles, each with a colour and a pattern, in half of the images at any phase.
+    -> image, [(colour, pattern)] in reading order"""
+    side, step = SEEN // TILES, rng.choice((1, BLOCK))
+    image, faces = np.empty((SEEN, SEEN, 3)), []
+    for row in range(TILES):
+        for column in range(TILES):
+            colour, pattern = rng.choice(list(COLOURS)), rng.choice(list(PATTERNS))
+            y, x = rng.randrange(0, BLOCK, step), rng.randrange(0, BLOCK, step)
+            texture = np.tile(PATTERNS[pattern], (side // BLOCK + 1,) * 2)[y:y + side, x:x + side, None]
+            place = slice(row * side, (row + 1) * side), slice(column * side, (column + 1) * side)
+            image[place] = np.array(COLOURS[colour]) + CONTRAST * texture
+            faces.append((colour, pattern))
+    return Image.fromarray(image.astype(np.uint8)), faces
+
+
+def lesson_tiles(policy, rng):
+    """Read, densely: colour and pattern of 16 tiles in reading order."""
+    image, faces = draw_tiles(rng)
+    lesson = Lesson(policy, TINY_PROMPTS["direct"], LIST_TILES, image)
+    for colour, pattern in faces:
+        lesson.write(" " + colour).write(pattern)
+    return lesson.sequence
+
+
+def lesson_cells(policy, rng):
+    """Locate, densely: of each cell of the grid, in reading order, the card's colour and place, or that there is none."""
+    scene, frame = mixed_scene(rng), Frame((SEEN, SEEN), (SIDE, SIDE))
+    lesson = Lesson(policy, TINY_PROMPTS["grounded"], LIST_CELLS, overview(scene))
+    for card in scene.cells():
+        place = card and spoken(frame.to_seen((card.x, card.y)))
+        lesson.write(f" {card.colour} at {place}." if card else " None.")
+    return lesson.sequence
+
+
 def lesson_list(policy, rng, **kind):
     """Locate: list the cards of every colour, in reading order, and say where there is none (or no more). kind: of the scene."""
     scene = mixed_scene(rng, **kind)
@@ -170,9 +213,7 @@ def lesson_dialogue(policy, rng, go_on, show):
     pattern. So the base learns the grammar, where cards are and what a close-up shows, but not when to look on. Some looks are
     astray (their points are not learned): it learns to say that nothing is there. show: the instructed kind, all cards."""
     colour, count = rng.choice(list(COLOURS)), rng.choice((1, 2, 3, 3))
-    scene = search_scene(rng, colour, count)
-    faces = {id(c): rng.choice(("plain", *ANSWERS)) for c in scene.candidates}     # here any of them may bear a pattern
-    scene = Scene(tuple(type(c)(c.colour, faces.get(id(c), c.pattern), c.x, c.y) for c in scene.cards), colour)
+    scene = patterned(rng, search_scene(rng, colour, count))
     frame, drawing, candidates = Frame((SEEN, SEEN), (SIDE, SIDE)), scene.draw(), scene.candidates
     words = SHOW if show else QUESTION
     lesson = Lesson(policy, TINY_PROMPTS["zoom"], f"{words[0]} {colour}{words[1]}", overview(scene))
@@ -301,8 +342,68 @@ def make_optimizers(policy, kind, lr, adamw_lr=None, dtype="float32"):
     return [Muon(hidden, lr=lr), adamw(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
+def tile_truths(rng):
+    """-> an image of tiles, and of each of its tokens (colour, pattern, not asked, not asked), as numbers"""
+    image, faces = draw_tiles(rng)
+    colours, patterns = list(COLOURS), list(PATTERNS)
+    return image, [(colours.index(c), patterns.index(p), -1, -1) for c, p in faces]
+
+
+def cell_truths(rng):
+    """-> an overview, and of each of its tokens (colour of the cell's card, not asked, its shift in x, in y), as numbers"""
+    scene, colours = mixed_scene(rng), list(COLOURS)
+    truths = []
+    for card in scene.cells():
+        if card is None:
+            truths.append((len(colours), -1, -1, -1))
+        else:
+            shifts = [JITTER.index(v % CELL - CELL // 2) for v in (card.x, card.y)]
+            truths.append((colours.index(card.colour), -1, *shifts))
+    return overview(scene), truths
+
+
+def train_tower(policy, seed, *, steps=240, batch=16, log=print):
+    """Teaches the vision tower alone, by linear heads that are thrown away: a token of tiles tells colour and pattern, a token
+    of an overview the colour of the card in its cell, or that there is none, and how it is moved in x and y.
+
+    Through the language model this takes some thousand steps, for it learns to read while the tower learns to see."""
+    colours, patterns = list(COLOURS), list(PATTERNS)
+    sizes = (len(colours) + 1, len(patterns), len(JITTER), len(JITTER))
+    tower, head = policy.model.model.visual, torch.nn.Linear(policy.text_config.hidden_size, sum(sizes))
+    policy.train_vision = True
+    optimizers = [Muon([p for p in tower.parameters() if p.ndim == 2], lr=0.01),
+                  torch.optim.AdamW([p for p in tower.parameters() if p.ndim != 2] + [*head.parameters()], lr=5e-3,
+                                    betas=(0.9, 0.98), weight_decay=0.0)]
+    started = time.time()
+    for step in range(steps):
+        images, truths = [], []
+        for i in range(batch):
+            rng = random.Random(f"tower {seed} {step} {i}")
+            image, truth = tile_truths(rng) if i % 2 else cell_truths(rng)
+            images.append(policy.picture(image))
+            truths += truth
+        told = head(torch.cat(policy.features(images))).split(sizes, -1)                 # (batch * 16, size) each
+        truths = torch.tensor(truths).T                                                  # (4, batch * 16)
+        loss = sum(F.cross_entropy(x, truth, ignore_index=-1) for x, truth in zip(told, truths))
+        loss.backward()
+        optimizer_step([*tower.parameters(), *head.parameters()], optimizers, learning_rate(step, steps, 20, 0.05))
+        if step % 60 == 59:
+            log(f"vision tower {step + 1}/{steps}  loss {loss.item():.3f}  {remaining(started, step + 1, steps)}")
+    policy.train_vision = False
+
+
+def mix_of(step, ramp, batch=16):
+    """How many lessons of each kind a pretraining step has. The curriculum ramps up over `ramp` steps and then stays."""
+    u = step / ramp
+    tiles = cells = 6 if u < 0.15 else 2 if u < 0.6 else 1
+    readings = 0 if u < 0.1 else 1
+    dialogues = 0 if u < 0.3 else 5 if u < 0.6 else 8
+    lists = batch - tiles - cells - readings - dialogues
+    return {"tiles": tiles, "cells": cells, "read": readings, "dialogue": dialogues, "list": lists}
+
+
 def list_kind(u):
-    """The scenes of lessons that list cards at share `u` of pretraining: few colours once each, then more cards, then alike."""
+    """The scenes of lessons that list cards at share `u` of the curriculum: few colours once each, then more cards, then alike."""
     if u < 0.08:
         return dict(fewest=1, most=1 + int(5 * u / 0.08), copies=(1,))
     w = min(1, (u - 0.08) / 0.22)
@@ -310,33 +411,80 @@ def list_kind(u):
                 copies=(1, 1, 2) if w < 0.3 else (1, 2, 2, 3) if w < 0.7 else (1, 2, 3, 3))
 
 
-def pretrain(policy, steps, seed, *, batch=16, go_on=0.2, log=print):
-    """Teaches the tiny base to see and to speak: lists first, dialogues from a fifth of the time on, six in ten instructed."""
-    rng = random.Random(f"pretraining {seed}")
-    policy.train_vision = True
-    policy.model.train()
+GO_ON = 0.2      # with this probability a dialogue of the lessons goes on to the next candidate, whatever the crop showed
+
+
+def make_lesson(policy, kind, rng, share):
+    """A pretraining sequence. share: of the curriculum that is over."""
+    if kind == "tiles":
+        return lesson_tiles(policy, rng)
+    if kind == "cells":
+        return lesson_cells(policy, rng)
+    if kind == "read":
+        return lesson_read(policy, rng)
+    if kind == "dialogue":
+        return lesson_dialogue(policy, rng, GO_ON, show=rng.random() < 0.6)
+    return lesson_list(policy, rng, **list_kind(share))
+
+
+def pretrain(policy, steps, seed, *, log=print):
+    """Teaches the tiny base to see and to speak: the vision tower first, then, with the tower frozen, the language model."""
+    train_tower(policy, seed, log=log)
     optimizers = make_optimizers(policy, "muon", 0.01, adamw_lr=5e-3)
-    started = time.time()
+    policy.model.train()
+    started, ramp = time.time(), steps * 2 // 3
     for step in range(steps):
-        u = step / steps
-        dialogues = 0 if u < 0.2 else batch * 5 // 16 if u < 0.5 else batch // 2
-        readings = 1 if u < 0.08 else rng.randrange(2)
-        lessons = [lesson_list(policy, rng, **list_kind(u)) for _ in range(batch - readings - dialogues)]
-        lessons += [lesson_read(policy, rng) for _ in range(readings)]
-        lessons += [lesson_dialogue(policy, rng, go_on, show=rng.random() < 0.6) for _ in range(dialogues)]
-        loss = -policy.log_probs([[lesson] for lesson in lessons]).mean()
-        loss.backward()
-        descend(policy, optimizers, learning_rate(step, steps, 30, 0.05))
+        kinds = [kind for kind, count in mix_of(step, ramp).items() for _ in range(count)]
+        lessons = []
+        for i in range(rank(), len(kinds), world()):
+            rng = random.Random(f"lesson {seed} {step} {i}")
+            lessons.append(make_lesson(policy, kinds[i], rng, step / ramp))
+        tokens = sum(gather(sum(sum(lesson.sampled) for lesson in lessons)))
+        loss = -policy.log_probs([[lesson] for lesson in lessons]).sum() / tokens
+        (loss * world()).backward()
+        optimizer_step(policy.trainable(), optimizers, learning_rate(step, steps, 30, 0.05))
         if step % 50 == 49 or step + 1 == steps:
-            log(f"pretraining {step + 1}/{steps}  loss {loss.item():.3f}  {remaining(started, step + 1, steps)}")
+            log(f"pretraining {step + 1}/{steps}  loss {loss.item() * world():.3f}  {remaining(started, step + 1, steps)}")
     policy.model.eval()
-    policy.train_vision = False
 
 
-def descend(policy, optimizers, factor, clip=1.0):
+def exam(policy, seed, n=256):
+    """What the base must know, on held-out scenes, sampled at temperature 1. -> {name: share}
+
+    says: thoughts after a crop that name what it shows, for each pattern; target 1, 2, 3: first, second and third
+    looks that lie on that candidate; lists: colours of which all cards are listed without a mistake."""
+    questions = []
+    for i in range(n):
+        rng = random.Random(f"exam {seed} {i}")
+        scene = patterned(rng, search_scene(rng))
+        questions.append(Question(f"{SHOW[0]} {scene.colour}{SHOW[1]}", [scene.draw], "", scene=scene))
+    seeds = [f"exam {seed} {i}" for i in range(n)]
+    mine = slice(rank(), None, world())
+    said, hits = defaultdict(list), defaultdict(list)
+    limits = dict(turn_tokens=48, response_tokens=288, cache_tokens=65_536)
+    for trace, in rollout(policy, questions[mine], Dialogue(), 1, seeds[mine], **limits):
+        scene, frame = trace.question.scene, trace.frames[0]
+        for turn, after in pairwise(trace.turns):
+            if turn.crop and not after.forced:
+                said[scene.face_in(turn.crop)].append(scene.describes(after.thought, turn.crop))
+        for number, (point, card) in enumerate(zip(trace.crops, scene.candidates), 1):
+            hits[f"target {number}"].append(scene.card_at(frame.to_original(point)) is card)
+        for number in range(len(trace.crops) + 1, len(scene.candidates) + 1):
+            hits[f"target {number}"].append(False)
+    print({k: round(mean(v), 3) for k, v in sorted(said.items())}, {k: round(mean(v), 3) for k, v in sorted(hits.items())},
+          mean(v for k in said for v in said[k]))
+
+
+def patterned(rng, scene):
+    """The same scene, but any candidate may bear a pattern."""
+    faces = {id(c): rng.choice(("plain", *ANSWERS)) for c in scene.candidates}
+    return Scene(tuple(replace(c, pattern=faces.get(id(c), c.pattern)) for c in scene.cards), scene.colour)
+
+
+def optimizer_step(parameters, optimizers, factor, clip=1.0):
     """One step along the accumulated gradients, at `factor` times each optimizer's own learning rate; then they are cleared.
     -> their norm before clipping to `clip`."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
@@ -412,24 +560,28 @@ def cut_trace(policy, trace, end):
     turns = [t for t, start in zip(trace.turns, trace.starts[1:]) if start <= end]
     pictures = trace.pictures[:sum(1 for t in turns if t.crop)]
     starts = [s for s in trace.starts if s <= end]
-    return Trace(trace.prompt, trace.ids[:end], trace.sampled[:end], trace.log_probs[:end], pictures, question=trace.question,
-                 mode=trace.mode, frames=trace.frames, turns=turns, starts=starts, begun=policy.decode(trace.ids[starts[-1]:end]))
+    return Trace(trace.prompt, trace.ids[:end], trace.sampled[:end], trace.log_probs[:end], pictures, trace.stream,
+                 question=trace.question, mode=trace.mode, frames=trace.frames, turns=turns, starts=starts,
+                 begun=policy.decode(trace.ids[starts[-1]:end]))
 
 
 def continue_from(policy, dialogue, prefixes, count, sampling):
-    """`count` complete traces from each prefix; the prefix is run once for them. -> lists of Traces, in the prefixes' order."""
+    """`count` complete traces from each prefix; the prefix is run once for them. -> lists of Traces, in the prefixes' order.
+
+    Each trace gets a random stream of its own, begun by the next number of its tree's stream."""
     def jobs():
         for prefix in prefixes:
             prompt = Chunk(prefix.prompt.ids + prefix.ids, prefix.prompt.pictures + prefix.pictures)
-            job = [Trace(prompt, question=prefix.question, mode=prefix.mode, frames=prefix.frames, turns=list(prefix.turns),
-                         begun=prefix.begun, shown=prefix.shown) for _ in range(count)]
+            job = [Trace(prompt, stream=random.Random(prefix.stream.getrandbits(64)), question=prefix.question,
+                         mode=prefix.mode, frames=prefix.frames, turns=list(prefix.turns), begun=prefix.begun,
+                         shown=prefix.shown) for _ in range(count)]
             place[id(job)] = len(place), job
             yield job
 
     def whole(prefix, rest):
         shift = len(prefix.ids)
         return Trace(prefix.prompt, prefix.ids + rest.ids, prefix.sampled + rest.sampled, prefix.log_probs + rest.log_probs,
-                     prefix.pictures + rest.pictures, question=rest.question, mode=rest.mode, frames=rest.frames,
+                     prefix.pictures + rest.pictures, prefix.stream, question=rest.question, mode=rest.mode, frames=rest.frames,
                      turns=rest.turns, ended=rest.ended, starts=prefix.starts + [s + shift for s in rest.starts[1:]],
                      shown=prefix.shown)
 
@@ -439,13 +591,13 @@ def continue_from(policy, dialogue, prefixes, count, sampling):
     return [[whole(prefix, rest) for rest in found[i]] for i, prefix in enumerate(prefixes)]
 
 
-def search(policy, questions, dialogue, sampling, *, simulations=8, width=3, rollouts=2, depth=10, c=2.0, min_distance=10,
+def search(policy, questions, dialogue, seeds, sampling, *, simulations=8, width=3, rollouts=2, depth=10, c=2.0, min_distance=10,
            log=print):
     """Monte Carlo tree search for right traces of each question (paper: warm start). -> the trees' roots. In each simulation
     UCB1 selects a leaf of every tree; `width` continuations are sampled from it to their ends; the first step of each becomes a
     child unless it repeats a point of its path or a sibling; each child gets `rollouts` roll-outs, the one that it came with
-    among them; rewards (1 right, 0 wrong) are backed up."""
-    roots = [Node(dialogue.start(policy, question, 1)[0]) for question in questions]
+    among them; rewards (1 right, 0 wrong) are backed up. seeds: one a question, for all random numbers of its tree."""
+    roots = [Node(dialogue.start(policy, question, 1, seed)[0]) for question, seed in zip(questions, seeds)]
     started = time.time()
     for simulation in range(simulations):
         leaves, new = [root.select(c) for root in roots], []
@@ -618,7 +770,7 @@ def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16
             (loss * counts * world()).backward()                  # gradients are averaged over the processes
             total += loss.item() * counts
         total = sum(gather(total))
-        norm = descend(policy, optimizers, learning_rate(step, steps, max(1, steps * 0.03), **decay), clip)
+        norm = optimizer_step(policy.trainable(), optimizers, learning_rate(step, steps, max(1, steps * 0.03), **decay), clip)
         if step % 20 == 19 or step + 1 == steps:
             log(f"sft {step + 1}/{steps}  loss {total:.3f}  grad norm {norm:.2f}  {remaining(started, step + 1, steps)}")
     policy.model.eval()
@@ -711,8 +863,9 @@ def make_traces(args, base, out, log):
     dialogue = dialogue_of(args)
     if args.search_mode and args.mode == "zoom":
         dialogue.mode = args.search_mode
-    roots = search(teacher, questions[rank()::world()], dialogue, sampling_of(args, args.seed + rank()),
-                   simulations=args.simulations, log=log)
+    seeds = [f"search {args.seed} {i}" for i in range(len(questions))]
+    mine = slice(rank(), None, world())
+    roots = search(teacher, questions[mine], dialogue, seeds[mine], sampling_of(args), simulations=args.simulations, log=log)
     found = gather([linearise(root) for root in roots])           # of question i: in process i % world(), number i // world()
     rng, chains = random.Random(f"chains {args.seed}"), []
     for i, question in enumerate(questions):

@@ -11,7 +11,8 @@ from conftest import (ACTION_RL, ATLAS, POINT_RL, PRO, PROBE, ROBOSPATIAL, SAT, 
                       hr_bench, talk)
 from evaluate import read_questions, summarise
 from model import UserError
-from reward import lenient_rule, match_action, match_answer, match_point, official_rule, option_text, parse_options
+from evaluate import lenient_rule, official_rule
+from reward import match_action, match_answer, match_point, option_text, parse_options
 from rollout import Frame, Question, Trace, Turn
 
 

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 import evaluate as evaluation
-from evaluate import (ANSWERS, CARD, SIDE, Card, DrawnQuestions, Records, Scene, blind_accuracy, evaluate, interval, report,
+from evaluate import (ANSWERS, CARD, SIDE, Card, DrawnQuestions, Records, Scene, blind_accuracy, evaluate, interval, record_of, report,
                       search_scene, toy_search)
 from model import UserError
-from reward import record_of
 from rollout import Dialogue, call_text, draw_trace, window
 from train_sft import replay
 
