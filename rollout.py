@@ -491,16 +491,16 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def world_size():
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def gather(value):
     """Every process's `value` (anything that pickles), as a list by rank, on every process. It also waits for all of them."""
-    if world() == 1:
+    if world_size() == 1:
         return [value]
-    values = [None] * world()
+    values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
@@ -532,7 +532,7 @@ def shard(policy):
     """FSDP2: each process keeps a part of every weight, gradient and optimizer state. In an update, the weights of the language
     model are gathered layer by layer, and all others at once; gradients are averaged over the processes. A frozen vision tower
     stays whole: which process has images to encode, and when, is its own affair."""
-    how = dict(mesh=init_device_mesh(policy.device.type, (world(),)), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    how = dict(mesh=init_device_mesh(policy.device.type, (world_size(),)), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     for layer in policy.model.model.language_model.layers:
         fully_shard(layer, **how)
     trained = {id(p) for p in policy.trainable()}
@@ -544,7 +544,7 @@ def shard(policy):
 
 
 @contextmanager
-def whole_weights(policy):
+def unsharded(policy):
     """Inside, every process has all weights of a sharded policy, and samples without waiting for the others."""
     units = [m for m in policy.model.modules() if isinstance(m, FSDPModule)]
     for unit in units:

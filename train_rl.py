@@ -29,10 +29,10 @@ import evaluate as evaluation
 import model as models
 import train_sft as sft
 from evaluate import mean
-from model import UserError, whole
+from model import UserError, full_tensor
 from reward import MULTI_TURN, SINGLE_TURN, Weights, score
 from rollout import (add_arguments, dialogue_of, gather, like, micro_batches, parse, rank, rollout, run, sampling_of, settings,
-                     whole_weights, world)
+                     unsharded, world_size)
 
 # ------------------------------------------------------------------------------------------------ the update
 
@@ -101,11 +101,11 @@ def train_step(policy, reference, groups, optimizers, args, factor):
         old = torch.tensor([log_prob for _, log_prob in flat], device=policy.device)
         advantages = torch.tensor([advantage_of.get(id(trace), 0.0) for trace, _ in flat], device=policy.device)
         loss, logged = grpo_loss(policy.log_probs(micro, args.temperature), old, ref, advantages, kl=args.kl)
-        (loss * counts * world() / tokens).backward()              # gradients are averaged over the processes
+        (loss * counts * world_size() / tokens).backward()   # gradients are averaged over the processes
         for name, value in {"loss": loss.item(), **logged}.items():
             sums[name] += value * counts / tokens
     policy.model.eval()
-    norm, of_all = sft.descend(policy, optimizers, factor, args.clip_norm), gather(sums)
+    norm, of_all = sft.optimizer_step(policy, optimizers, factor, args.clip_norm), gather(sums)
     return {**{name: sum(one[name] for one in of_all) for name in sums}, "grad_norm": norm, "tokens": tokens}
 
 
@@ -295,7 +295,7 @@ def parse_arguments():
     args.lr = args.lr or {"muon": 2.5e-3, "adamw": 1e-6}[args.optimizer]
     args.warm_up = round(args.steps / 20) if args.warm_up is None else args.warm_up
     args.update_questions = args.update_questions or args.questions
-    args.gpus = args.gpus or world()
+    args.gpus = args.gpus or world_size()
     for name in ("questions", "update_questions", "group", "steps", "eval_n", "save_every", "show_every", "gpus", "gpu_gib"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
@@ -331,8 +331,8 @@ def train(policy, reference, args, out):
         begun = time.time()
         questions = evaluation.questions_of(args, "train", args.questions, args.search_questions + step * args.questions)
         sampling = sampling_of(args, hash_seed(args.seed, f"{step} {rank()}" if rank() else step))
-        with whole_weights(policy):
-            groups = list(rollout(policy, questions[rank()::world()], dialogue, args.group, **sampling))
+        with unsharded(policy):
+            groups = list(rollout(policy, questions[rank()::world_size()], dialogue, args.group, **sampling))
         sampled = time.time() - begun
 
         weights = weights_at(args, step)
@@ -342,7 +342,7 @@ def train(policy, reference, args, out):
                       for (_, scores), ok in zip(scored, counted)]
         factor = sft.learning_rate(step, args.steps, max(1, args.warm_up), args.final_lr)
         pairs = [(t, a) for (t, _), a in zip(scored, advantages)]
-        size = args.update_questions // world()
+        size = args.update_questions // world_size()
         learnt = add_up([train_step(policy, reference, pairs[i:i + size], optimizers, args, factor)
                          for i in range(0, len(pairs), size)])
 
@@ -394,7 +394,7 @@ def row_of(trace):
 def keep_state(policy, optimizers, out, step):
     """state.pt: all that is needed to go on after `step`, with any number of processes; written whole."""
     def gathered(x):                # one tensor at a time; only the first process keeps it, in the host's memory
-        x = whole(x)
+        x = full_tensor(x)
         return x if not torch.is_tensor(x) else x.cpu() if rank() == 0 else None
     state = tree_map(gathered, {"model": policy.model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
     if rank() == 0:

@@ -29,11 +29,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import evaluate as evaluation
 import model as models
 from evaluate import (ANSWERS, COLOURS, PATTERNS, QUESTION, SIDE, Scene, place_cards, search_scene)
-from model import Chunk, Policy, Sequence, UserError, whole
+from model import Chunk, Policy, Sequence, UserError, full_tensor
 from reward import is_correct
 from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, call_text, dialogue_of, gather, like,
                      micro_batches, parse, parse_points, parse_turn, rank, run, run_dialogues, sampling_of, settings, shard,
-                     spoken, window, world, zoom)
+                     spoken, window, world_size, zoom)
 
 # ------------------------------------------------------------------------------------------------ (a) the tiny base
 
@@ -226,7 +226,7 @@ class Muon(torch.optim.Optimizer):
             for shape, params in shapes.items():
                 momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
                            for p in params]
-                grads, momenta = (torch.stack([whole(x) for x in found])                              # (n, rows, columns)
+                grads, momenta = (torch.stack([full_tensor(x) for x in found])       # (n, rows, columns)
                                   for found in ([p.grad for p in params], momenta))
                 update = orthogonalise(grads.lerp(momenta, group["momentum"]))
                 scale = max(1, shape[0] / shape[1])**0.5
@@ -326,14 +326,14 @@ def pretrain(policy, steps, seed, *, batch=16, go_on=0.2, log=print):
         lessons += [lesson_dialogue(policy, rng, go_on, show=rng.random() < 0.6) for _ in range(dialogues)]
         loss = -policy.log_probs([[lesson] for lesson in lessons]).mean()
         loss.backward()
-        descend(policy, optimizers, learning_rate(step, steps, 30, 0.05))
+        optimizer_step(policy, optimizers, learning_rate(step, steps, 30, 0.05))
         if step % 50 == 49 or step + 1 == steps:
             log(f"pretraining {step + 1}/{steps}  loss {loss.item():.3f}  {remaining(started, step + 1, steps)}")
     policy.model.eval()
     policy.train_vision = False
 
 
-def descend(policy, optimizers, factor, clip=1.0):
+def optimizer_step(policy, optimizers, factor, clip=1.0):
     """One step along the accumulated gradients, at `factor` times each optimizer's own learning rate; then they are cleared.
     -> their norm before clipping to `clip`."""
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip)
@@ -342,7 +342,7 @@ def descend(policy, optimizers, factor, clip=1.0):
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return whole(norm).item()
+    return full_tensor(norm).item()
 
 
 def remaining(started, done, total):
@@ -613,12 +613,12 @@ def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16
             order += rng.sample(traces, len(traces))
         groups, order = [[trace] for trace in order[:batch]], order[batch:]
         tokens, total = sum(sum(trace.sampled) for (trace,) in groups), 0.0
-        for micro, counts in micro_batches(groups[rank()::world()], micro_tokens, groups[:1]):
+        for micro, counts in micro_batches(groups[rank()::world_size()], micro_tokens, groups[:1]):
             loss = -policy.log_probs(micro).sum() / tokens
-            (loss * counts * world()).backward()                  # gradients are averaged over the processes
+            (loss * counts * world_size()).backward()      # gradients are averaged over the processes
             total += loss.item() * counts
         total = sum(gather(total))
-        norm = descend(policy, optimizers, learning_rate(step, steps, max(1, steps * 0.03), **decay), clip)
+        norm = optimizer_step(policy, optimizers, learning_rate(step, steps, max(1, steps * 0.03), **decay), clip)
         if step % 20 == 19 or step + 1 == steps:
             log(f"sft {step + 1}/{steps}  loss {total:.3f}  grad norm {norm:.2f}  {remaining(started, step + 1, steps)}")
     policy.model.eval()
@@ -669,7 +669,7 @@ def load_trainable(args, path):
         policy.system_prompts[args.mode] = prompt       # the checkpoint remembers it
     if policy.device.type == "cuda":
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if world() > 1:
+    if world_size() > 1:
         shard(policy)
     return policy
 
@@ -711,12 +711,12 @@ def make_traces(args, base, out, log):
     dialogue = dialogue_of(args)
     if args.search_mode and args.mode == "zoom":
         dialogue.mode = args.search_mode
-    roots = search(teacher, questions[rank()::world()], dialogue, sampling_of(args, args.seed + rank()),
+    roots = search(teacher, questions[rank()::world_size()], dialogue, sampling_of(args, args.seed + rank()),
                    simulations=args.simulations, log=log)
-    found = gather([linearise(root) for root in roots])           # of question i: in process i % world(), number i // world()
+    found = gather([linearise(root) for root in roots])           # of question i: in process i % world_size(), number i // world_size()
     rng, chains = random.Random(f"chains {args.seed}"), []
     for i, question in enumerate(questions):
-        mine = found[i % world()][i // world()]
+        mine = found[i % world_size()][i // world_size()]
         chains += [(question, chain) for chain in rng.sample(mine, min(args.chains, len(mine)))]
     if not chains:
         raise UserError(f"the search found no right trace in {len(questions)} questions; give a stronger --teacher or more "

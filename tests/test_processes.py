@@ -20,7 +20,7 @@ import evaluate as evaluation
 import model as models
 import train_rl as rl
 import train_sft as sft
-from rollout import Dialogue, rank, rollout, run, shard, whole_weights, world
+from rollout import Dialogue, rank, rollout, run, shard, unsharded, world_size
 
 def main():
     torch.set_num_threads(1)
@@ -33,11 +33,11 @@ def main():
         policy.train_vision = reference.train_vision = kind == "muon"
         if kind == "muon":
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if world() > 1:
+        if world_size() > 1:
             shard(policy)
             shard(reference)
         questions = [evaluation.toy_search("train", 0, i) for i in range(5)]
-        with whole_weights(policy):
+        with unsharded(policy):
             groups = list(rollout(policy, questions, Dialogue(max_crops=1), 3, turn_tokens=8, response_tokens=40,
                                   generator=torch.Generator().manual_seed(1)))
         groups.sort(key=lambda traces: traces[0].question.id)
@@ -46,7 +46,7 @@ def main():
         args = SimpleNamespace(micro_tokens=1, temperature=1.0, kl=0.1, clip_norm=1.0, reference="gpu")
         if start != "-":
             rl.restore(policy, optimizers, Path(start) / kind)
-        logged = [rl.train_step(policy, reference, pairs[rank()::world()], optimizers, args, 1.0) for _ in range(2)]
+        logged = [rl.train_step(policy, reference, pairs[rank()::world_size()], optimizers, args, 1.0) for _ in range(2)]
         lines = []
         sft.fine_tune(policy, [t for traces in groups for t in traces], optimizers, steps=2, batch=3, seed=0, micro_tokens=1,
                       log=lines.append)
