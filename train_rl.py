@@ -4,7 +4,7 @@ In:  a task and a checkpoint (by default everything before it is made: the tiny 
 Out: a run folder: args.json, log.jsonl (a line a step), traces.jsonl (sampled traces with their rewards), the checkpoints
      base/, sft/, rl/, state.pt (to resume from), summary.json (the final table).
 
-With torchrun, each process rolls out and learns from its own share of the questions, and all make the same update (FSDP2).
+Each process rolls out and learns from its own share of the questions, and all make the same update.
 
 Kept of GRPO (DeepSeekMath; as the paper uses it): G traces a question, advantages relative to their group, clipped
 probability ratios (0.2 below, 0.28 above, a second clip at 3 for negative advantages), a KL penalty to the SFT model by the k3
@@ -31,8 +31,8 @@ import train_sft as sft
 from evaluate import mean
 from model import UserError, full_tensor
 from reward import MULTI_TURN, SINGLE_TURN, Weights, score
-from rollout import (add_arguments, dialogue_of, gather, like, micro_batches, parse, rank, rollout, run, sampling_of, settings,
-                     unsharded, world_size)
+from rollout import (REPLICATED, add_arguments, dialogue_of, gather, gather_shares, is_sharded, like, micro_batches,
+                     parse, rank, rollout, run, sampling_of, settings, unsharded, world_size)
 
 # ------------------------------------------------------------------------------------------------ the update
 
@@ -83,8 +83,11 @@ def reference_log_probs(reference, batches, args, device):
 
 
 def train_step(policy, reference, groups, optimizers, args, factor):
-    """One update on the traces of some groups, each process's own. groups: [(traces, advantages)]. -> what to log, of all"""
-    spare = min((traces for traces, _ in groups), key=lambda traces: sum(len(t.ids) for t in traces))[:1]
+    """One update on the traces of some groups, each process's own (none, perhaps, where weights are replicated).
+    groups: [(traces, advantages)]. -> what to log, of all"""
+    spare = None
+    if is_sharded(policy):
+        spare = [min((traces for traces, _ in groups), key=lambda traces: sum(len(t.ids) for t in traces))[:1]]
     groups = [(traces, a) for traces, a in groups if any(a)]
     kept = [([t for t, x in zip(traces, a) if x], [x for x in a if x]) for traces, a in groups]
     advantage_of = {id(t): x for traces, a in kept for t, x in zip(traces, a)}
@@ -92,7 +95,7 @@ def train_step(policy, reference, groups, optimizers, args, factor):
     sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0, "groups_used": len(kept)}
     if not tokens:
         return {**sums, "grad_norm": 0.0, "tokens": 0}
-    batches = micro_batches([traces for traces, _ in kept], args.micro_tokens, [spare])
+    batches = micro_batches([traces for traces, _ in kept], args.micro_tokens, spare)
     references = reference_log_probs(reference, [micro for micro, _ in batches], args, policy.device)
     policy.model.train()
     for (micro, counts), ref in zip(batches, references):
@@ -119,6 +122,15 @@ def add_up(updates):
 
 TEXT = 512                  # tokens of a prompt beside its image's: system prompt and question
 ROOM = 0.9                  # share of a GPU's memory that can be planned with; the rest is CUDA's own, and fragments
+
+
+def read_config(path):
+    """Of a checkpoint, (config, what `count_parameters` finds); no weights are read. Raises UserError."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        return config, count_parameters(config)
+    except (AttributeError, OSError, ValueError) as error:
+        raise UserError(f"{path}: no config of the Qwen2.5-VL family ({str(error).splitlines()[0]})") from error
 
 
 def count_parameters(config):
@@ -228,11 +240,11 @@ def dry_run(args):
     """Prints what the job needs of a GPU, from the checkpoint's config alone. Raises UserError where it does not fit."""
     if not args.model:
         raise UserError("--dry-run needs --model; the tiny base fits anywhere")
+    config, counts = read_config(args.model)
+    total, tower, _ = counts
     try:
-        config = AutoConfig.from_pretrained(args.model)
         if not args.max_pixels:
             args.max_pixels = AutoImageProcessor.from_pretrained(args.model, backend="pil").size["longest_edge"]
-        counts = total, tower, _ = count_parameters(config)
         need = memory(config, counts, args)
     except (AttributeError, OSError, ValueError) as error:
         raise UserError(f"{args.model}: no config of the Qwen2.5-VL family ({str(error).splitlines()[0]})") from error
@@ -301,16 +313,23 @@ def parse_arguments():
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if args.group < 2:
         raise UserError("--group must be at least 2: advantages compare the traces of a group")
-    if args.questions % args.gpus or args.update_questions % args.gpus:
-        raise UserError(f"--questions {args.questions} and --update-questions {args.update_questions} must be multiples of the "
-                        f"number of processes, {args.gpus}")
-    if args.reference == "cpu" and args.gpus > 1:
-        raise UserError("--reference cpu is for one process; with several the reference model's weights are shared out anyway")
+    uneven = args.questions % args.gpus or args.update_questions % args.gpus
+    if args.gpus > 1 and (uneven or args.reference == "cpu") and will_be_sharded(args):
+        if uneven:
+            raise UserError(f"--questions {args.questions} and --update-questions {args.update_questions} must be multiples "
+                            f"of the number of processes, {args.gpus}")
+        raise UserError("--reference cpu is for one process; with several the reference model's weights are shared out "
+                        "anyway")
     try:
         weights_at(args, 0)
     except ValueError as error:
         raise UserError(f"--diversity {args.diversity}: {error}") from None
     return args
+
+
+def will_be_sharded(args):
+    """Whether several processes shard the model, by its config. Raises UserError."""
+    return args.model is not None and read_config(args.model)[1][0] > REPLICATED
 
 
 def weights_at(args, step):
@@ -333,6 +352,8 @@ def train(policy, reference, args, out):
         sampling = sampling_of(args, hash_seed(args.seed, f"{step} {rank()}" if rank() else step))
         with unsharded(policy):
             groups = list(rollout(policy, questions[rank()::world_size()], dialogue, args.group, **sampling))
+        number = {question: i for i, question in enumerate(questions)}
+        groups.sort(key=lambda traces: number[traces[0].question])      # not in the order of their ends
         sampled = time.time() - begun
 
         weights = weights_at(args, step)
@@ -341,13 +362,16 @@ def train(policy, reference, args, out):
         advantages = [group_advantages([s.total for s in scores], ok, not args.no_std)
                       for (_, scores), ok in zip(scored, counted)]
         factor = sft.learning_rate(step, args.steps, max(1, args.warm_up), args.final_lr)
-        pairs = [(t, a) for (t, _), a in zip(scored, advantages)]
-        size = args.update_questions // world_size()
-        learnt = add_up([train_step(policy, reference, pairs[i:i + size], optimizers, args, factor)
-                         for i in range(0, len(pairs), size)])
+        updates = []
+        for first_of_update in range(0, args.questions, args.update_questions):
+            share = range(first_of_update, first_of_update + args.update_questions)
+            pairs = [(t, a) for (t, _), a in zip(scored, advantages) if number[t[0].question] in share]
+            updates.append(train_step(policy, reference, pairs, optimizers, args, factor))
+        learnt = add_up(updates)
 
-        flat = sum(gather([(row_of(t), s) for traces, scores in scored for t, s in zip(traces, scores)]), [])
-        counted = sum(gather(counted), [])
+        rows = [[(row_of(t), s) for t, s in zip(traces, scores)] for traces, scores in scored]
+        flat = sum(gather_shares(rows), [])
+        counted = gather_shares(counted)
         line = {"step": step + 1, "reward": mean(s.total for _, s in flat), "accuracy": mean(s.correct for _, s in flat),
                 "format": mean(s.format for _, s in flat), "grounded": mean(s.grounded for _, s in flat),
                 "diversity": mean(s.diversity for _, s in flat), "crops": mean(s.crops for _, s in flat),
@@ -356,7 +380,7 @@ def train(policy, reference, args, out):
         if rank() == 0:
             keep_log(out, line, flat)
         print_line(line, args, sft.remaining(started, step + 1 - first, args.steps - first))
-        if step % args.show_every == 0:
+        if step % args.show_every == 0 and rank() == 0:
             trace, s = scored[0][0][0], scored[0][1][0]
             print(f"\n{trace.text()}\n-> truth: {trace.question.answer}; reward {s.total:.2f} = correct {s.correct:.0f}, "
                   f"format {s.format:.0f}, grounded {s.grounded:.0f}, diversity {s.diversity:.2f} {s.why}\n")
@@ -487,6 +511,7 @@ def main():
     if reference and args.reference == "cpu":
         reference.model.to("cpu")
     train(policy, reference, args, out)
+    gather(None)                                    # the log is whole
     seconds = sum(json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text().splitlines())
     policy.save(out / "rl", minutes=seconds / 60)
     gather(None)

@@ -15,11 +15,11 @@ import json
 import math
 import random
 import re
-import shutil
 import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -31,9 +31,9 @@ import model as models
 from evaluate import (ANSWERS, COLOURS, PATTERNS, QUESTION, SIDE, Scene, place_cards, search_scene)
 from model import Chunk, Policy, Sequence, UserError, full_tensor
 from reward import is_correct
-from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, call_text, dialogue_of, gather, like,
-                     micro_batches, parse, parse_points, parse_turn, rank, run, run_dialogues, sampling_of, settings, shard,
-                     spoken, window, world_size, zoom)
+from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, average_gradients, call_text,
+                     dialogue_of, gather, gather_shares, is_sharded, like, micro_batches, parse, parse_points, parse_turn,
+                     rank, run, run_dialogues, sampling_of, settings, share_out, spoken, window, world_size, zoom)
 
 # ------------------------------------------------------------------------------------------------ (a) the tiny base
 
@@ -335,7 +335,9 @@ def pretrain(policy, steps, seed, *, batch=16, go_on=0.2, log=print):
 
 def optimizer_step(policy, optimizers, factor, clip=1.0):
     """One step along the accumulated gradients, at `factor` times each optimizer's own learning rate; then they are cleared.
-    -> their norm before clipping to `clip`."""
+    Of several processes all have to call it: the gradients are averaged over them. -> the norm before clipping to `clip`."""
+    if world_size() > 1 and not is_sharded(policy):
+        average_gradients(policy)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -613,7 +615,8 @@ def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16
             order += rng.sample(traces, len(traces))
         groups, order = [[trace] for trace in order[:batch]], order[batch:]
         tokens, total = sum(sum(trace.sampled) for (trace,) in groups), 0.0
-        for micro, counts in micro_batches(groups[rank()::world_size()], micro_tokens, groups[:1]):
+        spare = groups[:1] if is_sharded(policy) else None
+        for micro, counts in micro_batches(groups[rank()::world_size()], micro_tokens, spare):
             loss = -policy.log_probs(micro).sum() / tokens
             (loss * counts * world_size()).backward()      # gradients are averaged over the processes
             total += loss.item() * counts
@@ -662,15 +665,15 @@ def finish_arguments(args):
 
 
 def load_trainable(args, path):
-    """A checkpoint to be trained; on a GPU, activations are computed again in the backward pass instead of kept."""
+    """A checkpoint to be trained; on a GPU, activations are computed again in the backward pass instead of kept. Of several
+    processes all have to call it."""
     policy = models.load(str(path), max_pixels=args.max_pixels)
     policy.train_vision = args.train_vision
     if prompt := dialogue_of(args).system_prompt:
         policy.system_prompts[args.mode] = prompt       # the checkpoint remembers it
     if policy.device.type == "cuda":
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if world_size() > 1:
-        shard(policy)
+    share_out(policy)
     return policy
 
 
@@ -679,23 +682,23 @@ def folder_of(args):
 
 
 def make_base(args, log):
-    """The checkpoint to start from: --model, or the tiny base, made once a seed. -> its path"""
+    """The checkpoint to start from: --model, or the tiny base, made once a seed by all processes together. -> its path"""
     if args.model:
         return args.model
     folder = Path(f"runs/tiny/seed-{args.seed}-steps-{args.base_steps}")
-    if folder.is_dir():
+    if gather(folder.is_dir())[0]:
         log(f"base: {folder} is there")
         return str(folder)
     log(f"base: making {folder} from random weights")
     started = time.time()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    start = folder.with_name(folder.name + "-random")
-    make_tiny(start, tiny_strings(), TINY_PROMPTS)
-    policy = models.load(str(start))
-    shutil.rmtree(start)
+    with TemporaryDirectory() as start:         # of each process its own; the seed makes the weights the same in all
+        torch.manual_seed(args.seed)
+        make_tiny(start, tiny_strings(), TINY_PROMPTS)
+        policy = models.load(start)
     pretrain(policy, args.base_steps, args.seed, log=log)
     policy.save(folder, minutes=(time.time() - started) / 60)
+    gather(None)                                # the others wait until it is written
     return str(folder)
 
 
@@ -713,11 +716,10 @@ def make_traces(args, base, out, log):
         dialogue.mode = args.search_mode
     roots = search(teacher, questions[rank()::world_size()], dialogue, sampling_of(args, args.seed + rank()),
                    simulations=args.simulations, log=log)
-    found = gather([linearise(root) for root in roots])           # of question i: in process i % world_size(), number i // world_size()
+    found = gather_shares([linearise(root) for root in roots])
     rng, chains = random.Random(f"chains {args.seed}"), []
-    for i, question in enumerate(questions):
-        mine = found[i % world_size()][i // world_size()]
-        chains += [(question, chain) for chain in rng.sample(mine, min(args.chains, len(mine)))]
+    for question, its in zip(questions, found, strict=True):
+        chains += [(question, chain) for chain in rng.sample(its, min(args.chains, len(its)))]
     if not chains:
         raise UserError(f"the search found no right trace in {len(questions)} questions; give a stronger --teacher or more "
                         "--search-questions")
@@ -730,8 +732,8 @@ def warm_start(args, log):
     """Makes the run's `sft/` unless it is there: base, traces, fine-tuning. -> the base's path"""
     out = folder_of(args)
     out.mkdir(parents=True, exist_ok=True)
-    base = gather(make_base(args, log) if rank() == 0 else None)[0]        # the others wait
-    if (out / "sft").is_dir():
+    base = make_base(args, log)
+    if gather((out / "sft").is_dir())[0]:
         log(f"sft: {out / 'sft'} is there")
         return base
     started = time.time()
