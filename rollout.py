@@ -484,16 +484,16 @@ def draw_trace(trace, width=768):
     return sheet
 
 
-# ------------------------------------------------------------------------------------------------ processes
+# ------------------------------------------------------------------------------------ processes
 
 MOST_PROCESSES = 8                  # that are started unasked
-LAUNCHER = "VIGORL_LAUNCHER"        # environment variable: the id of the process that started this one
+LAUNCHER = "VIGORL_LAUNCHER"        # environment variable: id of the process that started this one
 REPLICATED = 100_000_000            # parameters of a model at most that every process keeps whole
 GO_ON = "a training run goes on with --resume, an evaluation with the same --json FILE"
 
 
 def processes_to_start():
-    """How many processes the command line asks for, by --processes or without it; 1: stay in this one. Raises UserError."""
+    """The number of processes that the command line asks for; 1: stay in this one. Raises UserError."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.error = refuse
     parser.add_argument("--processes", type=int)
@@ -507,23 +507,26 @@ def processes_to_start():
         return 1
     if torch.cuda.is_available():
         if asked.processes and asked.processes > 1:
-            raise UserError(f"on GPUs use torchrun: torchrun --nproc-per-node {asked.processes} -- ...")
+            raise UserError(f"on GPUs use torchrun: torchrun --nproc-per-node {asked.processes} -- "
+                            f"{Path(sys.argv[0]).name} ...")
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return asked.processes or min(cores, MOST_PROCESSES)
 
 
 def launch(number):
-    """Runs the same command in `number` processes of one thread each, as torchrun does. -> the exit code
+    """Runs the same command in `number` processes of one thread each, as torchrun does.
+    -> the exit code: that of the first process that failed, 1 where a signal ended it.
 
-    Where one process fails, the launcher ends the others; its exit code is that of the first that failed, and 1 where a
-    signal ended it. A signal to this process ends all: SIGINT comes back as a KeyboardInterrupt."""
+    Where one process fails, the launcher ends the others. A signal to this process ends all of them;
+    SIGINT then goes on as a KeyboardInterrupt."""
     logging.disable()                   # the launcher's own reports, which are pages long
     os.environ |= {"OMP_NUM_THREADS": "1", LAUNCHER: str(os.getpid())}
     with TemporaryDirectory() as folder:
-        config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=number, max_restarts=0, monitor_interval=0.1,
-                              run_id="local", rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-                              logs_specs=DefaultLogsSpecs(folder), signals_to_handle="SIGTERM,SIGHUP")
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=number, max_restarts=0, monitor_interval=0.1,
+            run_id="local", rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
+            logs_specs=DefaultLogsSpecs(folder), signals_to_handle="SIGTERM,SIGHUP")
         try:
             elastic_launch(config, sys.executable)("-u", *sys.orig_argv[1:])
         except ChildFailedError as error:
@@ -539,8 +542,8 @@ def launch(number):
 
 
 def join_processes():
-    """Joins the processes that `launch` or torchrun started, one a GPU (or on the CPU); does nothing without them. From
-    now on only the first process prints."""
+    """Joins the processes that `launch` or torchrun started; does nothing without them. From now on
+    only the first process prints."""
     if LAUNCHER in os.environ:
         threading.Thread(target=end_with, args=[int(os.environ[LAUNCHER])], daemon=True).start()
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -552,7 +555,7 @@ def join_processes():
 
 
 def end_with(parent):
-    """Ends this process as soon as its parent is gone: a launcher that was killed could not do so."""
+    """Ends this process when its parent is gone: a launcher that was killed could not do so."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -577,7 +580,8 @@ def gather(value):
 
 
 def gather_shares(values):
-    """A list with a value of each item, on every process; `values` are those of this process's items, rank::world_size."""
+    """The values of all items in their order, on every process. values: of this process's items,
+    number rank, rank + world_size, and so on."""
     shares = gather(values)
     return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
 
@@ -590,9 +594,12 @@ def like(x, parameter):
 
 
 def micro_batches(groups, tokens, spare=None):
-    """Splits groups of Sequences into batches of at most `tokens` tokens (one group at least), those of like length together.
-    -> [(batch, 1.0)]. spare: a batch, where weights are sharded. These are gathered by all processes together, so every process
-    gets as many batches as that which has the most: its list is filled up with (spare, 0.0), whose loss is not to count."""
+    """Splits groups of Sequences into batches of at most `tokens` tokens (one group at least), those
+    of like length together. -> [(batch, 1.0)]
+
+    spare: a batch, where weights are sharded. All processes gather these together, so that each gets
+    as many batches as the one that has most: its list is filled up with (spare, 0.0), whose loss is
+    not to count."""
     batches, room = [], 0
     def size(group):
         return len(group[0].prompt.ids) + sum(len(s.ids) for s in group)
@@ -609,21 +616,23 @@ def micro_batches(groups, tokens, spare=None):
 
 
 def average_gradients(policy):
-    """Makes the gradients of a replicated policy the mean over all processes, summed in float32 by one all-reduce.
+    """Makes the gradients of a replicated policy their mean over all processes, by one all-reduce.
 
-    Where a process has no gradient of a parameter, it counts as zeros; where none has one, there is none afterwards."""
+    The sum is in float32. A missing gradient counts as zeros; where no process has one, none is made."""
     parameters = policy.trainable()
-    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=policy.device)
+    present = torch.tensor([float(p.grad is not None) for p in parameters], device=policy.device)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([present, *(x.flatten().float() for x in gradients)])
     dist.all_reduce(flat)
-    present, *means = (flat / world_size()).split([len(parameters), *(p.numel() for p in parameters)])
+    sizes = [len(parameters), *(p.numel() for p in parameters)]
+    present, *means = (flat / world_size()).split(sizes)
     for p, anywhere, mean in zip(parameters, present.tolist(), means):
         p.grad = mean.view_as(p).to(p.dtype) if anywhere else None
 
 
 def share_out(policy):
-    """Prepares a policy for training in several processes: a large one is sharded, a small one stays whole in each."""
+    """Prepares a policy for training in several processes: a large one is sharded, a small one stays
+    whole in each."""
     if world_size() > 1 and sum(p.numel() for p in policy.model.parameters()) > REPLICATED:
         shard(policy)
 
@@ -694,16 +703,16 @@ def preset(family, mode):
 
 
 def parse(parser):
-    """Parses the command line, and remembers in `given` which flags were on it. Raises UserError."""
+    """Parses the command line; `given` are the flags that were on it. Raises UserError."""
     parser.error = refuse
     args = parser.parse_args()
-    del args.processes                          # `run` has read it, and it is no part of a run's settings
+    del args.processes                  # `run` has read it, and it is no part of a run's settings
     args.given = sorted(name for name, value in vars(args).items() if value != parser.get_default(name))
     return args
 
 
 def refuse(message):
-    """In place of argparse's own: an error of the command line is told as any other, in a line and by one process."""
+    """In place of argparse's own: an error of the command line is told as any other, in a line."""
     raise UserError(f"{message} (--help lists the flags)")
 
 
@@ -726,8 +735,8 @@ def add_arguments(parser):
     add("--mode", default="zoom", choices=MODES, help="how the policy answers (%(default)s)")
     add("--system-prompt", metavar="FILE", help="text to use instead of the mode's own system prompt")
     add("--seed", type=int, default=0, help="decides everything that is random (%(default)s)")
-    add("--processes", type=int, metavar="N", help="processes on a CPU, of one thread each (one a core, 8 at most); on GPUs "
-        "torchrun starts them")
+    add("--processes", type=int, metavar="N", help="processes on a CPU, of one thread each (one a "
+        "core, 8 at most); on GPUs torchrun starts them")
     add("--temperature", type=float, default=1.0, help="of sampling; 0: the likeliest token (%(default)s)")
     add("--crop-half", type=int, metavar="PX", help="half the side of a close-up, px of the original (drawn 32, gui and "
         "web 50, others 182)")
@@ -767,8 +776,8 @@ def sampling_of(args, seed=None, **more):
 
 
 def run(main):
-    """Runs a script's `main`, in as many processes as the command line asks for. A UserError becomes one line and exit code 2.
-    Where one process fails, it leaves at once, and the launcher ends the others."""
+    """Runs a script's `main`, in as many processes as the command line asks for. A UserError becomes
+    one line and exit code 2. Where one process fails, the launcher ends the others."""
     try:
         number = processes_to_start()
         if number > 1:
@@ -783,13 +792,13 @@ def run(main):
         leave(f"interrupted; {GO_ON}", 130)
     except Exception:
         if world_size() > 1:
-            time.sleep(1 + rank())      # it may only follow from another process's end: then the launcher ends this one
+            time.sleep(1 + rank())      # where another's end is the cause, the launcher now ends this
         raise
 
 
 def leave(message, code):
-    """Ends the process with a line. The first process goes first: what all have to say is said once, for the launcher ends
-    the others in the meantime."""
+    """Ends the process with a line. The first process goes first, and the launcher ends the others
+    while they wait: what all have to say is said once."""
     time.sleep(min(rank(), 3))
     print(message, file=sys.stderr)
     sys.exit(code)
