@@ -799,8 +799,11 @@ def run(main):
 def leave(message, code):
     """Ends the process with a line. The first process goes first, and the launcher ends the others
     while they wait: what all have to say is said once."""
-    time.sleep(min(rank(), 3))
-    print(message, file=sys.stderr)
+    time.sleep(min(2 * rank(), 4))
+    print(message, file=sys.stderr, flush=True)
+    if world_size() > 1:
+        sys.stdout.flush()
+        os._exit(code)                  # at once: to tear torch down can take a second
     sys.exit(code)
 
 

@@ -15,11 +15,11 @@ import json
 import math
 import random
 import re
+import shutil
 import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -692,13 +692,17 @@ def make_base(args, log):
     log(f"base: making {folder} from random weights")
     started = time.time()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory() as start:         # of each process its own; the seed makes the weights the same in all
-        torch.manual_seed(args.seed)
-        make_tiny(start, tiny_strings(), TINY_PROMPTS)
-        policy = models.load(start)
+    torch.manual_seed(args.seed)
+    start = folder.with_name(folder.name + "-random")
+    make_tiny(start, tiny_strings(), TINY_PROMPTS)
+    gather(None)                                # the first process has written it
+    policy = models.load(str(start))
+    gather(None)                                # all have read it
+    if rank() == 0:
+        shutil.rmtree(start)
     pretrain(policy, args.base_steps, args.seed, log=log)
     policy.save(folder, minutes=(time.time() - started) / 60)
-    gather(None)                                # the others wait until it is written
+    gather(None)
     return str(folder)
 
 
