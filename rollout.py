@@ -22,6 +22,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -791,9 +792,10 @@ def run(main):
     except KeyboardInterrupt:
         leave(f"interrupted; {GO_ON}", 130)
     except Exception:
-        if world_size() > 1:
-            time.sleep(1 + rank())      # where another's end is the cause, the launcher now ends this
-        raise
+        if world_size() == 1:
+            raise
+        time.sleep(1)                   # where another's end is the cause, the launcher ends this one
+        leave(traceback.format_exc(), 1)
 
 
 def leave(message, code):

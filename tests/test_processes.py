@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import load_state_dict
+
+from model import UserError
+from rollout import processes_to_start
 
 PROCESS = """
 import sys
@@ -115,6 +119,31 @@ def test_two_processes_equal_one(tiny_folder, tmp_path):
         assert not same(begun, torch.load(tmp_path / "one-sharded" / kind / "state.pt"))
         uneven, other = (torch.load(tmp_path / name / kind / "uneven.pt") for name in ("one", "replicated"))
         assert same(uneven, other) and uneven[0][0]["groups_used"] == 1
+
+
+@pytest.mark.parametrize("flags, gpu, number", [
+    ([], False, "cores"), (["--processes", "3"], False, 3), (["--processes=1"], False, 1), ([], True, 1),
+    (["--image", "a.png", "--question", "?", "--processes", "3"], False, 1), (["--processes", "1"], True, 1),
+    (["--image-root", "images", "--processes", "3"], False, 3), (["--dry-run"], False, 1), (["--help"], False, 1)])
+def test_how_many_processes_are_started(monkeypatch, flags, gpu, number):
+    """Guards the start: one process a core, but never more for what is done at once, nor on a GPU, nor inside of torchrun."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(12), raising=False)
+    assert processes_to_start() == (8 if number == "cores" else number)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert processes_to_start() == 1
+
+
+@pytest.mark.parametrize("number, message", [("2", "on GPUs use torchrun"), ("0", "at least 1"), ("two", "invalid int")])
+def test_processes_that_cannot_be_started(monkeypatch, number, message):
+    """Guards the messages; and a GPU that several processes would share without a word."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--processes", number])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=message):
+        processes_to_start()
 
 
 AVERAGE = """
