@@ -494,7 +494,7 @@ GO_ON = "a training run goes on with --resume, an evaluation with the same --jso
 
 
 def processes_to_start():
-    """The number of processes that the command line asks for; 1: stay in this one. Raises UserError."""
+    """The number of processes that the command line asks for; 1: this one alone. Raises UserError."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.error = refuse
     parser.add_argument("--processes", type=int)
@@ -519,15 +519,16 @@ def launch(number):
     """Runs the same command in `number` processes of one thread each, as torchrun does.
     -> the exit code: that of the first process that failed, 1 where a signal ended it.
 
-    Where one process fails, the launcher ends the others. A signal to this process ends all of them;
+    Where one process fails, the launcher ends the others. A signal to this process ends them all, and
     SIGINT then goes on as a KeyboardInterrupt."""
     logging.disable()                   # the launcher's own reports, which are pages long
     os.environ |= {"OMP_NUM_THREADS": "1", LAUNCHER: str(os.getpid())}
     with TemporaryDirectory() as folder:
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=number, max_restarts=0, monitor_interval=0.1,
-            run_id="local", rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-            logs_specs=DefaultLogsSpecs(folder), signals_to_handle="SIGTERM,SIGHUP")
+            run_id="local", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+            local_addr="localhost", logs_specs=DefaultLogsSpecs(folder),
+            signals_to_handle="SIGTERM,SIGHUP")
         try:
             elastic_launch(config, sys.executable)("-u", *sys.orig_argv[1:])
         except ChildFailedError as error:
@@ -595,12 +596,12 @@ def like(x, parameter):
 
 
 def micro_batches(groups, tokens, spare=None):
-    """Splits groups of Sequences into batches of at most `tokens` tokens (one group at least), those
-    of like length together. -> [(batch, 1.0)]
+    """Splits groups of Sequences into batches of at most `tokens` tokens (one group at least),
+    those of like length together. -> [(batch, 1.0)]
 
-    spare: a batch, where weights are sharded. All processes gather these together, so that each gets
-    as many batches as the one that has most: its list is filled up with (spare, 0.0), whose loss is
-    not to count."""
+    spare: a batch, where weights are sharded. All processes gather these together, so each gets as
+    many batches as the one that has most: its list is filled up with (spare, 0.0), whose loss is not
+    to count."""
     batches, room = [], 0
     def size(group):
         return len(group[0].prompt.ids) + sum(len(s.ids) for s in group)
@@ -619,7 +620,7 @@ def micro_batches(groups, tokens, spare=None):
 def average_gradients(policy):
     """Makes the gradients of a replicated policy their mean over all processes, by one all-reduce.
 
-    The sum is in float32. A missing gradient counts as zeros; where no process has one, none is made."""
+    The sum is in float32. A missing gradient counts as zeros; where none has one, none is made."""
     parameters = policy.trainable()
     present = torch.tensor([float(p.grad is not None) for p in parameters], device=policy.device)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -632,8 +633,8 @@ def average_gradients(policy):
 
 
 def share_out(policy):
-    """Prepares a policy for training in several processes: a large one is sharded, a small one stays
-    whole in each."""
+    """Prepares a policy for training in several processes: a large one is sharded, a small one
+    stays whole in each."""
     if world_size() > 1 and sum(p.numel() for p in policy.model.parameters()) > REPLICATED:
         shard(policy)
 
@@ -777,8 +778,8 @@ def sampling_of(args, seed=None, **more):
 
 
 def run(main):
-    """Runs a script's `main`, in as many processes as the command line asks for. A UserError becomes
-    one line and exit code 2. Where one process fails, the launcher ends the others."""
+    """Runs a script's `main`, in as many processes as the command line asks for. A UserError
+    becomes one line and exit code 2. Where one process fails, the launcher ends the others."""
     try:
         number = processes_to_start()
         if number > 1:
@@ -794,8 +795,8 @@ def run(main):
     except Exception:
         if world_size() == 1:
             raise
-        time.sleep(1)                   # where another's end is the cause, the launcher ends this one
-        leave(traceback.format_exc(), 1)
+        time.sleep(1)                   # if another's end is the cause, the launcher ends this one
+        leave(traceback.format_exc().rstrip(), 1)
 
 
 def leave(message, code):

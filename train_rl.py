@@ -31,8 +31,9 @@ import train_sft as sft
 from evaluate import mean
 from model import UserError, full_tensor
 from reward import MULTI_TURN, SINGLE_TURN, Weights, score
-from rollout import (REPLICATED, add_arguments, dialogue_of, gather, gather_shares, is_sharded, like, micro_batches,
-                     parse, rank, rollout, run, sampling_of, settings, unsharded, world_size)
+from rollout import (REPLICATED, add_arguments, dialogue_of, gather, gather_shares, is_sharded, like,
+                     micro_batches, parse, rank, rollout, run, sampling_of, settings, unsharded,
+                     world_size)
 
 # ------------------------------------------------------------------------------------------------ the update
 
@@ -83,11 +84,13 @@ def reference_log_probs(reference, batches, args, device):
 
 
 def train_step(policy, reference, groups, optimizers, args, factor):
-    """One update on the traces of some groups, each process's own (none, perhaps, where weights are replicated).
-    groups: [(traces, advantages)]. -> what to log, of all"""
+    """One update on the traces of some groups. -> what to log, of all processes
+
+    groups: [(traces, advantages)], each process's own; where weights are replicated it may have none."""
     spare = None
     if is_sharded(policy):
-        spare = [min((traces for traces, _ in groups), key=lambda traces: sum(len(t.ids) for t in traces))[:1]]
+        shortest = min((traces for traces, _ in groups), key=lambda traces: sum(len(t.ids) for t in traces))
+        spare = [shortest[:1]]
     groups = [(traces, a) for traces, a in groups if any(a)]
     kept = [([t for t, x in zip(traces, a) if x], [x for x in a if x]) for traces, a in groups]
     advantage_of = {id(t): x for traces, a in kept for t, x in zip(traces, a)}
@@ -104,7 +107,7 @@ def train_step(policy, reference, groups, optimizers, args, factor):
         old = torch.tensor([log_prob for _, log_prob in flat], device=policy.device)
         advantages = torch.tensor([advantage_of.get(id(trace), 0.0) for trace, _ in flat], device=policy.device)
         loss, logged = grpo_loss(policy.log_probs(micro, args.temperature), old, ref, advantages, kl=args.kl)
-        (loss * counts * world_size() / tokens).backward()   # gradients are averaged over the processes
+        (loss * counts * world_size() / tokens).backward()  # gradients are averaged over processes
         for name, value in {"loss": loss.item(), **logged}.items():
             sums[name] += value * counts / tokens
     policy.model.eval()
@@ -125,12 +128,13 @@ ROOM = 0.9                  # share of a GPU's memory that can be planned with; 
 
 
 def read_config(path):
-    """Of a checkpoint, (config, what `count_parameters` finds); no weights are read. Raises UserError."""
+    """Of a checkpoint, (config, what `count_parameters` finds); reads no weights. Raises UserError."""
     try:
         config = AutoConfig.from_pretrained(path)
         return config, count_parameters(config)
     except (AttributeError, OSError, ValueError) as error:
-        raise UserError(f"{path}: no config of the Qwen2.5-VL family ({str(error).splitlines()[0]})") from error
+        why = str(error).splitlines()[0]
+        raise UserError(f"{path}: no config of the Qwen2.5-VL family ({why})") from error
 
 
 def count_parameters(config):
@@ -316,10 +320,11 @@ def parse_arguments():
     uneven = args.questions % args.gpus or args.update_questions % args.gpus
     if args.gpus > 1 and (uneven or args.reference == "cpu") and will_be_sharded(args):
         if uneven:
-            raise UserError(f"--questions {args.questions} and --update-questions {args.update_questions} must be multiples "
-                            f"of the number of processes, {args.gpus}")
-        raise UserError("--reference cpu is for one process; with several the reference model's weights are shared out "
-                        "anyway")
+            raise UserError(f"--questions {args.questions} and --update-questions "
+                            f"{args.update_questions} must be multiples of the number of processes, "
+                            f"{args.gpus}")
+        raise UserError("--reference cpu is for one process; with several the reference model's weights "
+                        "are shared out anyway")
     try:
         weights_at(args, 0)
     except ValueError as error:
@@ -351,9 +356,10 @@ def train(policy, reference, args, out):
         questions = evaluation.questions_of(args, "train", args.questions, args.search_questions + step * args.questions)
         sampling = sampling_of(args, hash_seed(args.seed, f"{step} {rank()}" if rank() else step))
         with unsharded(policy):
-            groups = list(rollout(policy, questions[rank()::world_size()], dialogue, args.group, **sampling))
+            asked = questions[rank()::world_size()]
+            groups = list(rollout(policy, asked, dialogue, args.group, **sampling))
         number = {question: i for i, question in enumerate(questions)}
-        groups.sort(key=lambda traces: number[traces[0].question])      # not in the order of their ends
+        groups.sort(key=lambda traces: number[traces[0].question])  # they come as they end
         sampled = time.time() - begun
 
         weights = weights_at(args, step)
@@ -365,7 +371,8 @@ def train(policy, reference, args, out):
         updates = []
         for first_of_update in range(0, args.questions, args.update_questions):
             share = range(first_of_update, first_of_update + args.update_questions)
-            pairs = [(t, a) for (t, _), a in zip(scored, advantages) if number[t[0].question] in share]
+            pairs = [(traces, a) for (traces, _), a in zip(scored, advantages)
+                     if number[traces[0].question] in share]
             updates.append(train_step(policy, reference, pairs, optimizers, args, factor))
         learnt = add_up(updates)
 

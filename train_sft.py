@@ -31,9 +31,10 @@ import model as models
 from evaluate import (ANSWERS, COLOURS, PATTERNS, QUESTION, SIDE, Scene, place_cards, search_scene)
 from model import Chunk, Policy, Sequence, UserError, full_tensor
 from reward import is_correct
-from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, average_gradients, call_text,
-                     dialogue_of, gather, gather_shares, is_sharded, like, micro_batches, parse, parse_points, parse_turn,
-                     rank, run, run_dialogues, sampling_of, settings, share_out, spoken, window, world_size, zoom)
+from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, average_gradients,
+                     call_text, dialogue_of, gather, gather_shares, is_sharded, like, micro_batches,
+                     parse, parse_points, parse_turn, rank, run, run_dialogues, sampling_of, settings,
+                     share_out, spoken, window, world_size, zoom)
 
 # ------------------------------------------------------------------------------------------------ (a) the tiny base
 
@@ -334,8 +335,9 @@ def pretrain(policy, steps, seed, *, batch=16, go_on=0.2, log=print):
 
 
 def optimizer_step(policy, optimizers, factor, clip=1.0):
-    """One step along the accumulated gradients, at `factor` times each optimizer's own learning rate; then they are cleared.
-    Of several processes all have to call it: the gradients are averaged over them. -> the norm before clipping to `clip`."""
+    """One step along the accumulated gradients, at `factor` times each optimizer's own learning rate;
+    then they are cleared. All processes have to call it: gradients are averaged over them.
+    -> the norm before clipping to `clip`."""
     if world_size() > 1 and not is_sharded(policy):
         average_gradients(policy)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip)
@@ -618,10 +620,11 @@ def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16
         spare = groups[:1] if is_sharded(policy) else None
         for micro, counts in micro_batches(groups[rank()::world_size()], micro_tokens, spare):
             loss = -policy.log_probs(micro).sum() / tokens
-            (loss * counts * world_size()).backward()      # gradients are averaged over the processes
+            (loss * counts * world_size()).backward()       # gradients are averaged over processes
             total += loss.item() * counts
         total = sum(gather(total))
-        norm = optimizer_step(policy, optimizers, learning_rate(step, steps, max(1, steps * 0.03), **decay), clip)
+        factor = learning_rate(step, steps, max(1, steps * 0.03), **decay)
+        norm = optimizer_step(policy, optimizers, factor, clip)
         if step % 20 == 19 or step + 1 == steps:
             log(f"sft {step + 1}/{steps}  loss {total:.3f}  grad norm {norm:.2f}  {remaining(started, step + 1, steps)}")
     policy.model.eval()
@@ -665,8 +668,8 @@ def finish_arguments(args):
 
 
 def load_trainable(args, path):
-    """A checkpoint to be trained; on a GPU, activations are computed again in the backward pass instead of kept. Of several
-    processes all have to call it."""
+    """A checkpoint to be trained, shared out if it is large: all processes have to call it. On a GPU,
+    activations are computed again in the backward pass instead of kept."""
     policy = models.load(str(path), max_pixels=args.max_pixels)
     policy.train_vision = args.train_vision
     if prompt := dialogue_of(args).system_prompt:
@@ -682,7 +685,8 @@ def folder_of(args):
 
 
 def make_base(args, log):
-    """The checkpoint to start from: --model, or the tiny base, made once a seed by all processes together. -> its path"""
+    """The checkpoint to start from: --model, or the tiny base, which all processes make together, once
+    a seed. -> its path"""
     if args.model:
         return args.model
     folder = Path(f"runs/tiny/seed-{args.seed}-steps-{args.base_steps}")
@@ -718,8 +722,8 @@ def make_traces(args, base, out, log):
     dialogue = dialogue_of(args)
     if args.search_mode and args.mode == "zoom":
         dialogue.mode = args.search_mode
-    roots = search(teacher, questions[rank()::world_size()], dialogue, sampling_of(args, args.seed + rank()),
-                   simulations=args.simulations, log=log)
+    mine = questions[rank()::world_size()]
+    roots = search(teacher, mine, dialogue, sampling_of(args, args.seed + rank()), simulations=args.simulations, log=log)
     found = gather_shares([linearise(root) for root in roots])
     rng, chains = random.Random(f"chains {args.seed}"), []
     for question, its in zip(questions, found, strict=True):

@@ -19,7 +19,8 @@ from rollout import call_text
 ROOT = Path(__file__).parent.parent
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+               "CUDA_VISIBLE_DEVICES": ""}
 
 
 def call(script, *arguments, cwd, code=0, processes=1):
@@ -50,7 +51,8 @@ def script_traces(path, n):
 
 
 MINI = ["--base-steps", 3, "--sft-steps", 2, "--sft-batch", 4, "--search-questions", 6, "--cache-tokens", 4000]
-MINI_RL = [*MINI, "--steps", 4, "--questions", 3, "--update-questions", 2, "--group", 3, "--eval-n", 4, "--save-every", 2, "--traces", "given.jsonl"]
+MINI_RL = [*MINI, "--steps", 4, "--questions", 3, "--update-questions", 2, "--group", 3,
+           "--eval-n", 4, "--save-every", 2, "--traces", "given.jsonl"]
 
 
 KILLED = """
@@ -76,8 +78,8 @@ def run_folder(tmp_path_factory):
 
 
 def test_the_whole_job(run_folder):
-    """Guards the main job: base, fine-tuning, GRPO, the table, and the files that it promises. Two processes do it, which
-    share the questions unevenly: one has none in each second update."""
+    """Guards the main job: base, fine-tuning, GRPO, the table, and the files that it promises. Two
+    processes do it and share the questions unevenly: one has none in each second update."""
     folder, output = run_folder
     out = folder / "runs" / "toy-search-zoom"
     for name in ("args.json", "log.jsonl", "traces.jsonl", "summary.json", "state.pt", "sft/config.json", "rl/config.json"):
@@ -98,13 +100,15 @@ def test_a_second_run_does_not_overwrite_the_first(run_folder):
 
 
 def test_resuming_gives_what_an_uninterrupted_run_gives(run_folder):
-    """Guards --resume: after a kill of one of two processes between two checkpoints, log and weights must be those of a run
-    that was not killed (so that a run is the same twice, too); and the kill is told in one line, which says how to go on."""
+    """Guards --resume: after a kill of one of two processes between two checkpoints, log and weights
+    must be those of a run that was not killed (so that a run is the same twice, too); and the kill is
+    told in one line, which says how to go on."""
     folder, _ = run_folder
     (folder / "killed.py").write_text(KILLED)
     arguments = [*MINI_RL, "--out", "again"]
     output = call(folder / "killed.py", *arguments, "--processes", 2, cwd=folder, code=1)
-    assert output.splitlines()[-1].startswith("error: SIGKILL ended process 0; a training run goes on with --resume")
+    last = output.splitlines()[-1]
+    assert last.startswith("error: SIGKILL ended process 0; a training run goes on with --resume")
     assert "Traceback" not in output and output.count("error") == 1
     output = call("train_rl.py", *arguments, "--resume", cwd=folder, processes=2)
     assert output.count("resuming after step 2") == 1
@@ -138,37 +142,42 @@ def test_several_processes(run_folder):
 
 
 def test_one_process_learns_what_two_do(run_folder, tmp_path):
-    """Guards the number of processes: pretraining and fine-tuning must not depend on it, roundings aside."""
+    """Guards the number of processes: pretraining and fine-tuning must not depend on it, roundings
+    aside."""
     folder, _ = run_folder
     call("train_sft.py", *MINI, "--traces", folder / "given.jsonl", cwd=tmp_path)
     for path in ("runs/tiny/seed-0-steps-3", "runs/toy-search-zoom/sft"):
-        ours, theirs = (load_state_dict(where / path / "model.safetensors") for where in (folder, tmp_path))
+        ours, theirs = (load_state_dict(where / path / "model.safetensors")
+                        for where in (folder, tmp_path))
         assert ours.keys() == theirs.keys()
-        assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-4) for name in ours), path
+        assert all(torch.allclose(x, theirs[name], rtol=1e-4, atol=1e-4) for name, x in ours.items())
 
 
 def test_an_error_of_all_processes_is_told_once(tmp_path):
-    """Guards the output of several processes: one line and exit code 2, even of a wrong command line, which argparse would
-    tell in each of them, and nothing of the launcher's own reports."""
+    """Guards the output of several processes: one line and exit code 2, even of a wrong command line,
+    which argparse would tell in each of them, and nothing of the launcher's own reports."""
     output = call("evaluate.py", "--sead", 3, cwd=tmp_path, code=2, processes=2)
     assert output == "error: unrecognized arguments: --sead 3 (--help lists the flags)\n"
     output = call("evaluate.py", cwd=tmp_path, code=2, processes=0)
     assert output == "error: --processes must be at least 1\n"
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143),
+                                          (signal.SIGKILL, -9)])
 def test_no_process_is_left_behind(run_folder, number, code):
-    """Guards Ctrl-C (the signal goes to the whole group) and kill: all processes end, with one line where one can be said.
-    They all write to the same pipe, so its end tells that they are gone."""
-    command = [sys.executable, ROOT / "evaluate.py", "--model", "runs/toy-search-zoom/rl", "--n", 5000, "--processes", 2]
-    started = subprocess.Popen([*map(str, command)], cwd=run_folder[0], env=ENVIRONMENT, start_new_session=True, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    """Guards Ctrl-C (the signal goes to the whole group) and kill: all processes end, with one line
+    where one can be said. They all write to the same pipe, so its end tells that they are gone."""
+    command = [sys.executable, str(ROOT / "evaluate.py"), "--model", "runs/toy-search-zoom/rl",
+               "--n", "5000", "--processes", "2"]
+    started = subprocess.Popen(command, cwd=run_folder[0], env=ENVIRONMENT, start_new_session=True,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert started.stdout.readline().startswith("settings")
     os.killpg(started.pid, number)
     output, _ = started.communicate(timeout=30)
     assert started.returncode == code
-    said = [line for line in output.splitlines() if not line.startswith("  ")]                 # of the settings
-    assert len(said) == (number != signal.SIGKILL) and all(line.startswith("interrupted; ") for line in said)
+    said = [line for line in output.splitlines() if not line.startswith("  ")]     # of the settings
+    assert len(said) == (number != signal.SIGKILL)
+    assert all(line.startswith("interrupted; ") for line in said)
 
 
 def test_evaluation_and_its_files(run_folder):
