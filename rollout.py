@@ -1,8 +1,8 @@
 """The dialogue: prompts, coordinates, the zoom tool, many turns, many traces.
 
 In:  questions about images. Out: `Trace`s: which tokens the policy sampled, where it pointed, what it was shown, how it ended.
-Then come several processes, the flags that all scripts share, and `WebAgent`: the same dialogue, as VisualWebArena
-asks for one action after another.
+Then come several processes, the flags that all scripts share, and `WebAgent`: the same dialogue, as
+VisualWebArena asks for one action after another.
 
 Four modes, as in the paper: `direct` (an answer only), `think` (a thought, then the answer), `grounded` (a thought whose
 steps point at the image) and `zoom` (turns: a thought that points, a look at the point, ..., the answer).
@@ -494,7 +494,7 @@ GO_ON = "a training run goes on with --resume, an evaluation with the same --jso
 
 
 def processes_to_start():
-    """The number of processes that the command line asks for; 1: this one alone. Raises UserError."""
+    """The number of processes the command line asks for; 1: this one alone. Raises UserError."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.error = refuse
     parser.add_argument("--processes", type=int)
@@ -519,8 +519,8 @@ def launch(number):
     """Runs the same command in `number` processes of one thread each, as torchrun does.
     -> the exit code: that of the first process that failed, 1 where a signal ended it.
 
-    Where one process fails, the launcher ends the others. A signal to this process ends them all, and
-    SIGINT then goes on as a KeyboardInterrupt."""
+    Where one process fails, the launcher ends the others. A signal to this process ends them all,
+    and SIGINT then goes on as a KeyboardInterrupt."""
     logging.disable()                   # the launcher's own reports, which are pages long
     os.environ |= {"OMP_NUM_THREADS": "1", LAUNCHER: str(os.getpid())}
     with TemporaryDirectory() as folder:
@@ -600,8 +600,8 @@ def micro_batches(groups, tokens, spare=None):
     those of like length together. -> [(batch, 1.0)]
 
     spare: a batch, where weights are sharded. All processes gather these together, so each gets as
-    many batches as the one that has most: its list is filled up with (spare, 0.0), whose loss is not
-    to count."""
+    many batches as the one that has most: its list is filled up with (spare, 0.0), whose loss is
+    not to count."""
     batches, room = [], 0
     def size(group):
         return len(group[0].prompt.ids) + sum(len(s.ids) for s in group)

@@ -31,9 +31,9 @@ import train_sft as sft
 from evaluate import mean
 from model import UserError, full_tensor
 from reward import MULTI_TURN, SINGLE_TURN, Weights, score
-from rollout import (REPLICATED, add_arguments, dialogue_of, gather, gather_shares, is_sharded, like,
-                     micro_batches, parse, rank, rollout, run, sampling_of, settings, unsharded,
-                     world_size)
+from rollout import (REPLICATED, add_arguments, dialogue_of, gather, gather_shares, is_sharded,
+                     like, micro_batches, parse, rank, rollout, run, sampling_of, settings,
+                     unsharded, world_size)
 
 # ------------------------------------------------------------------------------------------------ the update
 
@@ -86,11 +86,11 @@ def reference_log_probs(reference, batches, args, device):
 def train_step(policy, reference, groups, optimizers, args, factor):
     """One update on the traces of some groups. -> what to log, of all processes
 
-    groups: [(traces, advantages)], each process's own; where weights are replicated it may have none."""
+    groups: [(traces, advantages)], each process's own, or none where weights are replicated."""
     spare = None
     if is_sharded(policy):
-        shortest = min((traces for traces, _ in groups), key=lambda traces: sum(len(t.ids) for t in traces))
-        spare = [shortest[:1]]
+        lists = [traces for traces, _ in groups]
+        spare = [min(lists, key=lambda traces: sum(len(t.ids) for t in traces))[:1]]
     groups = [(traces, a) for traces, a in groups if any(a)]
     kept = [([t for t, x in zip(traces, a) if x], [x for x in a if x]) for traces, a in groups]
     advantage_of = {id(t): x for traces, a in kept for t, x in zip(traces, a)}
@@ -128,7 +128,7 @@ ROOM = 0.9                  # share of a GPU's memory that can be planned with; 
 
 
 def read_config(path):
-    """Of a checkpoint, (config, what `count_parameters` finds); reads no weights. Raises UserError."""
+    """Of a checkpoint, (config, what `count_parameters` finds); no weights. Raises UserError."""
     try:
         config = AutoConfig.from_pretrained(path)
         return config, count_parameters(config)
@@ -321,10 +321,10 @@ def parse_arguments():
     if args.gpus > 1 and (uneven or args.reference == "cpu") and will_be_sharded(args):
         if uneven:
             raise UserError(f"--questions {args.questions} and --update-questions "
-                            f"{args.update_questions} must be multiples of the number of processes, "
-                            f"{args.gpus}")
-        raise UserError("--reference cpu is for one process; with several the reference model's weights "
-                        "are shared out anyway")
+                            f"{args.update_questions} must be multiples of the number of "
+                            f"processes, {args.gpus}")
+        raise UserError("--reference cpu is for one process; with several the reference model's "
+                        "weights are shared out anyway")
     try:
         weights_at(args, 0)
     except ValueError as error:

@@ -31,10 +31,10 @@ import model as models
 from evaluate import (ANSWERS, COLOURS, PATTERNS, QUESTION, SIDE, Scene, place_cards, search_scene)
 from model import Chunk, Policy, Sequence, UserError, full_tensor
 from reward import is_correct
-from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments, average_gradients,
-                     call_text, dialogue_of, gather, gather_shares, is_sharded, like, micro_batches,
-                     parse, parse_points, parse_turn, rank, run, run_dialogues, sampling_of, settings,
-                     share_out, spoken, window, world_size, zoom)
+from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Frame, Trace, add_arguments,
+                     average_gradients, call_text, dialogue_of, gather, gather_shares, is_sharded,
+                     like, micro_batches, parse, parse_points, parse_turn, rank, run,
+                     run_dialogues, sampling_of, settings, share_out, spoken, window, world_size, zoom)
 
 # ------------------------------------------------------------------------------------------------ (a) the tiny base
 
@@ -227,7 +227,7 @@ class Muon(torch.optim.Optimizer):
             for shape, params in shapes.items():
                 momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
                            for p in params]
-                grads, momenta = (torch.stack([full_tensor(x) for x in found])       # (n, rows, columns)
+                grads, momenta = (torch.stack([full_tensor(x) for x in found])  # (n, rows, columns)
                                   for found in ([p.grad for p in params], momenta))
                 update = orthogonalise(grads.lerp(momenta, group["momentum"]))
                 scale = max(1, shape[0] / shape[1])**0.5
@@ -335,8 +335,8 @@ def pretrain(policy, steps, seed, *, batch=16, go_on=0.2, log=print):
 
 
 def optimizer_step(policy, optimizers, factor, clip=1.0):
-    """One step along the accumulated gradients, at `factor` times each optimizer's own learning rate;
-    then they are cleared. All processes have to call it: gradients are averaged over them.
+    """One step along the accumulated gradients, at `factor` times each optimizer's own learning
+    rate; then they are cleared. All processes have to call it: gradients are averaged over them.
     -> the norm before clipping to `clip`."""
     if world_size() > 1 and not is_sharded(policy):
         average_gradients(policy)
@@ -668,8 +668,8 @@ def finish_arguments(args):
 
 
 def load_trainable(args, path):
-    """A checkpoint to be trained, shared out if it is large: all processes have to call it. On a GPU,
-    activations are computed again in the backward pass instead of kept."""
+    """A checkpoint to be trained, shared out if it is large: all processes have to call it. On a
+    GPU, activations are computed again in the backward pass instead of kept."""
     policy = models.load(str(path), max_pixels=args.max_pixels)
     policy.train_vision = args.train_vision
     if prompt := dialogue_of(args).system_prompt:
@@ -685,8 +685,8 @@ def folder_of(args):
 
 
 def make_base(args, log):
-    """The checkpoint to start from: --model, or the tiny base, which all processes make together, once
-    a seed. -> its path"""
+    """The checkpoint to start from: --model, or the tiny base, which all processes make together,
+    once a seed. -> its path"""
     if args.model:
         return args.model
     folder = Path(f"runs/tiny/seed-{args.seed}-steps-{args.base_steps}")
@@ -723,7 +723,8 @@ def make_traces(args, base, out, log):
     if args.search_mode and args.mode == "zoom":
         dialogue.mode = args.search_mode
     mine = questions[rank()::world_size()]
-    roots = search(teacher, mine, dialogue, sampling_of(args, args.seed + rank()), simulations=args.simulations, log=log)
+    roots = search(teacher, mine, dialogue, sampling_of(args, args.seed + rank()),
+                   simulations=args.simulations, log=log)
     found = gather_shares([linearise(root) for root in roots])
     rng, chains = random.Random(f"chains {args.seed}"), []
     for question, its in zip(questions, found, strict=True):

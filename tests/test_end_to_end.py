@@ -100,9 +100,9 @@ def test_a_second_run_does_not_overwrite_the_first(run_folder):
 
 
 def test_resuming_gives_what_an_uninterrupted_run_gives(run_folder):
-    """Guards --resume: after a kill of one of two processes between two checkpoints, log and weights
-    must be those of a run that was not killed (so that a run is the same twice, too); and the kill is
-    told in one line, which says how to go on."""
+    """Guards --resume: after a kill of one of two processes between two checkpoints, log and
+    weights must be those of a run that was not killed (so that a run is the same twice, too); and
+    the kill is told in one line, which says how to go on."""
     folder, _ = run_folder
     (folder / "killed.py").write_text(KILLED)
     arguments = [*MINI_RL, "--out", "again"]
@@ -150,12 +150,12 @@ def test_one_process_learns_what_two_do(run_folder, tmp_path):
         ours, theirs = (load_state_dict(where / path / "model.safetensors")
                         for where in (folder, tmp_path))
         assert ours.keys() == theirs.keys()
-        assert all(torch.allclose(x, theirs[name], rtol=1e-4, atol=1e-4) for name, x in ours.items())
+        assert all(torch.allclose(x, theirs[n], rtol=1e-4, atol=1e-4) for n, x in ours.items())
 
 
 def test_an_error_of_all_processes_is_told_once(tmp_path):
-    """Guards the output of several processes: one line and exit code 2, even of a wrong command line,
-    which argparse would tell in each of them, and nothing of the launcher's own reports."""
+    """Guards the output of several processes: one line and exit code 2, even of a wrong command
+    line, which argparse would tell in each of them, and nothing of the launcher's own reports."""
     output = call("evaluate.py", "--sead", 3, cwd=tmp_path, code=2, processes=2)
     assert output == "error: unrecognized arguments: --sead 3 (--help lists the flags)\n"
     output = call("evaluate.py", cwd=tmp_path, code=2, processes=0)

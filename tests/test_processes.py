@@ -1,5 +1,6 @@
-"""Several processes: the same loss, statistics and weights as one process on the same traces. What is at stake: with a wrong
-denominator, or a gradient that is not shared, training goes on without a word and learns something else."""
+"""Several processes: the same loss, statistics and weights as one process on the same traces. What
+is at stake: with a wrong denominator, or a gradient that is not shared, training goes on without a
+word and learns something else."""
 import os
 import socket
 import subprocess
@@ -177,8 +178,8 @@ run(main)
 
 
 def test_gradients_of_replicated_weights_are_averaged():
-    """Guards weights that are the same everywhere: a gradient of one process alone counts in all, and
-    where no process has one there is none, for along zeros, too, an optimizer takes a step: it has
-    momentum and weight decay."""
+    """Guards weights that are the same everywhere: a gradient of one process alone counts in all,
+    and where no process has one there is none, for along zeros, too, an optimizer takes a step: it
+    has momentum and weight decay."""
     outputs = run_processes(2, "-c", AVERAGE, errors=True)
     assert outputs == ["[[2.5], [0.5], None]\n"] * 2

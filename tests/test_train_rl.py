@@ -188,8 +188,9 @@ def test_flags_go_before_the_presets_and_are_marked(monkeypatch):
 
 
 def test_only_sharded_models_need_even_shares(monkeypatch, tmp_path, tiny_folder):
-    """Guards several processes: a model that every process keeps whole takes any number of questions,
-    and one of which each has a part is refused at once, by its config, not after hours of search."""
+    """Guards several processes: a model that every process keeps whole takes any number of
+    questions, and one of which each has a part is refused at once, by its config, not after hours
+    of search."""
     config_of("3B").save_pretrained(tmp_path)
     for flags, message in ((["--questions", 3], "multiples of the number"),
                            (["--reference", "cpu"], "--reference cpu")):
