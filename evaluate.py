@@ -33,8 +33,9 @@ from PIL import Image
 import model as models
 from model import UserError
 from reward import Unusable, as_box, distinct_crops, in_region, option_text, score, scored_by
-from rollout import (OVERLONG, Question, add_arguments, dialogue_of, draw_trace, gather, parse, parse_points, preset, rank, read_image,
-                     rollout, run, sampling_of, settings, window, world)
+from rollout import (OVERLONG, Question, add_arguments, dialogue_of, draw_trace, gather, parse,
+                     parse_points, preset, rank, read_image, rollout, run, sampling_of, settings,
+                     window, world_size)
 
 # ------------------------------------------------------------------------------------------------ toy-search: drawn scenes
 
@@ -630,7 +631,7 @@ def evaluate(policy, questions, dialogue, seed=0, *, records=None, log=None, on_
         log(f"{count}/{n} questions, accuracy {mean(r.correct for r in done + ready):.3f}, "
             f"{spent / (count - before) * (n - count):.0f} s left")
     left = [b for b in range(math.ceil(n / QUESTIONS_A_BLOCK)) if b not in {r.index // QUESTIONS_A_BLOCK for r in done}]
-    for turn in range(0, len(left), world()):
+    for turn in range(0, len(left), world_size()):
         mine, begun = [], time.time()
         for block in left[turn:][rank():rank() + 1]:
             asked = {replace(questions[i]): i for i in block_of(block, n)}
@@ -641,7 +642,7 @@ def evaluate(policy, questions, dialogue, seed=0, *, records=None, log=None, on_
                     on_trace(trace, mine[-1])
                 if log and time.time() - told > 10 and len(mine) < len(asked):
                     told = time.time()
-                    tell(mine, world())
+                    tell(mine, world_size())
         for record in mine:
             record.seconds = (time.time() - begun) / len(mine)
         new = sum(gather(mine), [])

@@ -292,7 +292,7 @@ class Policy:
         folder, state = Path(folder), self.model.state_dict(keep_vars=True)
         first, gathered = not dist.is_initialized() or dist.get_rank() == 0, {}
         for x in state.values():                        # one at a time, and tied ones once
-            full = whole(x.detach())
+            full = full_tensor(x.detach())
             gathered[id(x)] = full.cpu() if first else None
         if not first:
             return
@@ -306,7 +306,7 @@ class Policy:
         replace(part, folder)
 
 
-def whole(x):
+def full_tensor(x):
     """A tensor that is shared out over processes, gathered (all have to call it); anything else as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 

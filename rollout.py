@@ -1,8 +1,8 @@
 """The dialogue: prompts, coordinates, the zoom tool, many turns, many traces.
 
 In:  questions about images. Out: `Trace`s: which tokens the policy sampled, where it pointed, what it was shown, how it ended.
-Then come several processes (torchrun), the flags that all scripts share, and `WebAgent`: the same dialogue, as VisualWebArena
-asks for one action after another.
+Then come several processes, the flags that all scripts share, and `WebAgent`: the same dialogue, as
+VisualWebArena asks for one action after another.
 
 Four modes, as in the paper: `direct` (an answer only), `think` (a thought, then the answer), `grounded` (a thought whose
 steps point at the image) and `zoom` (turns: a thought that points, a look at the point, ..., the answer).
@@ -16,20 +16,28 @@ inside, never stretched; bad calls and points outside are answered in words; wha
 import argparse
 import io
 import json
+import logging
 import os
 import random
 import re
 import sys
+import threading
+import time
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import Chunk, Engine, Policy, Sequence, UserError, load
@@ -481,32 +489,107 @@ def draw_trace(trace, width=768):
     return sheet
 
 
-# ------------------------------------------------------------------------------------------------ processes (torchrun)
+# ------------------------------------------------------------------------------------ processes
 
-def start_processes():
-    """Joins the processes that torchrun started, one a GPU (or on the CPU); does nothing without torchrun."""
+MOST_PROCESSES = 8                  # that are started unasked
+LAUNCHER = "VIGORL_LAUNCHER"        # environment variable: id of the process that started this one
+REPLICATED = 100_000_000            # parameters of a model at most that every process keeps whole
+GO_ON = "a training run goes on with --resume, an evaluation with the same --json FILE"
+
+
+def processes_to_start():
+    """The number of processes the command line asks for; 1: this one alone. Raises UserError."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.error = refuse
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--image")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    asked = parser.parse_known_args()[0]
+    if asked.processes is not None and asked.processes < 1:
+        raise UserError("--processes must be at least 1")
+    if "WORLD_SIZE" in os.environ or asked.image or asked.dry_run or asked.help:
+        return 1
+    if torch.cuda.is_available():
+        if asked.processes and asked.processes > 1:
+            raise UserError(f"on GPUs use torchrun: torchrun --nproc-per-node {asked.processes} -- "
+                            f"{Path(sys.argv[0]).name} ...")
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return asked.processes or min(cores, MOST_PROCESSES)
+
+
+def launch(number):
+    """Runs the same command in `number` processes of one thread each, as torchrun does.
+    -> the exit code: that of the first process that failed, 1 where a signal ended it.
+
+    Where one process fails, the launcher ends the others. A signal to this process ends them all,
+    and SIGINT then goes on as a KeyboardInterrupt."""
+    logging.disable()                   # the launcher's own reports, which are pages long
+    os.environ |= {"OMP_NUM_THREADS": "1", LAUNCHER: str(os.getpid())}
+    with TemporaryDirectory() as folder:
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=number, max_restarts=0, monitor_interval=0.1,
+            run_id="local", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+            local_addr="localhost", logs_specs=DefaultLogsSpecs(folder),
+            signals_to_handle="SIGTERM,SIGHUP")
+        try:
+            elastic_launch(config, sys.executable)("-u", *sys.orig_argv[1:])
+        except ChildFailedError as error:
+            which, failure = error.get_first_failure()
+            if failure.exitcode > 0:
+                return failure.exitcode
+            print(f"error: {failure.signal_name()} ended process {which}; {GO_ON}", file=sys.stderr)
+            return 1
+        except SignalException as error:
+            print(f"interrupted; {GO_ON}", file=sys.stderr)
+            return 128 + error.sigval
+    return 0
+
+
+def join_processes():
+    """Joins the processes that `launch` or torchrun started; does nothing without them. From now on
+    only the first process prints."""
+    if LAUNCHER in os.environ:
+        threading.Thread(target=end_with, args=[int(os.environ[LAUNCHER])], daemon=True).start()
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=4))
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def end_with(parent):
+    """Ends this process when its parent is gone: a launcher that was killed could not do so."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def world_size():
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def gather(value):
     """Every process's `value` (anything that pickles), as a list by rank, on every process. It also waits for all of them."""
-    if world() == 1:
+    if world_size() == 1:
         return [value]
-    values = [None] * world()
+    values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_shares(values):
+    """The values of all items in their order, on every process. values: of this process's items,
+    number rank, rank + world_size, and so on."""
+    shares = gather(values)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
 
 
 def like(x, parameter):
@@ -516,10 +599,13 @@ def like(x, parameter):
     return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def micro_batches(groups, tokens, spare):
-    """Splits groups of Sequences into batches of at most `tokens` tokens (one group at least), those of like length together.
-    -> [(batch, 1.0)]. Every process gets as many as that which has the most, for sharded weights are gathered by all of them
-    together: its list is filled up with (spare, 0.0), a batch whose loss is not to count."""
+def micro_batches(groups, tokens, spare=None):
+    """Splits groups of Sequences into batches of at most `tokens` tokens (one group at least),
+    those of like length together. -> [(batch, 1.0)]
+
+    spare: a batch, where weights are sharded. All processes gather these together, so each gets as
+    many batches as the one that has most: its list is filled up with (spare, 0.0), whose loss is
+    not to count."""
     batches, room = [], 0
     def size(group):
         return len(group[0].prompt.ids) + sum(len(s.ids) for s in group)
@@ -529,14 +615,47 @@ def micro_batches(groups, tokens, spare):
             batches.append([])
             room = tokens - size(group)
         batches[-1].append(group)
-    return [(batch, 1.0) for batch in batches] + [(spare, 0.0)] * (max(gather(len(batches))) - len(batches))
+    counted = [(batch, 1.0) for batch in batches]
+    if spare is None:
+        return counted
+    return counted + [(spare, 0.0)] * (max(gather(len(batches))) - len(batches))
+
+
+def average_gradients(parameters):
+    """Makes the gradients of replicated parameters their mean over all processes, by one all-reduce;
+    those of sharded ones are averaged by FSDP already.
+
+    The sum is in float32. A missing gradient counts as zeros; where no process has one, none is made."""
+    if world_size() == 1 or isinstance(parameters[0], DTensor):
+        return
+    device = parameters[0].device
+    present = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([present, *(x.flatten().float() for x in gradients)])
+    dist.all_reduce(flat)
+    sizes = [len(parameters), *(p.numel() for p in parameters)]
+    present, *means = (flat / world_size()).split(sizes)
+    for p, anywhere, mean in zip(parameters, present.tolist(), means):
+        p.grad = mean.view_as(p).to(p.dtype) if anywhere else None
+
+
+def share_out(policy):
+    """Prepares a policy for training in several processes: a large one is sharded, a small one
+    stays whole in each."""
+    if world_size() > 1 and sum(p.numel() for p in policy.model.parameters()) > REPLICATED:
+        shard(policy)
+
+
+def is_sharded(policy):
+    return isinstance(policy.model, FSDPModule)
 
 
 def shard(policy):
     """FSDP2: each process keeps a part of every weight, gradient and optimizer state. In an update, the weights of the language
     model are gathered layer by layer, and all others at once; gradients are averaged over the processes. A frozen vision tower
     stays whole: which process has images to encode, and when, is its own affair."""
-    how = dict(mesh=init_device_mesh(policy.device.type, (world(),)), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    how = dict(mesh=init_device_mesh(policy.device.type, (world_size(),)),
+               mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     for layer in policy.model.model.language_model.layers:
         fully_shard(layer, **how)
     trained = {id(p) for p in policy.trainable()}
@@ -548,7 +667,7 @@ def shard(policy):
 
 
 @contextmanager
-def whole_weights(policy):
+def unsharded(policy):
     """Inside, every process has all weights of a sharded policy, and samples without waiting for the others."""
     units = [m for m in policy.model.modules() if isinstance(m, FSDPModule)]
     for unit in units:
@@ -593,10 +712,17 @@ def preset(family, mode):
 
 
 def parse(parser):
-    """Parses the command line, and remembers in `given` which flags were on it."""
+    """Parses the command line; `given` are the flags that were on it. Raises UserError."""
+    parser.error = refuse
     args = parser.parse_args()
+    del args.processes                  # `run` has read it, and it is no part of a run's settings
     args.given = sorted(name for name, value in vars(args).items() if value != parser.get_default(name))
     return args
+
+
+def refuse(message):
+    """In place of argparse's own: an error of the command line is told as any other, in a line."""
+    raise UserError(f"{message} (--help lists the flags)")
 
 
 def settings(args):
@@ -618,6 +744,8 @@ def add_arguments(parser):
     add("--mode", default="zoom", choices=MODES, help="how the policy answers (%(default)s)")
     add("--system-prompt", metavar="FILE", help="text to use instead of the mode's own system prompt")
     add("--seed", type=int, default=0, help="decides everything that is random (%(default)s)")
+    add("--processes", type=int, metavar="N", help="processes on a CPU, of one thread each (one a "
+        "core, 8 at most); on GPUs torchrun starts them")
     add("--temperature", type=float, default=1.0, help="of sampling; 0: the likeliest token (%(default)s)")
     add("--crop-half", type=int, metavar="PX", help="half the side of a close-up, px of the original (drawn 32, gui and "
         "web 50, others 182)")
@@ -651,21 +779,36 @@ def sampling_of(args, **more):
 
 
 def run(main):
-    """Runs a script's `main`: a UserError becomes one line and exit code 2. Of several processes (torchrun) only the first
-    prints; where one fails, it leaves at once, and torchrun ends the others."""
+    """Runs a script's `main`, in as many processes as the command line asks for. A UserError
+    becomes one line and exit code 2. Where one process fails, the launcher ends the others."""
     try:
-        start_processes()
-        if rank():
-            sys.stdout = open(os.devnull, "w")
+        number = processes_to_start()
+        if number > 1:
+            sys.exit(launch(number))
+        join_processes()
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(f"error: {error}", 2)
     except KeyboardInterrupt:
-        print("interrupted; a training run goes on with --resume, an evaluation with the same --json FILE", file=sys.stderr)
-        sys.exit(130)
+        leave(f"interrupted; {GO_ON}", 130)
+    except Exception:
+        if world_size() == 1:
+            raise
+        time.sleep(1)                   # if another's end is the cause, the launcher ends this one
+        leave(traceback.format_exc().rstrip(), 1)
+
+
+def leave(message, code):
+    """Ends the process with a line. The first process goes first, and the launcher ends the others
+    while they wait: what all have to say is said once."""
+    time.sleep(min(2 * rank(), 4))
+    print(message, file=sys.stderr, flush=True)
+    if world_size() > 1:
+        sys.stdout.flush()
+        os._exit(code)                  # at once: to tear torch down can take a second
+    sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------------------ a web agent

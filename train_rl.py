@@ -4,7 +4,7 @@ In:  a task and a checkpoint (by default everything before it is made: the tiny 
 Out: a run folder: args.json, log.jsonl (a line a step), traces.jsonl (sampled traces with their rewards), the checkpoints
      base/, sft/, rl/, state.pt (to resume from), summary.json (the final table).
 
-With torchrun, each process rolls out and learns from its own share of the questions, and all make the same update (FSDP2).
+Each process rolls out and learns from its own share of the questions, and all make the same update.
 
 Kept of GRPO (DeepSeekMath; as the paper uses it): G traces a question, advantages relative to their group, clipped
 probability ratios (0.2 below, 0.28 above, a second clip at 3 for negative advantages), a KL penalty to the SFT model by the k3
@@ -28,10 +28,11 @@ import evaluate as evaluation
 import model as models
 import train_sft as sft
 from evaluate import mean
-from model import UserError, whole
+from model import UserError, full_tensor
 from reward import MULTI_TURN, SINGLE_TURN, Weights, score
-from rollout import (OVERLONG, add_arguments, dialogue_of, gather, like, micro_batches, parse, rank, rollout, run, sampling_of, settings,
-                     whole_weights, world)
+from rollout import (OVERLONG, REPLICATED, add_arguments, dialogue_of, gather, gather_shares, is_sharded,
+                     like, micro_batches, parse, rank, rollout, run, sampling_of, settings,
+                     unsharded, world_size)
 
 # ------------------------------------------------------------------------------------------------ the update
 
@@ -91,8 +92,13 @@ def reference_log_probs(reference, batches, args, device):
 
 
 def train_step(policy, reference, groups, optimizers, args, factor):
-    """One update on the traces of some groups, each process's own. groups: [(traces, advantages)]. -> what to log, of all"""
-    spare = min((traces for traces, _ in groups), key=lambda traces: sum(len(t.ids) for t in traces))[:1]
+    """One update on the traces of some groups. -> what to log, of all processes
+
+    groups: [(traces, advantages)], each process's own, or none where weights are replicated."""
+    spare = None
+    if is_sharded(policy):
+        lists = [traces for traces, _ in groups]
+        spare = [min(lists, key=lambda traces: sum(len(t.ids) for t in traces))[:1]]
     groups = [(traces, a) for traces, a in groups if any(a)]
     kept = [([t for t, x in zip(traces, a) if x], [x for x in a if x]) for traces, a in groups]
     advantage_of = {id(t): x for traces, a in kept for t, x in zip(traces, a)}
@@ -100,7 +106,7 @@ def train_step(policy, reference, groups, optimizers, args, factor):
     sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0, "groups_used": len(kept)}
     if not tokens:
         return {**sums, "grad_norm": 0.0, "tokens": 0}
-    batches = micro_batches([traces for traces, _ in kept], args.micro_tokens, [spare])
+    batches = micro_batches([traces for traces, _ in kept], args.micro_tokens, spare)
     references = reference_log_probs(reference, [micro for micro, _ in batches], args, policy.device)
     policy.model.train()
     for (micro, counts), ref in zip(batches, references):
@@ -109,7 +115,7 @@ def train_step(policy, reference, groups, optimizers, args, factor):
         old = torch.tensor([log_prob for _, log_prob in flat], device=policy.device)
         advantages = torch.tensor([advantage_of.get(id(trace), 0.0) for trace, _ in flat], device=policy.device)
         loss, logged = grpo_loss(policy.log_probs(micro, args.temperature), old, ref, advantages, kl=args.kl)
-        (loss * counts * world() / tokens).backward()              # gradients are averaged over the processes
+        (loss * counts * world_size() / tokens).backward()  # gradients are averaged over processes
         for name, value in {"loss": loss.item(), **logged}.items():
             sums[name] += value * counts / tokens
     policy.model.eval()
@@ -127,6 +133,16 @@ def add_up(updates):
 
 TEXT = 512                  # tokens of a prompt beside its image's: system prompt and question
 ROOM = 0.9                  # share of a GPU's memory that can be planned with; the rest is CUDA's own, and fragments
+
+
+def read_config(path):
+    """Of a checkpoint, (config, what `count_parameters` finds); no weights. Raises UserError."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        return config, count_parameters(config)
+    except (AttributeError, OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"{path}: no config of the Qwen2.5-VL family ({why})") from error
 
 
 def count_parameters(config):
@@ -236,11 +252,11 @@ def dry_run(args):
     """Prints what the job needs of a GPU, from the checkpoint's config alone. Raises UserError where it does not fit."""
     if not args.model:
         raise UserError("--dry-run needs --model; the tiny base fits anywhere")
+    config, counts = read_config(args.model)
+    total, tower, _ = counts
     try:
-        config = AutoConfig.from_pretrained(args.model)
         if not args.max_pixels:
             args.max_pixels = AutoImageProcessor.from_pretrained(args.model, backend="pil").size["longest_edge"]
-        counts = total, tower, _ = count_parameters(config)
         need = memory(config, counts, args)
     except (AttributeError, OSError, ValueError) as error:
         raise UserError(f"{args.model}: no config of the Qwen2.5-VL family ({str(error).splitlines()[0]})") from error
@@ -305,22 +321,30 @@ def parse_arguments():
     args.lr = args.lr or {"muon": 2.5e-3, "adamw": 1e-6}[args.optimizer]
     args.warm_up = round(args.steps / 20) if args.warm_up is None else args.warm_up
     args.update_questions = args.update_questions or args.questions
-    args.gpus = args.gpus or world()
+    args.gpus = args.gpus or world_size()
     for name in ("questions", "update_questions", "group", "steps", "eval_n", "save_every", "show_every", "gpus", "gpu_gib"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if args.group < 2:
         raise UserError("--group must be at least 2: advantages compare the traces of a group")
-    if args.questions % args.gpus or args.update_questions % args.gpus:
-        raise UserError(f"--questions {args.questions} and --update-questions {args.update_questions} must be multiples of the "
-                        f"number of processes, {args.gpus}")
-    if args.reference == "cpu" and args.gpus > 1:
-        raise UserError("--reference cpu is for one process; with several the reference model's weights are shared out anyway")
+    uneven = args.questions % args.gpus or args.update_questions % args.gpus
+    if args.gpus > 1 and (uneven or args.reference == "cpu") and will_be_sharded(args):
+        if uneven:
+            raise UserError(f"--questions {args.questions} and --update-questions "
+                            f"{args.update_questions} must be multiples of the number of "
+                            f"processes, {args.gpus}")
+        raise UserError("--reference cpu is for one process; with several the reference model's "
+                        "weights are shared out anyway")
     try:
         weights_at(args, 0)
     except ValueError as error:
         raise UserError(f"--diversity {args.diversity}: {error}") from None
     return args
+
+
+def will_be_sharded(args):
+    """Whether several processes shard the model, by its config. Raises UserError."""
+    return args.model is not None and read_config(args.model)[1][0] > REPLICATED
 
 
 def weights_at(args, step):
@@ -341,9 +365,11 @@ def train(policy, reference, args, out):
         begun = time.time()
         questions = evaluation.questions_of(args, "train", args.questions, args.search_questions + step * args.questions)
         seeds = [f"GRPO {args.seed} {step} {i}" for i in range(args.questions)]
-        mine = slice(rank(), None, world())
-        with whole_weights(policy):
+        mine = slice(rank(), None, world_size())
+        with unsharded(policy):
             groups = list(rollout(policy, questions[mine], dialogue, args.group, seeds[mine], **sampling_of(args)))
+        number = {question: i for i, question in enumerate(questions)}
+        groups.sort(key=lambda traces: number[traces[0].question])  # they come as they end
         sampled = time.time() - begun
 
         weights = weights_at(args, step)
@@ -351,13 +377,17 @@ def train(policy, reference, args, out):
         counted = [[t.ended not in OVERLONG for t in traces] for traces in groups]
         advantages = [advantages_of(scores, ok, args) for (_, scores), ok in zip(scored, counted)]
         factor = sft.learning_rate(step, args.steps, max(1, args.warm_up), args.final_lr)
-        pairs = [(t, a) for (t, _), a in zip(scored, advantages)]
-        size = args.update_questions // world()
-        learnt = add_up([train_step(policy, reference, pairs[i:i + size], optimizers, args, factor)
-                         for i in range(0, len(pairs), size)])
+        updates = []
+        for first_of_update in range(0, args.questions, args.update_questions):
+            share = range(first_of_update, first_of_update + args.update_questions)
+            pairs = [(traces, a) for (traces, _), a in zip(scored, advantages)
+                     if number[traces[0].question] in share]
+            updates.append(train_step(policy, reference, pairs, optimizers, args, factor))
+        learnt = add_up(updates)
 
-        flat = sum(gather([(row_of(t), s) for traces, scores in scored for t, s in zip(traces, scores)]), [])
-        counted = sum(gather(counted), [])
+        rows = [[(row_of(t), s) for t, s in zip(traces, scores)] for traces, scores in scored]
+        flat = sum(gather_shares(rows), [])
+        counted = gather_shares(counted)
         line = {"step": step + 1, "reward": mean(s.total for _, s in flat), "accuracy": mean(s.correct for _, s in flat),
                 "format": mean(s.format for _, s in flat), "grounded": mean(s.grounded for _, s in flat),
                 "diversity": mean(s.diversity for _, s in flat), "crops": mean(s.crops for _, s in flat),
@@ -366,7 +396,7 @@ def train(policy, reference, args, out):
         if rank() == 0:
             keep_log(out, line, flat)
         print_line(line, args, sft.remaining(started, step + 1 - first, args.steps - first))
-        if step % args.show_every == 0:
+        if step % args.show_every == 0 and rank() == 0:
             trace, s = scored[0][0][0], scored[0][1][0]
             print(f"\n{trace.text()}\n-> truth: {trace.question.answer}; reward {s.total:.2f} = correct {s.correct:.0f}, "
                   f"format {s.format:.0f}, grounded {s.grounded:.0f}, diversity {s.diversity:.2f} {s.why}\n")
@@ -409,7 +439,7 @@ def measured(rows):
 def keep_state(policy, optimizers, out, step):
     """state.pt: all that is needed to go on after `step`, with any number of processes; written whole."""
     def gathered(x):                # one tensor at a time; only the first process keeps it, in the host's memory
-        x = whole(x)
+        x = full_tensor(x)
         return x if not torch.is_tensor(x) else x.cpu() if rank() == 0 else None
     state = tree_map(gathered, {"model": policy.model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
     if rank() == 0:
@@ -502,6 +532,7 @@ def main():
     if reference and args.reference == "cpu":
         reference.model.to("cpu")
     train(policy, reference, args, out)
+    gather(None)                                    # the log is whole
     seconds = sum(json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text().splitlines())
     policy.save(out / "rl", minutes=seconds / 60)
     gather(None)

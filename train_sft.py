@@ -33,13 +33,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import evaluate as evaluation
 import model as models
-from evaluate import (ANSWERS, BLOCK, CELL, COLOURS, CONTRAST, JITTER, PATTERNS, QUESTION, SIDE, Scene, mean,
-                      place_cards, search_scene)
-from model import Chunk, Policy, Sequence, UserError, whole
+from evaluate import (ANSWERS, BLOCK, CELL, COLOURS, CONTRAST, JITTER, PATTERNS, QUESTION, SIDE,
+                      Scene, mean, place_cards, search_scene)
+from model import Chunk, Policy, Sequence, UserError, full_tensor
 from reward import is_correct
-from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Dialogue, Frame, Question, Trace, add_arguments, call_text, dialogue_of, gather, like,
-                     micro_batches, parse, parse_points, parse_turn, rank, rollout, run, run_dialogues, sampling_of, settings, shard,
-                     spoken, window, world, zoom)
+from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Dialogue, Frame, Question, Trace,
+                     add_arguments, average_gradients, call_text, dialogue_of, gather,
+                     gather_shares, is_sharded, like, micro_batches, parse, parse_points,
+                     parse_turn, rank, rollout, run, run_dialogues, sampling_of, settings,
+                     share_out, spoken, window, world_size, zoom)
 
 # ------------------------------------------------------------------------------------------------ (a) the tiny base
 
@@ -267,7 +269,7 @@ class Muon(torch.optim.Optimizer):
             for shape, params in shapes.items():
                 momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
                            for p in params]
-                grads, momenta = (torch.stack([whole(x) for x in found])                              # (n, rows, columns)
+                grads, momenta = (torch.stack([full_tensor(x) for x in found])  # (n, rows, columns)
                                   for found in ([p.grad for p in params], momenta))
                 update = orthogonalise(grads.lerp(momenta, group["momentum"]))
                 scale = max(1, shape[0] / shape[1])**0.5
@@ -436,15 +438,15 @@ def pretrain(policy, steps, seed, *, log=print):
     for step in range(steps):
         kinds = [kind for kind, count in mix_of(step, ramp).items() for _ in range(count)]
         lessons = []
-        for i in range(rank(), len(kinds), world()):
+        for i in range(rank(), len(kinds), world_size()):
             rng = random.Random(f"lesson {seed} {step} {i}")
             lessons.append(make_lesson(policy, kinds[i], rng, step / ramp))
         tokens = sum(gather(sum(sum(lesson.sampled) for lesson in lessons)))
         loss = -policy.log_probs([[lesson] for lesson in lessons]).sum() / tokens
-        (loss * world()).backward()
+        (loss * world_size()).backward()
         optimizer_step(policy.trainable(), optimizers, learning_rate(step, steps, 30, 0.05))
         if step % 50 == 49 or step + 1 == steps:
-            log(f"pretraining {step + 1}/{steps}  loss {loss.item() * world():.3f}  {remaining(started, step + 1, steps)}")
+            log(f"pretraining {step + 1}/{steps}  loss {loss.item() * world_size():.3f}  {remaining(started, step + 1, steps)}")
     policy.model.eval()
 
 
@@ -459,7 +461,7 @@ def exam(policy, seed, n=256):
         scene = patterned(rng, search_scene(rng))
         questions.append(Question(f"{SHOW[0]} {scene.colour}{SHOW[1]}", [scene.draw], "", scene=scene))
     seeds = [f"exam {seed} {i}" for i in range(n)]
-    mine = slice(rank(), None, world())
+    mine = slice(rank(), None, world_size())
     said, hits = defaultdict(list), defaultdict(list)
     limits = dict(turn_tokens=48, response_tokens=288, cache_tokens=65_536)
     for trace, in rollout(policy, questions[mine], Dialogue(), 1, seeds[mine], **limits):
@@ -482,15 +484,17 @@ def patterned(rng, scene):
 
 
 def optimizer_step(parameters, optimizers, factor, clip=1.0):
-    """One step along the accumulated gradients, at `factor` times each optimizer's own learning rate; then they are cleared.
-    -> their norm before clipping to `clip`."""
+    """One step along the accumulated gradients, at `factor` times each optimizer's own learning
+    rate; then they are cleared. All processes have to call it: gradients are averaged over them.
+    -> the norm before clipping to `clip`."""
+    average_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return whole(norm).item()
+    return full_tensor(norm).item()
 
 
 def remaining(started, done, total):
@@ -765,12 +769,14 @@ def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16
             order += rng.sample(traces, len(traces))
         groups, order = [[trace] for trace in order[:batch]], order[batch:]
         tokens, total = sum(sum(trace.sampled) for (trace,) in groups), 0.0
-        for micro, counts in micro_batches(groups[rank()::world()], micro_tokens, groups[:1]):
+        spare = groups[:1] if is_sharded(policy) else None
+        for micro, counts in micro_batches(groups[rank()::world_size()], micro_tokens, spare):
             loss = -policy.log_probs(micro).sum() / tokens
-            (loss * counts * world()).backward()                  # gradients are averaged over the processes
+            (loss * counts * world_size()).backward()       # gradients are averaged over processes
             total += loss.item() * counts
         total = sum(gather(total))
-        norm = optimizer_step(policy.trainable(), optimizers, learning_rate(step, steps, max(1, steps * 0.03), **decay), clip)
+        factor = learning_rate(step, steps, max(1, steps * 0.03), **decay)
+        norm = optimizer_step(policy.trainable(), optimizers, factor, clip)
         if step % 20 == 19 or step + 1 == steps:
             log(f"sft {step + 1}/{steps}  loss {total:.3f}  grad norm {norm:.2f}  {remaining(started, step + 1, steps)}")
     policy.model.eval()
@@ -814,15 +820,15 @@ def finish_arguments(args):
 
 
 def load_trainable(args, path):
-    """A checkpoint to be trained; on a GPU, activations are computed again in the backward pass instead of kept."""
+    """A checkpoint to be trained, shared out if it is large: all processes have to call it. On a
+    GPU, activations are computed again in the backward pass instead of kept."""
     policy = models.load(str(path), max_pixels=args.max_pixels)
     policy.train_vision = args.train_vision
     if prompt := dialogue_of(args).system_prompt:
         policy.system_prompts[args.mode] = prompt       # the checkpoint remembers it
     if policy.device.type == "cuda":
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if world() > 1:
-        shard(policy)
+    share_out(policy)
     return policy
 
 
@@ -831,11 +837,12 @@ def folder_of(args):
 
 
 def make_base(args, log):
-    """The checkpoint to start from: --model, or the tiny base, made once a seed. -> its path"""
+    """The checkpoint to start from: --model, or the tiny base, which all processes make together,
+    once a seed. -> its path"""
     if args.model:
         return args.model
     folder = Path(f"runs/tiny/seed-{args.seed}-steps-{args.base_steps}")
-    if folder.is_dir():
+    if gather(folder.is_dir())[0]:
         log(f"base: {folder} is there")
         return str(folder)
     log(f"base: making {folder} from random weights")
@@ -844,10 +851,14 @@ def make_base(args, log):
     torch.manual_seed(args.seed)
     start = folder.with_name(folder.name + "-random")
     make_tiny(start, tiny_strings(), TINY_PROMPTS)
+    gather(None)                                # the first process has written it
     policy = models.load(str(start))
-    shutil.rmtree(start)
+    gather(None)                                # all have read it
+    if rank() == 0:
+        shutil.rmtree(start)
     pretrain(policy, args.base_steps, args.seed, log=log)
     policy.save(folder, minutes=(time.time() - started) / 60)
+    gather(None)
     return str(folder)
 
 
@@ -864,13 +875,12 @@ def make_traces(args, base, out, log):
     if args.search_mode and args.mode == "zoom":
         dialogue.mode = args.search_mode
     seeds = [f"search {args.seed} {i}" for i in range(len(questions))]
-    mine = slice(rank(), None, world())
+    mine = slice(rank(), None, world_size())
     roots = search(teacher, questions[mine], dialogue, seeds[mine], sampling_of(args), simulations=args.simulations, log=log)
-    found = gather([linearise(root) for root in roots])           # of question i: in process i % world(), number i // world()
+    found = gather_shares([linearise(root) for root in roots])
     rng, chains = random.Random(f"chains {args.seed}"), []
-    for i, question in enumerate(questions):
-        mine = found[i % world()][i // world()]
-        chains += [(question, chain) for chain in rng.sample(mine, min(args.chains, len(mine)))]
+    for question, its in zip(questions, found, strict=True):
+        chains += [(question, chain) for chain in rng.sample(its, min(args.chains, len(its)))]
     if not chains:
         raise UserError(f"the search found no right trace in {len(questions)} questions; give a stronger --teacher or more "
                         "--search-questions")
@@ -883,8 +893,8 @@ def warm_start(args, log):
     """Makes the run's `sft/` unless it is there: base, traces, fine-tuning. -> the base's path"""
     out = folder_of(args)
     out.mkdir(parents=True, exist_ok=True)
-    base = gather(make_base(args, log) if rank() == 0 else None)[0]        # the others wait
-    if (out / "sft").is_dir():
+    base = make_base(args, log)
+    if gather((out / "sft").is_dir())[0]:
         log(f"sft: {out / 'sft'} is there")
         return base
     started = time.time()

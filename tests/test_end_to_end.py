@@ -1,13 +1,16 @@
 """Every script run as a user runs it, in miniature."""
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from transformers.modeling_utils import load_state_dict
 
 import evaluate as evaluation
 import train_sft as sft
@@ -16,11 +19,17 @@ from rollout import call_text
 ROOT = Path(__file__).parent.parent
 
 
-def call(script, *arguments, cwd, code=0):
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+               "CUDA_VISIBLE_DEVICES": ""}
+
+
+def call(script, *arguments, cwd, code=0, processes=1):
     """Runs a script in the folder `cwd`. -> its output"""
+    if script in ("train_rl.py", "train_sft.py", "evaluate.py"):
+        arguments = [*arguments, "--processes", processes]
     script = script if script == "-m" else str(ROOT / script)
     done = subprocess.run([sys.executable, script, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+                          env=ENVIRONMENT)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -42,42 +51,46 @@ def script_traces(path, n):
 
 
 MINI = ["--base-steps", 3, "--sft-steps", 2, "--sft-batch", 4, "--search-questions", 6, "--cache-tokens", 4000]
-MINI_RL = [*MINI, "--steps", 4, "--questions", 2, "--group", 3, "--eval-n", 4, "--save-every", 2, "--traces", "given.jsonl"]
+MINI_RL = [*MINI, "--steps", 4, "--questions", 3, "--update-questions", 2, "--group", 3,
+           "--eval-n", 4, "--save-every", 2, "--traces", "given.jsonl"]
 
 
 KILLED = """
-import sys, train_rl
+import os, signal, train_rl
+from rollout import run
 keep = train_rl.keep_log
 def killed(out, line, flat):
     keep(out, line, flat)
     if line["step"] == 3:
-        raise SystemExit(9)
+        os.kill(os.getpid(), signal.SIGKILL)
 train_rl.keep_log = killed
-train_rl.main()
+run(train_rl.main)
 """
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """One whole run of the main job, in miniature."""
+    """One whole run of the main job, in miniature, on two processes."""
     folder = tmp_path_factory.mktemp("run")
     script_traces(folder / "given.jsonl", 6)
-    output = call("train_rl.py", *MINI_RL, cwd=folder)
+    output = call("train_rl.py", *MINI_RL, cwd=folder, processes=2)
     return folder, output
 
 
 def test_the_whole_job(run_folder):
-    """Guards the main job: base, fine-tuning, GRPO, the table, and the files that it promises."""
+    """Guards the main job: base, fine-tuning, GRPO, the table, and the files that it promises. Two
+    processes do it and share the questions unevenly: one has none in each second update."""
     folder, output = run_folder
     out = folder / "runs" / "toy-search-zoom"
     for name in ("args.json", "log.jsonl", "traces.jsonl", "summary.json", "state.pt", "sft/config.json", "rl/config.json"):
         assert (out / name).is_file(), name
     assert len((out / "log.jsonl").read_text().splitlines()) == 4
-    assert len((out / "traces.jsonl").read_text().splitlines()) == 4 * 2 * 3
+    asked = [json.loads(line)["id"] for line in (out / "traces.jsonl").read_text().splitlines()]
+    assert asked == [f"train-0-{i}" for i in range(6, 6 + 4 * 3) for _ in range(3)]
     summary = json.loads((out / "summary.json").read_text())
     for stage in ("base", "sft", "rl"):
         assert {"accuracy", "ci95", "accuracy_no_tool", "format", "on_target", "crops", "minutes", "n"} <= set(summary[stage])
-    assert "without tool" in output and "step 4/4" in output and "blind player" in output
+    assert "without tool" in output and output.count("step 4/4") == 1 and "blind player" in output
 
 
 def test_a_second_run_does_not_overwrite_the_first(run_folder):
@@ -87,13 +100,18 @@ def test_a_second_run_does_not_overwrite_the_first(run_folder):
 
 
 def test_resuming_gives_what_an_uninterrupted_run_gives(run_folder):
-    """Guards --resume: after a kill between two checkpoints, log and weights must be those of a run that was not killed."""
+    """Guards --resume: after a kill of one of two processes between two checkpoints, log and
+    weights must be those of a run that was not killed (so that a run is the same twice, too); and
+    the kill is told in one line, which says how to go on."""
     folder, _ = run_folder
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    arguments = [*map(str, MINI_RL), "--out", "again"]
-    assert subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=folder, env=env, capture_output=True).returncode == 9
-    output = call("train_rl.py", *arguments, "--resume", cwd=folder)
-    assert "resuming after step 2" in output
+    (folder / "killed.py").write_text(KILLED)
+    arguments = [*MINI_RL, "--out", "again"]
+    output = call(folder / "killed.py", *arguments, "--processes", 2, cwd=folder, code=1)
+    last = output.splitlines()[-1]
+    assert last.startswith("error: SIGKILL ended process 0; a training run goes on with --resume")
+    assert "Traceback" not in output and output.count("error") == 1
+    output = call("train_rl.py", *arguments, "--resume", cwd=folder, processes=2)
+    assert output.count("resuming after step 2") == 1
     first, again = folder / "runs" / "toy-search-zoom", folder / "again"
     def log(path):
         return [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in path.read_text().splitlines()]
@@ -107,22 +125,59 @@ def test_several_processes(run_folder):
     folder, _ = run_folder
     def torchrun(*command, code=0):
         return call("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--", *command, cwd=folder, code=code)
-    runner = folder / "runner.py"
-    runner.write_text(KILLED.replace("train_rl.main()", "from rollout import run; run(train_rl.main)"))
-    output = torchrun(runner, *MINI_RL, "--out", "two", code=1)
+    (folder / "killed.py").write_text(KILLED)
+    output = torchrun(folder / "killed.py", *MINI_RL, "--out", "two", code=1)
     assert output.count("step 1/4") == 1 and "step 3/4" not in output
     output = call("train_rl.py", *MINI_RL, "--out", "two", "--resume", cwd=folder)
     assert "resuming after step 2" in output and "step 4/4" in output
     out = folder / "two"
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
-    assert len((out / "traces.jsonl").read_text().splitlines()) == 4 * 2 * 3
+    assert len((out / "traces.jsonl").read_text().splitlines()) == 4 * 3 * 3
     figures = []
     for command in (torchrun, lambda *command: call(*command, cwd=folder)):
         output = command(ROOT / "evaluate.py", "--model", out / "rl", "--n", 5, "--json", f"{len(figures)}.json")
         figures.append(json.loads((folder / f"{len(figures)}.json").read_text()) | {"minutes": 0})
         assert output.count("a blind player") == 1
     assert figures[0] == figures[1]
-    assert "multiples of the number of processes" in torchrun(ROOT / "train_rl.py", *MINI_RL, "--questions", 3, code=1)
+
+
+def test_one_process_learns_what_two_do(run_folder, tmp_path):
+    """Guards the number of processes: pretraining and fine-tuning must not depend on it, roundings
+    aside."""
+    folder, _ = run_folder
+    call("train_sft.py", *MINI, "--traces", folder / "given.jsonl", cwd=tmp_path)
+    for path in ("runs/tiny/seed-0-steps-3", "runs/toy-search-zoom/sft"):
+        ours, theirs = (load_state_dict(where / path / "model.safetensors")
+                        for where in (folder, tmp_path))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(x, theirs[n], rtol=1e-4, atol=1e-4) for n, x in ours.items())
+
+
+def test_an_error_of_all_processes_is_told_once(tmp_path):
+    """Guards the output of several processes: one line and exit code 2, even of a wrong command
+    line, which argparse would tell in each of them, and nothing of the launcher's own reports."""
+    output = call("evaluate.py", "--sead", 3, cwd=tmp_path, code=2, processes=2)
+    assert output == "error: unrecognized arguments: --sead 3 (--help lists the flags)\n"
+    output = call("evaluate.py", cwd=tmp_path, code=2, processes=0)
+    assert output == "error: --processes must be at least 1\n"
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143),
+                                          (signal.SIGKILL, -9)])
+def test_no_process_is_left_behind(run_folder, number, code):
+    """Guards Ctrl-C (the signal goes to the whole group) and kill: all processes end, with one line
+    where one can be said. They all write to the same pipe, so its end tells that they are gone."""
+    command = [sys.executable, str(ROOT / "evaluate.py"), "--model", "runs/toy-search-zoom/rl",
+               "--n", "5000", "--processes", "2"]
+    started = subprocess.Popen(command, cwd=run_folder[0], env=ENVIRONMENT, start_new_session=True,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert started.stdout.readline().startswith("settings")
+    os.killpg(started.pid, number)
+    output, _ = started.communicate(timeout=30)
+    assert started.returncode == code
+    said = [line for line in output.splitlines() if not line.startswith("  ")]     # of the settings
+    assert len(said) == (number != signal.SIGKILL)
+    assert all(line.startswith("interrupted; ") for line in said)
 
 
 def test_evaluation_and_its_files(run_folder):
@@ -153,7 +208,7 @@ def test_evaluation_on_two_processes(run_folder):
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     command = [sys.executable, str(ROOT / "evaluate.py"), "--model", "runs/toy-search-zoom/rl", "--n", "66", "--json"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = ENVIRONMENT
     limits = ["--turn-tokens", "8", "--response-tokens", "30"]
     started = [subprocess.Popen([*command, "two.json", *limits], cwd=folder, env={**env, **address, "RANK": r, "LOCAL_RANK": r},
                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in "01"]

@@ -1,14 +1,19 @@
-"""Several processes (torchrun): the same loss, statistics and weights as one process on the same traces. What is at stake: with a
-wrong denominator, or a gradient that is not shared, training goes on without a word and learns something else."""
+"""Several processes: the same loss, statistics and weights as one process on the same traces. What
+is at stake: with a wrong denominator, or a gradient that is not shared, training goes on without a
+word and learns something else."""
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import load_state_dict
+
+from model import UserError
+from rollout import processes_to_start
 
 PROCESS = """
 import sys
@@ -18,13 +23,15 @@ from types import SimpleNamespace
 import torch
 import evaluate as evaluation
 import model as models
+import rollout as rollouts
 import train_rl as rl
 import train_sft as sft
-from rollout import Dialogue, rank, rollout, run, shard, whole_weights, world
+from rollout import Dialogue, is_sharded, rank, rollout, run, share_out, unsharded, world_size
 
 def main():
     torch.set_num_threads(1)
-    model, start, end = sys.argv[1:]
+    model, start, end, bound = sys.argv[1:]
+    rollouts.REPLICATED = int(bound)
     for kind in ("adamw", "muon"):
         policy, reference = (models.load(model, device="cpu") for _ in range(2))
         with torch.no_grad():
@@ -33,11 +40,12 @@ def main():
         policy.train_vision = reference.train_vision = kind == "muon"
         if kind == "muon":
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if world() > 1:
-            shard(policy)
-            shard(reference)
+        share_out(policy)
+        share_out(reference)
+        expected = world_size() > 1 and not rollouts.REPLICATED
+        assert is_sharded(policy) == is_sharded(reference) == expected
         questions = [evaluation.toy_search("train", 0, i) for i in range(5)]
-        with whole_weights(policy):
+        with unsharded(policy):
             groups = list(rollout(policy, questions, Dialogue(max_crops=1), 3, turn_tokens=8, response_tokens=40,
                                   generator=torch.Generator().manual_seed(1)))
         groups.sort(key=lambda traces: traces[0].question.id)
@@ -46,9 +54,10 @@ def main():
         args = SimpleNamespace(micro_tokens=1, temperature=1.0, kl=0.1, clip_norm=1.0, reference="gpu")
         if start != "-":
             rl.restore(policy, optimizers, Path(start) / kind)
-        logged = [rl.train_step(policy, reference, pairs[rank()::world()], optimizers, args, 1.0) for _ in range(2)]
-        lines = []
-        sft.fine_tune(policy, [t for traces in groups for t in traces], optimizers, steps=2, batch=3, seed=0, micro_tokens=1,
+        share = pairs[rank()::world_size()]
+        logged = [rl.train_step(policy, reference, share, optimizers, args, 1.0) for _ in range(2)]
+        lines, traces = [], [t for traces in groups for t in traces]
+        sft.fine_tune(policy, traces, optimizers, steps=2, batch=3, seed=0, micro_tokens=1,
                       log=lines.append)
         out = Path(end) / kind
         out.mkdir(parents=True, exist_ok=True)
@@ -56,12 +65,22 @@ def main():
         policy.save(out / "rl")
         if rank() == 0:
             torch.save([logged, lines], out / "logged.pt")
+        if not is_sharded(policy):              # the second process has nothing to learn from
+            share = pairs[:1][rank()::world_size()]
+            logged = [rl.train_step(policy, reference, share, optimizers, args, 1.0)]
+            sft.fine_tune(policy, traces, optimizers, steps=1, batch=1, seed=1, log=lines.append)
+            weights = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+            copies = rollouts.gather(weights)
+            assert all(torch.equal(copy, weights) for copy in copies)
+            if rank() == 0:
+                torch.save([logged, lines, weights], out / "uneven.pt")
 run(main)
 """
 
 
-def run_processes(number, *command):
-    """Runs a command in so many processes, as torchrun does. -> their outputs"""
+def run_processes(number, *command, errors=False):
+    """Runs a command in so many processes, as torchrun does. -> what they write to stdout, or with
+    `errors` to stderr"""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -72,7 +91,7 @@ def run_processes(number, *command):
                                 stderr=subprocess.PIPE) for extra in ranks]
     outputs = [process.communicate(timeout=300) for process in started]
     assert all(process.returncode == 0 for process in started), outputs
-    return [out for out, _ in outputs]
+    return [error if errors else out for out, error in outputs]
 
 
 def same(one, two):
@@ -83,13 +102,19 @@ def same(one, two):
 
 
 def test_two_processes_equal_one(tiny_folder, tmp_path):
-    """Guards FSDP2: uneven micro-batches, a process without a group to learn from, shared denominators, the norm that gradients
-    are clipped to, both optimizers, activation checkpointing, a trained vision tower; and going on with what another number of
-    processes kept."""
-    for number, start, end in ((1, "-", "one"), (2, "-", "two"), (2, "one", "one-two"), (1, "two", "two-one")):
-        run_processes(number, "-c", PROCESS, tiny_folder, start if start == "-" else tmp_path / start, tmp_path / end)
+    """Guards both ways to train in several processes, replicated weights and FSDP2: uneven
+    micro-batches, a process without a group to learn from, shared denominators, the norm that
+    gradients are clipped to, both optimizers, activation checkpointing, a trained vision tower; and
+    going on with what another number of processes kept."""
+    whole, parts = 10**9, 0                     # parameters of a model that is replicated at most
+    for number, start, end, bound in ((1, "-", "one", whole), (2, "-", "replicated", whole),
+                                      (2, "-", "sharded", parts), (2, "one", "one-sharded", parts),
+                                      (1, "sharded", "sharded-one", whole)):
+        folder = start if start == "-" else tmp_path / start
+        run_processes(number, "-c", PROCESS, tiny_folder, folder, tmp_path / end, bound)
     for kind in ("adamw", "muon"):
-        for ours, theirs in (("one", "two"), ("one-two", "two-one")):
+        for ours, theirs in (("one", "replicated"), ("one", "sharded"),
+                             ("one-sharded", "sharded-one")):
             ours, theirs = tmp_path / ours / kind, tmp_path / theirs / kind
             (logged, lines), (other, other_lines) = (torch.load(folder / "logged.pt") for folder in (ours, theirs))
             assert all(step["tokens"] > 0 and step["groups_used"] == 4 for step in logged) and same(logged, other)
@@ -99,4 +124,62 @@ def test_two_processes_equal_one(tiny_folder, tmp_path):
             weights, other_weights = (load_state_dict(folder / "rl" / "model.safetensors") for folder in (ours, theirs))
             assert same(weights, other_weights) and weights.keys() == other_weights.keys()
         begun = torch.load(tmp_path / "one" / kind / "state.pt")
-        assert not same(begun, torch.load(tmp_path / "one-two" / kind / "state.pt"))
+        assert not same(begun, torch.load(tmp_path / "one-sharded" / kind / "state.pt"))
+        uneven, other = (torch.load(tmp_path / name / kind / "uneven.pt")
+                         for name in ("one", "replicated"))
+        assert same(uneven, other) and uneven[0][0]["groups_used"] == 1
+
+
+@pytest.mark.parametrize("flags, gpu, number", [
+    ([], False, "cores"), (["--processes", "3"], False, 3), (["--processes=1"], False, 1),
+    (["--image", "a.png", "--question", "?", "--processes", "3"], False, 1), (["--help"], False, 1),
+    (["--image-root", "images", "--processes", "3"], False, 3), (["--dry-run"], False, 1),
+    ([], True, 1), (["--processes", "1"], True, 1)])
+def test_how_many_processes_are_started(monkeypatch, flags, gpu, number):
+    """Guards the start: one process a core, but never more for what is done at once, nor on a GPU,
+    nor inside of torchrun."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(12), raising=False)
+    assert processes_to_start() == (8 if number == "cores" else number)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert processes_to_start() == 1
+
+
+@pytest.mark.parametrize("number, message", [("2", "on GPUs use torchrun"), ("0", "at least 1"),
+                                             ("two", "invalid int")])
+def test_processes_that_cannot_be_started(monkeypatch, number, message):
+    """Guards the messages; and a GPU that several processes would share without a word."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--processes", number])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=message):
+        processes_to_start()
+
+
+AVERAGE = """
+import sys
+from types import SimpleNamespace
+import torch
+from rollout import average_gradients, rank, run
+
+def main():
+    parameters = [torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3)]
+    policy = SimpleNamespace(trainable=lambda: parameters, device=torch.device("cpu"))
+    parameters[0].grad = torch.full((2, 3), 2.0 + rank())      # of both
+    if rank() == 1:
+        parameters[1].grad = torch.ones(2, 3)                  # of one; and the last one has none
+    average_gradients(policy)
+    found = [None if p.grad is None else p.grad.unique().tolist() for p in parameters]
+    print(found, file=sys.stderr)
+run(main)
+"""
+
+
+def test_gradients_of_replicated_weights_are_averaged():
+    """Guards weights that are the same everywhere: a gradient of one process alone counts in all,
+    and where no process has one there is none, for along zeros, too, an optimizer takes a step: it
+    has momentum and weight decay."""
+    outputs = run_processes(2, "-c", AVERAGE, errors=True)
+    assert outputs == ["[[2.5], [0.5], None]\n"] * 2

@@ -185,8 +185,19 @@ def test_flags_go_before_the_presets_and_are_marked(monkeypatch):
     for part in ("group 6*", "kl 0.0*", "response_tokens 4608 ", "'search' in the mode 'zoom'"):
         assert part in shown
     assert args.given == ["family", "group", "kl", "model"]
-    with pytest.raises(UserError, match="--reference cpu"):
-        parsed(monkeypatch, "--reference", "cpu", "--gpus", 2)
+
+
+def test_only_sharded_models_need_even_shares(monkeypatch, tmp_path, tiny_folder):
+    """Guards several processes: a model that every process keeps whole takes any number of
+    questions, and one of which each has a part is refused at once, by its config, not after hours
+    of search."""
+    config_of("3B").save_pretrained(tmp_path)
+    for flags, message in ((["--questions", 3], "multiples of the number"),
+                           (["--reference", "cpu"], "--reference cpu")):
+        for small in ([], ["--model", tiny_folder]):
+            assert parsed(monkeypatch, *small, *flags, "--gpus", 2).gpus == 2
+        with pytest.raises(UserError, match=message):
+            parsed(monkeypatch, "--model", tmp_path, *flags, "--gpus", 2)
 
 
 def config_of(size):
