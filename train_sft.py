@@ -33,7 +33,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import evaluate as evaluation
 import model as models
-from evaluate import (ANSWERS, BLOCK, CELL, COLOURS, CONTRAST, JITTER, PATTERNS, QUESTION, SIDE,
+from evaluate import (ANSWERS, BLOCK, CELL, COLOURS, CONTRAST, JITTER, NOTHING, PATTERNS, QUESTION, SIDE,
                       Scene, mean, place_cards, search_scene)
 from model import Chunk, Policy, Sequence, UserError, full_tensor
 from reward import is_correct
@@ -87,7 +87,7 @@ def make_tiny(folder, strings, system_prompts, *, image_px=SEEN, hidden=96, laye
     side = half * 3 // 8
     text = dict(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
                 num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, initializer_range=0.1,
-                rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[half - 2 * side, side, side]),
+                rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[half - 2 * side, side, side]),
                 tie_word_embeddings=True, bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
     vision = dict(depth=1, hidden_size=vision_hidden, intermediate_size=2 * vision_hidden, num_heads=4, out_hidden_size=hidden,
                   patch_size=8, spatial_merge_size=2, temporal_patch_size=2, window_size=64, fullatt_block_indexes=[0],
@@ -216,7 +216,7 @@ def lesson_dialogue(policy, rng, go_on, show):
     pattern. So the base learns the grammar, where cards are and what a close-up shows, but not when to look on. Some looks are
     astray (their points are not learned): it learns to say that nothing is there. show: the instructed kind, all cards."""
     colour, count = rng.choice(list(COLOURS)), rng.choice((1, 2, 3, 3))
-    scene = patterned(rng, search_scene(rng, colour, count))
+    scene = patterned(rng, colour, count)
     frame, drawing, candidates = Frame((SEEN, SEEN), (SIDE, SIDE)), scene.draw(), scene.candidates
     words = SHOW if show else QUESTION
     lesson = Lesson(policy, TINY_PROMPTS["zoom"], f"{words[0]} {colour}{words[1]}", overview(scene))
@@ -225,7 +225,7 @@ def lesson_dialogue(policy, rng, go_on, show):
         return lesson.write(FORCED_ANSWER, learned=False).write(guess).sequence
     number, thought = 0, ""
     for turn in range(4):
-        astray = rng.random() < 0.1
+        astray = rng.random() < 0.15
         if astray:
             target = point = rng.randrange(SIDE), rng.randrange(SIDE)
         else:
@@ -396,23 +396,20 @@ def train_tower(policy, seed, *, steps=240, batch=16, log=print):
     policy.train_vision = False
 
 
-def mix_of(step, ramp, batch=16):
-    """How many lessons of each kind a pretraining step has. The curriculum ramps up over `ramp` steps and then stays."""
-    u = step / ramp
-    tiles = cells = 6 if u < 0.15 else 2 if u < 0.6 else 1
-    readings = 0 if u < 0.1 else 1
-    dialogues = 0 if u < 0.3 else 5 if u < 0.6 else 8
-    lists = batch - tiles - cells - readings - dialogues
-    return {"tiles": tiles, "cells": cells, "read": readings, "dialogue": dialogues, "list": lists}
+def lesson_mix(share, batch=16):
+    """How many lessons of each kind a step has at `share` of pretraining: lists first, dialogues when these begin to work."""
+    dialogues = 0 if share < 0.2 else 5 if share < 0.4 else 8
+    return {"tiles": 1, "cells": 1, "read": 1, "dialogue": dialogues, "list": batch - 3 - dialogues}
 
 
-def list_kind(u):
-    """The scenes of lessons that list cards at share `u` of the curriculum: few colours once each, then more cards, then alike."""
-    if u < 0.08:
-        return dict(fewest=1, most=1 + int(5 * u / 0.08), copies=(1,))
-    w = min(1, (u - 0.08) / 0.22)
-    return dict(fewest=2 if w <= 0.5 else 4, most=5 + int(4 * w),
-                copies=(1, 1, 2) if w < 0.3 else (1, 2, 2, 3) if w < 0.7 else (1, 2, 3, 3))
+def list_kind(share):
+    """The scenes of lessons that list cards: few colours once each, then more cards, then alike, in an eighth of the time."""
+    u = min(1, share / 0.12)
+    if u < 0.33:
+        return dict(fewest=1, most=1 + int(5 * u / 0.33), copies=(1,))
+    if u < 0.66:
+        return dict(fewest=2, most=7, copies=(1, 2, 2, 3))
+    return dict(fewest=4, most=5 + int(4 * u), copies=(1, 2, 3, 3))
 
 
 GO_ON = 0.2      # with this probability a dialogue of the lessons goes on to the next candidate, whatever the crop showed
@@ -432,55 +429,92 @@ def make_lesson(policy, kind, rng, share):
 
 
 def pretrain(policy, steps, seed, *, log=print):
-    """Teaches the tiny base to see and to speak: the vision tower first, then, with the tower frozen, the language model."""
+    """Teaches the tiny base to see and to speak: the vision tower first, then, with the tower frozen, the language model.
+
+    After `steps` steps, when the learning rate has decayed, comes an exam. A base that fails it goes on for a quarter of the
+    steps, from a lower learning rate, and tries again; twice `steps` is the bound. -> what the last exam found"""
     train_tower(policy, seed, log=log)
     optimizers = make_optimizers(policy, "muon", 0.01, adamw_lr=5e-3)
-    policy.model.train()
-    started, ramp = time.time(), steps * 2 // 3
-    for step in range(steps):
-        kinds = [kind for kind, count in mix_of(step, ramp).items() for _ in range(count)]
-        lessons = []
-        for i in range(rank(), len(kinds), world_size()):
-            rng = random.Random(f"lesson {seed} {step} {i}")
-            lessons.append(make_lesson(policy, kinds[i], rng, step / ramp))
-        tokens = sum(gather(sum(sum(lesson.sampled) for lesson in lessons)))
+    started, done, length, peak = time.time(), 0, steps, 1.0
+    while True:
+        policy.model.train()
+        for step in range(done, done + length):
+            factor = peak * learning_rate(step - done, length, 30, 0.03)
+            loss = learn_lessons(policy, optimizers, step, steps, seed, factor)
+            if step % 50 == 49 or step + 1 == done + length:
+                left = remaining(started, step + 1, done + length)
+                log(f"pretraining {step + 1}/{done + length}  loss {loss:.3f}  {left}")
+        policy.model.eval()
+        done, length, peak = done + length, max(1, steps // 4), 0.4
+        found = exam(policy, seed)
+        log("exam: " + "  ".join(f"{name} {share:.3f}" for name, share in found.items()))
+        if failed := [name for name, share in found.items() if share < PASSES[name.split()[0]]]:
+            log(f"exam: NOT PASSED in {', '.join(failed)}" + ", more lessons" * (done < 2 * steps))
+        if not failed or done >= 2 * steps:
+            return found
+
+
+def learn_lessons(policy, optimizers, step, steps, seed, factor):
+    """One pretraining step, each process with its share of the lessons. -> the loss of all"""
+    kinds = [kind for kind, count in lesson_mix(step / steps).items() for _ in range(count)]
+    lessons = []
+    for i in range(rank(), len(kinds), world_size()):
+        rng = random.Random(f"lesson {seed} {step} {i}")
+        lessons.append(make_lesson(policy, kinds[i], rng, step / steps))
+    tokens = sum(gather(sum(sum(lesson.sampled) for lesson in lessons)))
+    loss = torch.zeros(())
+    if lessons:
         loss = -policy.log_probs([[lesson] for lesson in lessons]).sum() / tokens
-        (loss * world_size()).backward()
-        optimizer_step(policy.trainable(), optimizers, learning_rate(step, steps, 30, 0.05))
-        if step % 50 == 49 or step + 1 == steps:
-            log(f"pretraining {step + 1}/{steps}  loss {loss.item() * world_size():.3f}  {remaining(started, step + 1, steps)}")
-    policy.model.eval()
+        (loss * world_size()).backward()                     # gradients are averaged over the processes
+    optimizer_step(policy.trainable(), optimizers, factor)
+    return loss.item() * world_size()
 
 
-def exam(policy, seed, n=256):
-    """What the base must know, on held-out scenes, sampled at temperature 1. -> {name: share}
+# ------------------------------------------------------------------------------------------------ its exam
 
-    says: thoughts after a crop that name what it shows, for each pattern; target 1, 2, 3: first, second and third
-    looks that lie on that candidate; lists: colours of which all cards are listed without a mistake."""
-    questions = []
-    for i in range(n):
-        rng = random.Random(f"exam {seed} {i}")
-        scene = patterned(rng, search_scene(rng))
-        questions.append(Question(f"{SHOW[0]} {scene.colour}{SHOW[1]}", [scene.draw], "", scene=scene))
+# The least share of each part of the exam that a base passes with.
+PASSES = {"says": 0.98, "target": 0.98, "lists": 0.9}
+
+
+def exam(policy, seed, n=512):
+    """What the base has to know, on scenes that no lesson showed, sampled at temperature 1. -> {what: share}
+
+    says PATTERN: thoughts after a crop of such a card that name its pattern; target 1, 2, 3: first, second and third
+    candidates that are looked at in their turn; lists: the probability with which all cards of a scene are listed without
+    a mistake."""
+    drawn = [patterned(random.Random(f"exam {seed} {i}")) for i in range(n)]
+    questions = [Question(f"{SHOW[0]} {scene.colour}{SHOW[1]}", [scene.draw], "", scene=scene) for scene in drawn]
     seeds = [f"exam {seed} {i}" for i in range(n)]
     mine = slice(rank(), None, world_size())
-    said, hits = defaultdict(list), defaultdict(list)
-    limits = dict(turn_tokens=48, response_tokens=288, cache_tokens=65_536)
-    for trace, in rollout(policy, questions[mine], Dialogue(), 1, seeds[mine], **limits):
-        scene, frame = trace.question.scene, trace.frames[0]
-        for turn, after in pairwise(trace.turns):
-            if turn.crop and not after.forced:
-                said[scene.face_in(turn.crop)].append(scene.describes(after.thought, turn.crop))
-        for number, (point, card) in enumerate(zip(trace.crops, scene.candidates), 1):
-            hits[f"target {number}"].append(scene.card_at(frame.to_original(point)) is card)
-        for number in range(len(trace.crops) + 1, len(scene.candidates) + 1):
-            hits[f"target {number}"].append(False)
-    print({k: round(mean(v), 3) for k, v in sorted(said.items())}, {k: round(mean(v), 3) for k, v in sorted(hits.items())},
-          mean(v for k in said for v in said[k]))
+    rows = []                                                # (what was examined, right or wrong)
+    for trace, in rollout(policy, questions[mine], Dialogue(), 1, seeds[mine], turn_tokens=48, response_tokens=288):
+        rows += examine(trace)
+    lists = [lesson_list(policy, random.Random(f"exam list {seed} {i}")) for i in range(n // 8)][mine]
+    with torch.no_grad():
+        rows += [("lists", policy.log_probs([[lesson]]).sum().exp().item()) for lesson in lists]
+    found = defaultdict(list)
+    for name, right in sum(gather(rows), []):
+        found[name].append(right)
+    return {name: mean(found[name]) for name in sorted(found)}
 
 
-def patterned(rng, scene):
-    """The same scene, but any candidate may bear a pattern."""
+def examine(trace):
+    """The parts of the exam that a dialogue of the instructed kind has: [(what was examined, right or wrong)]."""
+    scene, frame = trace.question.scene, trace.frames[0]
+    rows = []
+    for turn, after in pairwise(trace.turns):
+        if turn.crop and not after.forced and scene.face_in(turn.crop) != NOTHING:
+            rows.append((f"says {scene.face_in(turn.crop)}", scene.describes(after.thought, turn.crop)))
+    points = [frame.to_original(point) for point in trace.crops]
+    for number, card in enumerate(scene.candidates, 1):
+        hit = len(points) >= number and scene.card_at(points[number - 1]) is card
+        rows.append((f"target {number}", hit))
+    return rows
+
+
+def patterned(rng, colour=None, candidates=None):
+    """A scene as the questions have, but any candidate may bear a pattern, or all, or none."""
+    scene = search_scene(rng, colour, candidates)
     faces = {id(c): rng.choice(("plain", *ANSWERS)) for c in scene.candidates}
     return Scene(tuple(replace(c, pattern=faces.get(id(c), c.pattern)) for c in scene.cards), scene.colour)
 
@@ -858,8 +892,8 @@ def make_base(args, log):
     gather(None)                                # all have read it
     if rank() == 0:
         shutil.rmtree(start)
-    pretrain(policy, args.base_steps, args.seed, log=log)
-    policy.save(folder, minutes=(time.time() - started) / 60)
+    found = pretrain(policy, args.base_steps, args.seed, log=log)
+    policy.save(folder, minutes=(time.time() - started) / 60, exam=found)
     gather(None)
     return str(folder)
 
