@@ -199,19 +199,24 @@ class Policy:
 
     def features(self, pictures):
         """Vision features of several pictures, each (tokens, hidden). With the vision tower frozen
-        they are computed once and kept in the picture."""
+        they are computed once and kept in the picture.
+
+        Those of one size are given to the tower as the frames of one film: it encodes each frame by
+        itself, and works out positions and windows once for all of them."""
         found = {}
         once = {id(p): p for p in pictures if p.features is None}.values()
-        todo = sorted(once, key=lambda p: p.grid)                      # those of one size together
+        todo = sorted(once, key=lambda p: p.grid)
         while todo:
             ends = torch.tensor([math.prod(p.grid) for p in todo]).cumsum(0)
             n = max(1, int((ends <= MAX_VISION_PATCHES).sum()))
             part, todo = todo[:n], todo[n:]
             pixels = self.pixel_values(part).to(self.device, self.model.dtype)
-            grids = torch.tensor([p.grid for p in part], device=self.device)
+            grids = [(len(list(same)), *size) for (_, *size), same in groupby(p.grid for p in part)]
+            grids = torch.tensor(grids, device=self.device)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_vision):
                 out = self.model.model.get_image_features(pixels, grids).pooler_output
-            for picture, features in zip(part, out):
+            parts = torch.cat(out).split([p.tokens for p in part])
+            for picture, features in zip(part, parts):
                 found[id(picture)] = features
                 if not self.train_vision:
                     picture.features = features
