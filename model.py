@@ -19,12 +19,13 @@ import os
 import random
 import shutil
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
@@ -47,9 +48,10 @@ class UserError(Exception):
 class Picture:
     """An image as the model sees it.
 
-    pixel_values (patches, channels * 2 * patch * patch) float32; grid (t, h, w) in patches; features (tokens, hidden),
-    kept only while the vision tower is frozen."""
-    pixel_values: torch.Tensor
+    image: RGB, of the size that is seen; grid (t, h, w) in patches; tokens: how many stand for it;
+    features (tokens, hidden), kept only while the vision tower is frozen. Pixels are kept as bytes:
+    as what the tower gets, floats and each of them twice, they would take eight times as much."""
+    image: Image.Image
     grid: tuple[int, int, int]
     tokens: int
     features: torch.Tensor | None = None
@@ -134,10 +136,29 @@ class Policy:
         return w, h
 
     def picture(self, image):
-        """PIL image -> Picture."""
-        out = self.image_processor(images=[image], return_tensors="pt")
-        grid = tuple(out["image_grid_thw"][0].tolist())
-        return Picture(out["pixel_values"], grid, math.prod(grid) // self.image_processor.merge_size**2)
+        """PIL image -> Picture. Transparency is ignored."""
+        size = self.seen_size(*image.size)
+        image = image.convert("RGB").resize(size, self.image_processor.resample)
+        columns, rows = (side // self.image_processor.patch_size for side in size)
+        tokens = columns * rows // self.image_processor.merge_size**2
+        return Picture(image, (1, rows, columns), tokens)
+
+    def pixel_values(self, pictures):
+        """What the vision tower gets of some pictures: their patches, in the pictures' order,
+        (patches, channels * 2 * patch * patch) float32.
+
+        The image processor would loop over a list. But its patches run from top to bottom, so it is
+        given one tall image of neighbours that are equally wide: the patches are the same."""
+        found = []
+        for width, same in groupby(pictures, lambda picture: picture.image.width):
+            images = [picture.image for picture in same]
+            tall, top = Image.new("RGB", (width, sum(image.height for image in images))), 0
+            for image in images:
+                tall.paste(image, (0, top))
+                top += image.height
+            out = self.image_processor(images=[tall], do_resize=False, return_tensors="pt")
+            found.append(out["pixel_values"])
+        return torch.cat(found)
 
     def chunk(self, text, images=()):
         """Text in which every "<|image_pad|>" stands for one of `images` (PIL or Picture) -> Chunk."""
@@ -180,21 +201,28 @@ class Policy:
     # -------------------------------------------------------------------------------------------- embedding
 
     def features(self, pictures):
-        """Vision features of several pictures, each (tokens, hidden). With the vision tower frozen they are computed once and
-        kept in the picture."""
-        todo, found = list({id(p): p for p in pictures if p.features is None}.values()), {}     # each once
+        """Vision features of several pictures, each (tokens, hidden). With the vision tower frozen
+        they are computed once and kept in the picture.
+
+        Those of one size are given to the tower as the frames of one film: it encodes each frame by
+        itself, and works out positions and windows once for all of them."""
+        found = {}
+        once = {id(p): p for p in pictures if p.features is None}.values()
+        todo = sorted(once, key=lambda p: p.grid)
         while todo:
-            ends = torch.tensor([len(p.pixel_values) for p in todo]).cumsum(0)
+            ends = torch.tensor([math.prod(p.grid) for p in todo]).cumsum(0)
             n = max(1, int((ends <= MAX_VISION_PATCHES).sum()))
-            pixels = torch.cat([p.pixel_values for p in todo[:n]]).to(self.device, self.model.dtype)
-            grids = torch.tensor([p.grid for p in todo[:n]], device=self.device)
+            part, todo = todo[:n], todo[n:]
+            pixels = self.pixel_values(part).to(self.device, self.model.dtype)
+            grids = [(len(list(same)), *size) for (_, *size), same in groupby(p.grid for p in part)]
+            grids = torch.tensor(grids, device=self.device)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_vision):
                 out = self.model.model.get_image_features(pixels, grids).pooler_output
-            for picture, features in zip(todo[:n], out):
+            parts = torch.cat(out).split([p.tokens for p in part])
+            for picture, features in zip(part, parts):
                 found[id(picture)] = features
                 if not self.train_vision:
                     picture.features = features
-            todo = todo[n:]
         return [p.features if p.features is not None else found[id(p)] for p in pictures]
 
     def embed(self, ids, pictures):

@@ -180,7 +180,7 @@ def memory(config, counts, args, width=2):
     - weights, gradients, AdamW's two moments, reference model: parameters x bytes / processes (a frozen vision tower: whole).
     - cache: keys and values, layers x heads x size of a head x 2 a column; --cache-tokens columns, or what one group needs.
     - features: what the frozen vision tower made of a step's images and close-ups is kept until the update is done; and so are
-      their pixels, in float32, in the host's memory.
+      their pixels, in bytes, in the host's memory.
     - roll-out: all but gradients, the whole weights of every process, and the largest of: reading the prompts of all groups in
       flight, reading a close-up of every row (3 numbers an inner unit of the MLP and 6 a hidden unit for each token, the norms'
       in float32), decoding (attention scores of one layer, logits of every row), and a pass of the vision tower.
@@ -224,7 +224,7 @@ def memory(config, counts, args, width=2):
         update += groups * seen * merged * units
     alone = kept + weights + reference + reading(groups * longest, text, hidden) + 16 * models.MAX_LOGITS
     update = max(update, alone if args.reference == "cpu" else 0)
-    pixels = asked * seen * 3 * vision.temporal_patch_size * side**2 * 4
+    pixels = asked * seen * 3 * side**2
     found = {"weights": weights, "gradients": gradients, "optimizer": states, "reference": reference, "features": features,
              "cache": cache, "cache of one group": longest * column, "roll-out": roll_out, "update": update, "pixels": pixels}
     return {name: value / 2**30 for name, value in found.items()}

@@ -187,7 +187,7 @@ def batch(policy, sequences, left=False):
     pictures = [p for s in sequences for p in s.prompt.pictures + s.pictures]
     inputs = dict(input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == policy.image_token).int(),
                   image_grid_thw=torch.tensor([p.grid for p in pictures]),
-                  pixel_values=torch.cat([p.pixel_values for p in pictures]).to(policy.model.dtype))
+                  pixel_values=policy.pixel_values(pictures).to(policy.model.dtype))
     return {name: x.to(policy.device) for name, x in inputs.items()}
 
 

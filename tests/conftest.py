@@ -95,7 +95,7 @@ def plain_log_probs(folder, policy, sequence):
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([sequence.prompt.ids + sequence.ids])
     pictures = sequence.prompt.pictures + sequence.pictures
-    logits = model(input_ids=ids, pixel_values=torch.cat([p.pixel_values for p in pictures]),
+    logits = model(input_ids=ids, pixel_values=policy.pixel_values(pictures),
                    image_grid_thw=torch.tensor([p.grid for p in pictures]),
                    mm_token_type_ids=(ids == policy.image_token).int()).logits[0].float()
     log_probs = torch.log_softmax(logits.masked_fill(policy.forbidden, -torch.inf), -1)

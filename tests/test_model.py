@@ -88,7 +88,8 @@ def test_gradients_equal_those_of_the_padded_batch(many_sizes):
         ids[row, :len(whole)], mask[row, :len(whole)] = torch.tensor(whole), 1
         targets += [(row, len(s.prompt.ids) + i) for i, sampled in enumerate(s.sampled) if sampled]
     pictures = [p for (s,) in alone for p in s.prompt.pictures + s.pictures]
-    logits = policy.model(input_ids=ids, attention_mask=mask, pixel_values=torch.cat([p.pixel_values for p in pictures]),
+    logits = policy.model(input_ids=ids, attention_mask=mask,
+                          pixel_values=policy.pixel_values(pictures),
                           image_grid_thw=torch.tensor([p.grid for p in pictures]),
                           mm_token_type_ids=(ids == policy.image_token).int()).logits
     log_probs = torch.log_softmax(logits.masked_fill(policy.forbidden, -torch.inf), -1)
@@ -157,12 +158,53 @@ def test_many_images_go_through_the_vision_tower_in_parts(policy, monkeypatch):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, policy.features(pictures)))
 
 
+# Of equal images, of some equally wide, and of some that are as many patches in another shape.
+SIZES = [(64, 64), (64, 64), (64, 96), (96, 64), (64, 64), (33, 47), (300, 40), (32, 32), (128, 32)]
+
+
+def test_pictures_together_are_what_the_image_processor_makes_of_each(many_sizes):
+    """Guards the one tall image: each picture's patches must be its own, bit by bit, and where the
+    text expects them; of the size that the image processor chooses, and resized in its way."""
+    policy = many_sizes
+    for resample in (policy.image_processor.resample, 3):
+        policy.image_processor.resample = resample
+        images = [noise(*size, seed) for seed, size in enumerate(SIZES)]
+        pictures = [policy.picture(image) for image in images]
+        expected = [policy.image_processor(images=[image], return_tensors="pt") for image in images]
+        together = policy.pixel_values(pictures)
+        assert together.dtype == torch.float32
+        assert torch.equal(together, torch.cat([out["pixel_values"] for out in expected]))
+        for picture, out in zip(pictures, expected):
+            assert [list(picture.grid)] == out["image_grid_thw"].tolist()
+            assert picture.tokens == len(out["pixel_values"]) // 4
+
+
+def test_a_picture_does_not_change_with_its_image(policy):
+    """Guards a picture that is encoded later on: what is drawn meanwhile must not be in it."""
+    image = noise(64, 64)
+    picture, before = policy.picture(image), policy.picture(noise(64, 64))
+    image.paste("red", (0, 0, 64, 64))
+    assert torch.equal(policy.pixel_values([picture]), policy.pixel_values([before]))
+
+
+def test_features_of_many_sizes_are_those_of_each_alone(many_sizes):
+    """Guards the order: the vision tower gets images sorted by size; some are asked for twice."""
+    policy = many_sizes
+    policy.train_vision = True                         # so that nothing is kept
+    pictures = [policy.picture(noise(*size, seed)) for seed, size in enumerate(SIZES)]
+    found = policy.features(pictures + pictures[2:4])
+    for picture, features in zip(pictures + pictures[2:4], found, strict=True):
+        pixels, grid = policy.pixel_values([picture]), torch.tensor([picture.grid])
+        alone = policy.model.model.get_image_features(pixels, grid).pooler_output[0]
+        assert (features - alone).abs().max() < 1e-5
+
+
 def test_greedy_tokens_are_those_of_generate(policy):
     """Guards sampling and stopping: temperature 0 must give what `generate` gives."""
     (sequence,) = job = next(prompts(policy, 1, 1))
     pictures = sequence.prompt.pictures
     ids = torch.tensor([sequence.prompt.ids])
-    expected = policy.model.generate(input_ids=ids, pixel_values=pictures[0].pixel_values,
+    expected = policy.model.generate(input_ids=ids, pixel_values=policy.pixel_values(pictures),
                                      image_grid_thw=torch.tensor([pictures[0].grid]),
                                      mm_token_type_ids=(ids == policy.image_token).int(), max_new_tokens=12, do_sample=False,
                                      suppress_tokens=policy.forbidden.nonzero()[:, 0].tolist())[0, ids.shape[1]:].tolist()
