@@ -29,10 +29,10 @@ from PIL import Image
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, logging
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, logging
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 logging.disable_progress_bar()
 
@@ -373,7 +373,7 @@ def load(path, *, max_pixels=None, min_pixels=None, dtype=None, device=None):
         template = Path(path) / "chat_template.json"         # where older checkpoints have it
         if not tokenizer.chat_template and template.is_file():
             tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         model, found = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=None, output_loading_info=True,
                                                                    ignore_mismatched_sizes=True)
     except UserError:

@@ -17,7 +17,7 @@ import random
 import re
 import shutil
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -48,7 +48,6 @@ from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Dialogue, Frame, Questio
 TINY_PROMPTS = {"direct": "Answer.", "think": "Think.", "grounded": "Point.", "zoom": "Zoom."}
 SHOW = ("Show each", " card.")         # instructed dialogue: look at all of them
 LIST = "List the cards."
-LIST_CELLS, LIST_TILES = "List the cells.", "List the tiles."
 PLACES = [cell * CELL + CELL // 2 + shift for cell in range(SIDE // CELL) for shift in JITTER]    # px: where cards' centres are
 TILES = 4                              # a side of the image of tiles, one for each token
 SEEN = 64                              # px: the side of what the tiny base sees, of drawings and of close-ups
@@ -59,7 +58,7 @@ def tiny_strings():
     call = call_text((0, 0)).partition("[0, 0]")
     fixed = ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>", "<observation>", "</observation>",
              *OBSERVATION, "</think>\n" + call[0] + "[", "]" + call[2], "</think>\n<answer>", "system\n", "user\n", "assistant\n"]
-    words = [*TINY_PROMPTS.values(), *QUESTION, *SHOW, LIST, LIST_CELLS, LIST_TILES, " Card ", "Card ", " at (", ", ", ").", " None.", "Nothing.", ":"]
+    words = [*TINY_PROMPTS.values(), *QUESTION, *SHOW, LIST, " Card ", "Card ", " at (", ", ", ").", " None.", "Nothing.", ":"]
     words += [BACKTRACK] + [" " + c for c in COLOURS] + list(PATTERNS) + [p.capitalize() + "." for p in PATTERNS]
     return fixed + words
 
@@ -89,8 +88,8 @@ def make_tiny(folder, strings, system_prompts, *, image_px=SEEN, hidden=96, laye
                 num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, initializer_range=0.1,
                 rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[half - 2 * side, side, side]),
                 tie_word_embeddings=True, bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
-    vision = dict(depth=1, hidden_size=vision_hidden, intermediate_size=2 * vision_hidden, num_heads=4, out_hidden_size=hidden,
-                  patch_size=8, spatial_merge_size=2, temporal_patch_size=2, window_size=64, fullatt_block_indexes=[0],
+    vision = dict(depth=2, hidden_size=vision_hidden, intermediate_size=2 * vision_hidden, num_heads=4, out_hidden_size=hidden,
+                  patch_size=8, spatial_merge_size=2, temporal_patch_size=2, window_size=64, fullatt_block_indexes=[0, 1],
                   initializer_range=0.1)
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
                               video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
@@ -157,25 +156,6 @@ def draw_tiles(rng):
             image[place] = np.array(COLOURS[colour]) + CONTRAST * texture
             faces.append((colour, pattern))
     return Image.fromarray(image.astype(np.uint8)), faces
-
-
-def lesson_tiles(policy, rng):
-    """Read, densely: colour and pattern of 16 tiles in reading order."""
-    image, faces = draw_tiles(rng)
-    lesson = Lesson(policy, TINY_PROMPTS["direct"], LIST_TILES, image)
-    for colour, pattern in faces:
-        lesson.write(" " + colour).write(pattern)
-    return lesson.sequence
-
-
-def lesson_cells(policy, rng):
-    """Locate, densely: of each cell of the grid, in reading order, the card's colour and place, or that there is none."""
-    scene, frame = mixed_scene(rng), Frame((SEEN, SEEN), (SIDE, SIDE))
-    lesson = Lesson(policy, TINY_PROMPTS["grounded"], LIST_CELLS, overview(scene))
-    for card in scene.cells():
-        place = card and spoken(frame.to_seen((card.x, card.y)))
-        lesson.write(f" {card.colour} at {place}." if card else " None.")
-    return lesson.sequence
 
 
 def lesson_list(policy, rng, **kind):
@@ -345,61 +325,70 @@ def make_optimizers(policy, kind, lr, adamw_lr=None, dtype="float32"):
     return [Muon(hidden, lr=lr), adamw(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
+# What a token of the vision tower is to tell: colour or that there is no card, pattern, place in x and in y, and the how manieth
+# card of its colour it is, in reading order.
+CLASSES = (len(COLOURS) + 1, len(PATTERNS), len(PLACES), len(PLACES), 3)
+UNASKED = -1
+
+
 def tile_truths(rng):
-    """-> an image of tiles, and of each of its tokens (colour, pattern, -, -), as numbers; -1: not to be told"""
+    """-> an image of tiles, and of each of its tokens the numbers of its CLASSES."""
     image, faces = draw_tiles(rng)
     colours, patterns = list(COLOURS), list(PATTERNS)
-    return image, [(colours.index(c), patterns.index(p), -1, -1) for c, p in faces]
+    return image, [(colours.index(c), patterns.index(p), *[UNASKED] * 3) for c, p in faces]
 
 
 def cell_truths(rng):
-    """-> an overview, and of each of its tokens (colour of the card in its cell, or that there is none, -, its x, its y)"""
+    """-> an overview, and of each of its tokens the numbers of its CLASSES; the pattern cannot be seen in it."""
     scene, colours = mixed_scene(rng), list(COLOURS)
-    truths = []
+    truths, seen = [], Counter()
     for card in scene.cells():
         if card is None:
-            truths.append((len(colours), -1, -1, -1))
-        else:
-            truths.append((colours.index(card.colour), -1, PLACES.index(card.x), PLACES.index(card.y)))
+            truths.append((len(colours), *[UNASKED] * 4))
+            continue
+        place = PLACES.index(card.x), PLACES.index(card.y)
+        truths.append((colours.index(card.colour), UNASKED, *place, seen[card.colour]))
+        seen[card.colour] += 1
     return overview(scene), truths
 
 
-def train_tower(policy, seed, *, steps=240, batch=16, log=print):
-    """Teaches the vision tower alone. Its tokens tell colour, pattern and place by fixed directions, one for each class, all
-    at right angles: what is told has to fill the token. (By linear heads that learn it can hide in a small part of the token,
-    where the language model does not find it: after 300 lessons it could not place a single card.)"""
-    sizes = (len(COLOURS) + 1, len(PATTERNS), len(PLACES), len(PLACES))
+def train_tower(policy, seed, *, steps=700, batch=16, log=print):
+    """Teaches the vision tower alone. Its tokens tell their CLASSES by fixed directions, all at right angles: what is told has
+    to fill the token. (By linear heads that learn it can hide in a small part of the token, where the language model does not
+    find it: after 300 lessons it could not place a single card.)"""
     tower, hidden = policy.model.model.visual, policy.text_config.hidden_size
     torch.manual_seed(seed)
-    directions = torch.nn.init.orthogonal_(torch.empty(sum(sizes), hidden))              # (classes, hidden)
+    directions = torch.nn.init.orthogonal_(torch.empty(sum(CLASSES), hidden))            # (classes, hidden)
     matrices = [p for p in tower.parameters() if p.ndim == 2]
     others = [p for p in tower.parameters() if p.ndim != 2]
-    optimizers = [Muon(matrices, lr=0.01), torch.optim.AdamW(others, lr=5e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+    optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=5e-3, betas=(0.9, 0.98), weight_decay=0.0)]
     policy.train_vision = True
     started = time.time()
     for step in range(steps):
-        images, truths = [], []
+        tiles = batch // 2 if step < steps // 4 else batch // 8
+        pictures, truths = [], []
         for i in range(rank(), batch, world_size()):
-            draw = tile_truths if i % 4 < 2 else cell_truths
+            draw = tile_truths if i < tiles else cell_truths
             image, truth = draw(random.Random(f"tower {seed} {step} {i}"))
-            images.append(policy.picture(image))
+            pictures.append(policy.picture(image))
             truths += truth
-        tokens = F.normalize(torch.cat(policy.features(images)), dim=-1) * hidden**0.5   # (images * 16, hidden)
-        logits = (tokens @ directions.T).split(sizes, -1)                                # (images * 16, size) each
-        targets = torch.tensor(truths).T                                                 # (4, images * 16)
-        loss = sum(F.cross_entropy(x, target, ignore_index=-1, reduction="sum") for x, target in zip(logits, targets))
-        loss = loss * world_size() / (16 * batch)
-        loss.backward()
+        tokens = F.normalize(torch.cat(policy.features(pictures)), dim=-1) * hidden**0.5   # (images * 16, hidden)
+        logits = (tokens @ directions.T).split(CLASSES, -1)                              # (images * 16, classes) each
+        loss = torch.zeros(())
+        for x, target in zip(logits, torch.tensor(truths).T):
+            asked = max(1, sum(gather((target != UNASKED).sum().item())))
+            loss = loss + F.cross_entropy(x, target, ignore_index=UNASKED, reduction="sum") / asked
+        (loss * world_size()).backward()                     # gradients are averaged over the processes
         optimizer_step(list(tower.parameters()), optimizers, learning_rate(step, steps, 20, 0.05))
-        if step % 60 == 59:
-            log(f"vision tower {step + 1}/{steps}  loss {loss.item():.3f}  {remaining(started, step + 1, steps)}")
+        if step % 100 == 99:
+            log(f"vision tower {step + 1}/{steps}  loss {sum(gather(loss.item())):.3f}  {remaining(started, step + 1, steps)}")
     policy.train_vision = False
 
 
 def lesson_mix(share, batch=16):
-    """How many lessons of each kind a step has at `share` of pretraining: lists first, dialogues when these begin to work."""
-    dialogues = 0 if share < 0.2 else 5 if share < 0.4 else 8
-    return {"tiles": 1, "cells": 1, "read": 1, "dialogue": dialogues, "list": batch - 3 - dialogues}
+    """How many lessons of each kind a step has at `share` of pretraining: lists first, then ever more dialogues."""
+    dialogues = 0 if share < 0.2 else 5 if share < 0.45 else 8
+    return {"read": 1, "dialogue": dialogues, "list": batch - 1 - dialogues}
 
 
 def list_kind(share):
@@ -417,10 +406,6 @@ GO_ON = 0.2      # with this probability a dialogue of the lessons goes on to th
 
 def make_lesson(policy, kind, rng, share):
     """A pretraining sequence. share: of the curriculum that is over."""
-    if kind == "tiles":
-        return lesson_tiles(policy, rng)
-    if kind == "cells":
-        return lesson_cells(policy, rng)
     if kind == "read":
         return lesson_read(policy, rng)
     if kind == "dialogue":
