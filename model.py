@@ -358,6 +358,19 @@ def write_text(path, text):
     replace(part, Path(path))
 
 
+def read_config(path):
+    """The config of a checkpoint folder or hub id; no weights are read. Raises UserError where it is not Qwen2.5-VL's."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:                  # of many kinds, for a missing or foreign folder alike
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{path}: cannot be loaded as a checkpoint ({why}); "
+                        "give a folder with config.json, whole weights and tokenizer, or a hub id") from error
+    if config.model_type != "qwen2_5_vl":
+        raise UserError(f"{path}: model type '{config.model_type}' is not Qwen2.5-VL's; give a checkpoint of that family")
+    return config
+
+
 def load(path, *, max_pixels=None, min_pixels=None, dtype=None, device=None):
     """Loads a checkpoint folder or hub id of the Qwen2.5-VL family.
 
@@ -366,9 +379,7 @@ def load(path, *, max_pixels=None, min_pixels=None, dtype=None, device=None):
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     try:
-        config = AutoConfig.from_pretrained(path)
-        if config.model_type != "qwen2_5_vl":
-            raise UserError(f"{path}: model type '{config.model_type}' is not Qwen2.5-VL's; give a checkpoint of that family")
+        config = read_config(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         template = Path(path) / "chat_template.json"         # where older checkpoints have it
         if not tokenizer.chat_template and template.is_file():

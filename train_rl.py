@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 from torch.utils._pytree import tree_map
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import evaluate as evaluation
 import model as models
@@ -135,16 +136,6 @@ TEXT = 512                  # tokens of a prompt beside its image's: system prom
 ROOM = 0.9                  # share of a GPU's memory that can be planned with; the rest is CUDA's own, and fragments
 
 
-def read_config(path):
-    """Of a checkpoint, (config, what `count_parameters` finds); no weights. Raises UserError."""
-    try:
-        config = AutoConfig.from_pretrained(path)
-        return config, count_parameters(config)
-    except (AttributeError, OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"{path}: no config of the Qwen2.5-VL family ({why})") from error
-
-
 def count_parameters(config):
     """(all, of the vision tower, of the largest matrix): of a model that is never filled with weights."""
     with torch.device("meta"):
@@ -252,14 +243,14 @@ def dry_run(args):
     """Prints what the job needs of a GPU, from the checkpoint's config alone. Raises UserError where it does not fit."""
     if not args.model:
         raise UserError("--dry-run needs --model; the tiny base fits anywhere")
-    config, counts = read_config(args.model)
-    total, tower, _ = counts
+    config = models.read_config(args.model)
+    counts = total, tower, _ = count_parameters(config)
     try:
         if not args.max_pixels:
-            args.max_pixels = AutoImageProcessor.from_pretrained(args.model, backend="pil").size["longest_edge"]
-        need = memory(config, counts, args)
-    except (AttributeError, OSError, ValueError) as error:
-        raise UserError(f"{args.model}: no config of the Qwen2.5-VL family ({str(error).splitlines()[0]})") from error
+            args.max_pixels = Qwen2VLImageProcessorPil.from_pretrained(args.model).size["longest_edge"]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{args.model}: no config of an image processor ({str(error).splitlines()[0]})") from error
+    need = memory(config, counts, args)
     gib = torch.cuda.get_device_properties().total_memory / 2**30 if torch.cuda.is_available() else args.gpu_gib
     trained = total if args.train_vision else total - tower
     print(f"{total:,} parameters, {tower:,} of the vision tower; {trained:,} are trained\n"
@@ -344,7 +335,7 @@ def parse_arguments():
 
 def will_be_sharded(args):
     """Whether several processes shard the model, by its config. Raises UserError."""
-    return args.model is not None and read_config(args.model)[1][0] > REPLICATED
+    return args.model is not None and count_parameters(models.read_config(args.model))[0] > REPLICATED
 
 
 def weights_at(args, step):

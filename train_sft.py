@@ -837,6 +837,11 @@ def finish_arguments(args):
     for name in ("base_steps", "search_questions", "simulations", "chains", "sft_steps", "sft_batch", "micro_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.temperature == 0:
+        raise UserError("--temperature 0: the traces of a question would not differ, and there is nothing to learn; give one "
+                        "above 0")
+    if args.model:
+        models.read_config(args.model)
     return evaluation.finish_arguments(args)
 
 
