@@ -33,7 +33,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import evaluate as evaluation
 import model as models
-from evaluate import (ANSWERS, BLOCK, CELL, COLOURS, CONTRAST, JITTER, NOTHING, PATTERNS, QUESTION, SIDE,
+from evaluate import (ANSWERS, BLOCK, CARD, CELL, COLOURS, CONTRAST, JITTER, NOTHING, PATTERNS, QUESTION, SIDE,
                       Scene, mean, place_cards, search_scene)
 from model import Chunk, Policy, Sequence, UserError, full_tensor
 from reward import is_correct
@@ -334,8 +334,7 @@ UNASKED = -1
 def tile_truths(rng):
     """-> an image of tiles, and of each of its tokens the numbers of its CLASSES."""
     image, faces = draw_tiles(rng)
-    colours, patterns = list(COLOURS), list(PATTERNS)
-    return image, [(colours.index(c), patterns.index(p), *[UNASKED] * 3) for c, p in faces]
+    return image, [face_truth(colour, pattern) for colour, pattern in faces]
 
 
 def cell_truths(rng):
@@ -352,7 +351,33 @@ def cell_truths(rng):
     return overview(scene), truths
 
 
-def train_tower(policy, seed, *, steps=700, batch=16, log=print):
+def crop_truths(rng):
+    """-> a crop near a card, and of each of its tokens the numbers of its CLASSES: of what fills it, a card or the ground."""
+    scene, half = mixed_scene(rng), CARD // 2
+    card = rng.choice(scene.cards)
+    point = card.x + rng.randint(-24, 24), card.y + rng.randint(-24, 24)
+    left, top, right, bottom = window((SIDE, SIDE), point, SEEN // 2)
+    side, truths = SEEN // TILES, []
+    for y in range(top, bottom, side):
+        for x in range(left, right, side):
+            over = [c for c in scene.cards if abs(c.x - x - side / 2) < half + side / 2
+                    and abs(c.y - y - side / 2) < half + side / 2]
+            within = [c for c in over if abs(c.x - x - side / 2) <= half - side / 2
+                      and abs(c.y - y - side / 2) <= half - side / 2]
+            if within:
+                truths.append(face_truth(within[0].colour, within[0].pattern))
+            elif over:
+                truths.append((UNASKED,) * 5)
+            else:
+                truths.append((len(COLOURS), *[UNASKED] * 4))
+    return scene.draw().crop((left, top, right, bottom)), truths
+
+
+def face_truth(colour, pattern):
+    return list(COLOURS).index(colour), list(PATTERNS).index(pattern), *[UNASKED] * 3
+
+
+def train_tower(policy, seed, *, steps=700, log=print):
     """Teaches the vision tower alone. Its tokens tell their CLASSES by fixed directions, all at right angles: what is told has
     to fill the token. (By linear heads that learn it can hide in a small part of the token, where the language model does not
     find it: after 300 lessons it could not place a single card.)"""
@@ -365,11 +390,12 @@ def train_tower(policy, seed, *, steps=700, batch=16, log=print):
     policy.train_vision = True
     started = time.time()
     for step in range(steps):
-        tiles = batch // 2 if step < steps // 4 else batch // 8
+        kinds = [tile_truths] * 4 + [crop_truths] * 4 + [cell_truths] * 8
+        if step >= steps // 4:                               # what is left to learn is to count
+            kinds = [tile_truths] + [crop_truths] * 2 + [cell_truths] * 13
         pictures, truths = [], []
-        for i in range(rank(), batch, world_size()):
-            draw = tile_truths if i < tiles else cell_truths
-            image, truth = draw(random.Random(f"tower {seed} {step} {i}"))
+        for i in range(rank(), len(kinds), world_size()):
+            image, truth = kinds[i](random.Random(f"tower {seed} {step} {i}"))
             pictures.append(policy.picture(image))
             truths += truth
         tokens = F.normalize(torch.cat(policy.features(pictures)), dim=-1) * hidden**0.5   # (images * 16, hidden)
@@ -409,7 +435,7 @@ def make_lesson(policy, kind, rng, share):
     if kind == "read":
         return lesson_read(policy, rng)
     if kind == "dialogue":
-        return lesson_dialogue(policy, rng, GO_ON, show=rng.random() < 0.6)
+        return lesson_dialogue(policy, rng, GO_ON, show=rng.random() < 0.8)
     return lesson_list(policy, rng, **list_kind(share))
 
 
