@@ -377,7 +377,7 @@ def face_truth(colour, pattern):
     return list(COLOURS).index(colour), list(PATTERNS).index(pattern), *[UNASKED] * 3
 
 
-def train_tower(policy, seed, *, steps=700, log=print):
+def train_tower(policy, seed, *, steps, log=print):
     """Teaches the vision tower alone. Its tokens tell their CLASSES by fixed directions, all at right angles: what is told has
     to fill the token. (By linear heads that learn it can hide in a small part of the token, where the language model does not
     find it: after 300 lessons it could not place a single card.)"""
@@ -443,8 +443,9 @@ def pretrain(policy, steps, seed, *, log=print):
     """Teaches the tiny base to see and to speak: the vision tower first, then, with the tower frozen, the language model.
 
     After `steps` steps, when the learning rate has decayed, comes an exam. A base that fails it goes on for a quarter of the
-    steps, from a lower learning rate, and tries again; twice `steps` is the bound. -> what the last exam found"""
-    train_tower(policy, seed, log=log)
+    steps, from a lower learning rate, and tries again; twice `steps` is the bound. A base of few steps has a tower of as few,
+    and a short exam. -> what the last exam found"""
+    train_tower(policy, seed, steps=min(700, steps), log=log)
     optimizers = make_optimizers(policy, "muon", 0.01, adamw_lr=5e-3)
     started, done, length, peak = time.time(), 0, steps, 1.0
     while True:
@@ -457,7 +458,7 @@ def pretrain(policy, steps, seed, *, log=print):
                 log(f"pretraining {step + 1}/{done + length}  loss {loss:.3f}  {left}")
         policy.model.eval()
         done, length, peak = done + length, max(1, steps // 4), 0.4
-        found = exam(policy, seed)
+        found = exam(policy, seed, n=min(512, 8 * steps))
         log("exam: " + "  ".join(f"{name} {share:.3f}" for name, share in found.items()))
         if failed := [name for name, share in found.items() if share < PASSES[name.split()[0]]]:
             log(f"exam: NOT PASSED in {', '.join(failed)}" + ", more lessons" * (done < 2 * steps))
