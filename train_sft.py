@@ -839,7 +839,8 @@ def add_training_arguments(parser):
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--teacher", metavar="PATH", help="checkpoint that searches for traces (the policy itself)")
     add("--traces", metavar="FILE", help="fine-tune on these traces instead of searching")
-    add("--base-steps", type=int, default=2600, help="pretraining steps of the tiny base (%(default)s)")
+    add("--base-steps", type=int, default=1600, help="pretraining steps of the tiny base "
+        "until its exam, which may add as many (%(default)s)")
     add("--search-mode", choices=("zoom", "grounded"), help="with --mode zoom: search in turns, or, as the paper does, in single "
         "turns that are then cut into looks (zoom)")
     add("--search-questions", type=int, default=128, help="training questions to search (%(default)s)")
@@ -847,7 +848,7 @@ def add_training_arguments(parser):
     add("--chains", type=int, default=2, help="traces kept a question at most (%(default)s)")
     add("--sft-steps", type=int, help="steps of supervised fine-tuning (tiny base 30, with --model one pass over the traces)")
     add("--sft-batch", type=int, default=32, help="traces a step (%(default)s)")
-    add("--sft-lr", type=float, help="peak learning rate of fine-tuning, by AdamW (tiny base 1e-3, with --model 1e-6)")
+    add("--sft-lr", type=float, help="peak learning rate of fine-tuning, by AdamW (tiny base 5e-4, with --model 1e-6)")
     add("--optimizer", choices=("muon", "adamw"), help="of GRPO (tiny base muon, with --model adamw)")
     add("--adam-dtype", choices=("float32", "bfloat16"), default="float32", help="of AdamW's two moments where the weights are "
         "bfloat16, as on a GPU: 8 or 4 bytes a trained weight, beside 2 of the weight and 2 of its gradient (%(default)s)")
@@ -857,7 +858,7 @@ def add_training_arguments(parser):
 
 def finish_arguments(args):
     """As `evaluate.finish_arguments`, and what goes with the base."""
-    args.sft_lr = args.sft_lr or (1e-6 if args.model else 1e-3)
+    args.sft_lr = args.sft_lr or (1e-6 if args.model else 5e-4)
     args.optimizer = args.optimizer or ("adamw" if args.model else "muon")
     args.sft_steps = 30 if args.sft_steps is None and not args.model else args.sft_steps
     args.micro_tokens = (16_384 if args.model else 2048) if args.micro_tokens is None else args.micro_tokens
