@@ -2,16 +2,17 @@
 
 In:  a task and a checkpoint (by default everything before it is made: the tiny base, tree search, supervised fine-tuning).
 Out: a run folder: args.json, log.jsonl (a line a step), traces.jsonl (sampled traces with their rewards), the checkpoints
-     base/, sft/, rl/, state.pt (to resume from), summary.json (the final table).
+     sft/ and rl/, state.pt (to resume from), summary.json (the final table). The tiny base is in runs/tiny/.
 
 Each process rolls out and learns from its own share of the questions, and all make the same update.
 
 Kept of GRPO (DeepSeekMath; as the paper uses it): G traces a question, advantages relative to their group, clipped
 probability ratios (0.2 below, 0.28 above, a second clip at 3 for negative advantages), a KL penalty to the SFT model by the k3
 estimator inside the loss, mean over tokens, one update a batch.
-Changed: one denominator for the whole update, whatever the micro-batches; traces that were cut off or had to be asked for their
-answer are left out of loss and statistics (Mini-o3); groups whose rewards are all equal teach nothing and are skipped; the
-probabilities at sampling time are those recorded by the engine, so no second pass computes them.
+Changed: one denominator for the whole update, whatever the micro-batches; traces that ran out of tokens, or of looks and had
+to be asked for their answer, earn nothing, or are left out of loss and statistics (Mini-o3's way; --overlong); groups whose
+rewards are all equal teach nothing and are skipped; the probabilities at sampling time are those recorded by the engine, so
+no second pass computes them.
 """
 import argparse
 import json
