@@ -491,8 +491,8 @@ PASSES = {"says": 0.98, "target": 0.98, "lists": 0.9}
 def exam(policy, seed, n=512):
     """What the base has to know, on scenes that no lesson showed, sampled at temperature 1. -> {what: share}
 
-    says PATTERN: thoughts after a crop of such a card that name its pattern; target 1, 2, 3: first, second and third
-    candidates that are looked at in their turn; lists: the probability with which all cards of a scene are listed without
+    says PATTERN: thoughts after a crop of such a card that name its pattern; target 1, 2, 3: first, second and third looks that
+    lie on the first, second and third candidate; lists: the probability with which all cards of a scene are listed without
     a mistake."""
     drawn = [patterned(random.Random(f"exam {seed} {i}")) for i in range(n)]
     questions = [Question(f"{SHOW[0]} {scene.colour}{SHOW[1]}", [scene.draw], "", scene=scene) for scene in drawn]
@@ -518,9 +518,8 @@ def examine(trace):
         if turn.crop and not after.forced and scene.face_in(turn.crop) != NOTHING:
             rows.append((f"says {scene.face_in(turn.crop)}", scene.describes(after.thought, turn.crop)))
     points = [frame.to_original(point) for point in trace.crops]
-    for number, card in enumerate(scene.candidates, 1):
-        hit = len(points) >= number and scene.card_at(points[number - 1]) is card
-        rows.append((f"target {number}", hit))
+    for number, (point, card) in enumerate(zip(points, scene.candidates), 1):
+        rows.append((f"target {number}", scene.card_at(point) is card))
     return rows
 
 
