@@ -485,7 +485,7 @@ def learn_lessons(policy, optimizers, step, steps, seed, factor):
 # ------------------------------------------------------------------------------------------------ its exam
 
 # The least share of each part of the exam that a base passes with.
-PASSES = {"says": 0.98, "target": 0.98, "lists": 0.9}
+PASSES = {"says": 0.98, "target": 0.98, "lists": 0.8}
 
 
 def exam(policy, seed, n=512):
