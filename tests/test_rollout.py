@@ -147,7 +147,7 @@ def test_an_observation_that_does_not_fit_ends_the_trace(policy, question):
         trace.turns.append(parse_turn(look(5, 5)))
         return dialogue.look(policy, trace, trace.turns[-1])
     dialogue.on_turn = on_turn
-    for (trace,) in rollout(policy, [question], dialogue, 1, turn_tokens=9, response_tokens=40):
+    for (trace,) in rollout(policy, [question], dialogue, 1, [0], turn_tokens=9, response_tokens=40):
         assert trace.ended == "length" and len(trace.ids) <= 40
 
 
@@ -161,7 +161,7 @@ def test_without_the_tool_the_answer_is_asked_for_at_once(policy, question):
 @pytest.mark.parametrize("mode", MODES)
 def test_roll_outs_of_every_mode(policy, question, mode):
     """Guards all modes end to end with the real engine: every trace ends for a reason, within its bounds."""
-    groups = list(rollout(policy, [question] * 3, Dialogue(mode), 2, turn_tokens=12, response_tokens=90))
+    groups = list(rollout(policy, [question] * 3, Dialogue(mode), 2, range(3), turn_tokens=12, response_tokens=90))
     assert len(groups) == 3
     for trace in (t for g in groups for t in g):
         assert trace.ended in ("answer", "forced", "length", "stopped") and len(trace.ids) <= 90 and trace.turns

@@ -96,7 +96,7 @@ def test_continuing_from_a_path_gives_whole_traces(policy, question):
     """Guards the reuse of prefixes: what comes back begins with the path, and its log-probabilities are those of a plain pass."""
     path = cut_trace(policy, (trace := finished(policy, question, [look(10, 10), answer("dotted")])), trace.starts[1])
     root = Dialogue().start(policy, question, 1)[0]
-    found = continue_from(policy, Dialogue(), [root, path], 2, {**SAMPLING, "generator": torch.Generator().manual_seed(0)})
+    found = continue_from(policy, Dialogue(), [root, path], 2, SAMPLING)
     assert [len(traces) for traces in found] == [2, 2]
     for whole in found[1]:
         assert whole.ids[:len(path.ids)] == path.ids and whole.turns[0].call == (10, 10) and whole.ended
@@ -110,7 +110,7 @@ def test_continuing_from_a_path_gives_whole_traces(policy, question):
 def test_search_counts_every_roll_out(policy):
     """Guards the search as a whole: visits add up, children are at most `width`, the value is the mean reward."""
     questions = [toy_search("train", 0, i) for i in range(3)]
-    roots = search(policy, questions, Dialogue(), SAMPLING, simulations=2, width=3, rollouts=2, log=lambda line: None)
+    roots = search(policy, questions, Dialogue(), range(3), SAMPLING, simulations=2, width=3, rollouts=2, log=lambda line: None)
     for root in roots:
         assert root.visits >= 4 and 0 <= root.value <= 1
         for node in root.walk():
