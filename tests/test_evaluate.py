@@ -1,21 +1,19 @@
 """The task toy-search is honest, and the figures are what they say."""
 import json
-import os
 import random
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import evaluate as evaluation
+import model as models
+from conftest import in_processes
 from evaluate import (ANSWERS, CARD, SIDE, Card, DrawnQuestions, Records, Scene, blind_accuracy, evaluate, interval, record_of, report,
                       search_scene, toy_search)
 from model import UserError
-from rollout import Dialogue, call_text, draw_trace, window
+from rollout import Dialogue, call_text, draw_trace, rank, window
 from train_sft import replay
 
 
@@ -207,23 +205,11 @@ def test_records_of_another_command_are_refused(policy, small_blocks, tmp_path):
         Records(tmp_path / "found.jsonl" / "inside" / "a.jsonl", SETTINGS, QUESTIONS)
 
 
-PROCESS = """
-import sys
-import evaluate as evaluation
-import model as models
-import torch
-from rollout import Dialogue, rank, run
-evaluation.QUESTIONS_A_BLOCK = 4
-def main():
-    torch.set_num_threads(1)
-    policy = models.load(sys.argv[1], device="cpu")
-    records = evaluation.Records(sys.argv[2], {"seed": 3, "temperature": 1.0}, 10)
-    found = evaluation.evaluate(policy, evaluation.DrawnQuestions("toy-search", "test", 10), Dialogue(), 3, records=records,
-                                turn_tokens=7, response_tokens=40, cache_tokens=2000)
+def answer_all(model, path):
+    evaluation.QUESTIONS_A_BLOCK = 4
+    found = ask(models.load(model, device="cpu"), path)
     print("printed by the first", flush=True)
     print(rank(), found.n, found.accuracy, found.crops, found.ci95, found.by, file=sys.stderr, flush=True)
-run(main)
-"""
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without processes")
@@ -232,14 +218,7 @@ def test_two_processes_equal_one(policy, tiny_folder, small_blocks, tmp_path):
     go on with the file."""
     expected = ask(policy, tmp_path / "one.jsonl")
     path = tmp_path / "two.jsonl"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    started = [subprocess.Popen([sys.executable, "-c", PROCESS, tiny_folder, str(path)], stdout=subprocess.PIPE, text=True,
-                                stderr=subprocess.PIPE, env={**env, "RANK": r, "LOCAL_RANK": r}) for r in "01"]
-    (out, told), (silent, told_too) = [process.communicate(timeout=120) for process in started]
-    assert [p.returncode for p in started] == [0, 0], told + told_too
+    (out, told), (silent, told_too) = in_processes(2, answer_all, tiny_folder, path)
     assert out == "printed by the first\n" and silent == ""
     one, two = told.splitlines()[-1], told_too.splitlines()[-1]
     assert one == f"0 10 {expected.accuracy} {expected.crops} {expected.ci95} {expected.by}" and two == "1" + one[1:]
