@@ -85,7 +85,7 @@ def script(monkeypatch, capsys, tmp_path):
 
     def ended(name, *arguments, cwd=tmp_path, code=0):
         monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments), "--processes", "1"])
+        monkeypatch.setattr(sys, "argv", [name, "--processes", "1", *map(str, arguments)])
         evaluation.open_file.cache_clear()               # a new process has read no file
         status = 0
         try:
