@@ -3,13 +3,16 @@ in this process, and functions in several."""
 import base64
 import importlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import runpy
 import socket
 import sys
-from functools import partial
+import threading
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -128,6 +131,42 @@ def join(rank, address, folder, function, arguments):
     run(partial(function, *arguments))
 
 
+def launch(folder, path, *arguments):
+    """Starts `python PATH ARGUMENTS` in `folder`, in a session of its own; forked, so that of the processes which it starts in
+    its turn only these import torch. -> the process, and the pipe that all of them write to, whose end tells that all are gone"""
+    pipe = Path(folder, f"pipe-{next(COUNT)}")
+    os.mkfifo(pipe)
+    process = FORKS.Process(target=launched, args=(folder, pipe, [str(path), *map(str, arguments)]))
+    process.start()
+    return process, open(pipe)
+
+
+COUNT = itertools.count()
+
+
+def launched(folder, pipe, command):
+    os.setsid()
+    os.chdir(folder)
+    written = os.open(pipe, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(written, number)
+    os.close(written)
+    torch.cuda.is_available = lambda: False
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    sys.argv, sys.orig_argv = command, [sys.executable, *command]
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def read_to_end(pipe, seconds):
+    """What is still written to a pipe; fails if it has not ended after so many seconds."""
+    found = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read()), daemon=True)
+    reader.start()
+    reader.join(seconds)
+    assert found, f"after {seconds} s there are processes left"
+    return found[0]
+
+
 def main_of(name, cwd, *arguments):
     """A script's `main` in a process of its own, for `in_processes`."""
     os.chdir(cwd)
@@ -160,9 +199,16 @@ def converse(policy, turns, seed=0):
     return on_turn
 
 
+@lru_cache
+def plain_model(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+
+
+@torch.no_grad()
 def plain_log_probs(folder, policy, sequence):
     """Log-probabilities of the sampled tokens by one plain Hugging Face forward of the whole dialogue."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model = plain_model(folder)
+    model.model.rope_deltas = None                       # of the dialogue before
     ids = torch.tensor([sequence.prompt.ids + sequence.ids])
     pictures = sequence.prompt.pictures + sequence.pictures
     logits = model(input_ids=ids, pixel_values=policy.pixel_values(pictures),

@@ -13,7 +13,7 @@ from transformers.modeling_utils import load_state_dict
 
 import evaluate as evaluation
 import train_sft as sft
-from conftest import ROOT, in_processes, main_of
+from conftest import ROOT, in_processes, launch, main_of, read_to_end
 from rollout import call_text
 
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -24,6 +24,15 @@ def start(*command, cwd, code=0):
     done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def start_forked(*command, cwd, code=0):
+    """The same for a script that starts processes of its own, with one import of torch less."""
+    process, pipe = launch(cwd, *command)
+    output = read_to_end(pipe, 300)
+    process.join()
+    assert process.exitcode == code, output
+    return output
 
 
 @pytest.fixture
@@ -104,7 +113,7 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(run_folder):
     folder, _ = run_folder
     (folder / "killed.py").write_text(KILLED)
     arguments = [*MINI_RL, "--out", "again"]
-    output = start(folder / "killed.py", *arguments, "--processes", 2, cwd=folder, code=1)
+    output = start_forked(folder / "killed.py", *arguments, "--processes", 2, cwd=folder, code=1)
     last = output.splitlines()[-1]
     assert last.startswith("error: SIGKILL ended process 0; a training run goes on with --resume")
     assert "Traceback" not in output and output.count("error") == 1
@@ -159,7 +168,7 @@ def test_one_process_learns_what_two_do(run_folder, call, tmp_path):
 def test_an_error_of_all_processes_is_told_once(call, tmp_path):
     """Guards the output of several processes: one line and exit code 2, even of a wrong command
     line, which argparse would tell in each of them, and nothing of the launcher's own reports."""
-    output = start(ROOT / "evaluate.py", "--sead", 3, "--processes", 2, cwd=tmp_path, code=2)
+    output = start_forked(ROOT / "evaluate.py", "--sead", 3, "--processes", 2, cwd=tmp_path, code=2)
     assert output == "error: unrecognized arguments: --sead 3 (--help lists the flags)\n"
     output = call("evaluate", "--processes", 0, code=2)
     assert output == "error: --processes must be at least 1\n"
@@ -169,15 +178,14 @@ def test_an_error_of_all_processes_is_told_once(call, tmp_path):
                                           (signal.SIGKILL, -9)])
 def test_no_process_is_left_behind(run_folder, number, code):
     """Guards Ctrl-C (the signal goes to the whole group) and kill: all processes end, with one line
-    where one can be said. They all write to the same pipe, so its end tells that they are gone."""
-    command = [sys.executable, str(ROOT / "evaluate.py"), "--model", "runs/toy-search-zoom/rl",
-               "--n", "5000", "--processes", "2"]
-    started = subprocess.Popen(command, cwd=run_folder[0], env=ENVIRONMENT, start_new_session=True,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert started.stdout.readline().startswith("settings")
-    os.killpg(started.pid, number)
-    output, _ = started.communicate(timeout=30)
-    assert started.returncode == code
+    where one can be said."""
+    process, pipe = launch(run_folder[0], ROOT / "evaluate.py", "--model", "runs/toy-search-zoom/rl",
+                           "--n", 5000, "--processes", 2)
+    assert pipe.readline().startswith("settings")
+    os.killpg(process.pid, number)
+    output = read_to_end(pipe, 30)
+    process.join()
+    assert process.exitcode == code
     said = [line for line in output.splitlines() if not line.startswith("  ")]     # of the settings
     assert len(said) == (number != signal.SIGKILL)
     assert all(line.startswith("interrupted; ") for line in said)

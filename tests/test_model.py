@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import model as models
 from conftest import converse, noise, plain_log_probs, prompts, recorded
-from model import Engine, Sequence, TrainLayout, UserError, nucleus
+from model import Engine, Sequence, TrainLayout, UserError, invert, nucleus
 
 
 @pytest.fixture
@@ -259,6 +259,41 @@ def test_nucleus():
     log_probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     assert torch.allclose(nucleus(log_probs, 0.8).exp(), torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
     assert torch.allclose(nucleus(log_probs, 0.1).exp(), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+
+
+def test_tokens_follow_the_distribution():
+    """Guards inverse transform sampling: each token comes as often as its probability says (a chi-square test), in its own row;
+    evenly spread numbers meet each share to within one; and top-p's and forbidden tokens never come."""
+    rng, n = random.Random(0), 20_000
+    shares = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.15, 0.05, 0.0], [0.2, 0.0, 0.1, 0.0, 0.3, 0.0, 0.4]])
+    for uniforms, near in (([rng.getrandbits(32) / 2**32 for _ in range(n)], None), ([i / n for i in range(n)], 1)):
+        tokens = invert(shares.log().repeat(n, 1), [u for u in uniforms for _ in shares]).view(n, 2)
+        for found, row in zip(tokens.T, shares):
+            count, expected = found.bincount(minlength=7), n * row
+            assert not count[row == 0].any()
+            if near:
+                assert (count - expected).abs().max() <= near
+            else:
+                possible = row > 0
+                assert ((count - expected)**2 / expected)[possible].sum() < 21    # 3 degrees of freedom: 1 in 8,000
+
+
+def test_the_ends_of_the_unit_interval(policy):
+    """Guards the borders: 0 and the largest number below 1 must give the first and the last possible token, also where the
+    probabilities add up to less than 1 in float32, and never one that is forbidden."""
+    for size in (7, 350, 152_064):
+        logits = torch.randn(1, size, generator=torch.Generator().manual_seed(size))
+        logits[:, [0, 1, -2, -1]] = -torch.inf
+        log_probs = torch.log_softmax(logits, -1)
+        for short in (0.0, 1e-6):
+            ends = invert((log_probs - short).expand(2, -1), [0.0, 1 - 2**-32])
+            assert ends.tolist() == [[2], [size - 3]]
+    class Ends:
+        def __init__(self, bits):
+            self.getrandbits = lambda number: bits
+    hidden = torch.randn(2, policy.text_config.hidden_size)
+    tokens, _ = policy.choose(hidden, [Ends(0), Ends(2**32 - 1)])
+    assert tokens == [policy.forbidden.logical_not().nonzero()[i].item() for i in (0, -1)]
 
 
 def test_same_seed_same_tokens(policy):
