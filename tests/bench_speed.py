@@ -27,6 +27,7 @@ import gc
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import sys
@@ -132,7 +133,8 @@ def start(groups):
     for group in groups:
         for picture in group[0].prompt.pictures + [p for s in group for c in s.shown for p in c.pictures]:
             picture.features = None
-    return [[Planned(s.prompt, plan=s.plan, shown=s.shown, left=s.plan[0]) for s in group] for group in groups]
+    return [[Planned(s.prompt, plan=s.plan, shown=s.shown, left=s.plan[0], stream=random.Random(i)) for i, s in enumerate(group)]
+            for group in groups]
 
 
 # ------------------------------------------------------------------------------------------------ ours and theirs
@@ -465,7 +467,7 @@ def step_outside(_, folder, args, rng):
         for name in ("hidden", "choose", "features"):
             setattr(policy, name, timed(getattr(Policy, name).__get__(policy)))
         questions = [toy_search("train", args.seed, step * 16 + i) for i in range(16)]
-        groups = list(dialogues(policy, questions, Dialogue(), GROUP, **sampling))
+        groups = list(dialogues(policy, questions, Dialogue(), GROUP, [q.id for q in questions], **sampling))
         for name in ("hidden", "choose", "features"):
             delattr(policy, name)
         pairs = [(traces, group_advantages([score(t).total for t in traces], [True] * GROUP, True)) for traces in groups]

@@ -1,14 +1,25 @@
-"""What test files share: a tiny policy with random weights, made once for all tests, and data files with drawn images."""
+"""What test files share: a tiny policy with random weights, made once for all tests; data files with drawn images; scripts run
+in this process, and functions in several."""
 import base64
+import importlib
 import io
+import itertools
 import json
+import multiprocessing
 import os
+import random
+import runpy
+import socket
 import sys
+import threading
+from functools import lru_cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1",
+               "PYTHONPATH": str(ROOT)}                  # of the processes that tests start, too
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import pytest
@@ -16,9 +27,11 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText
 
+import evaluate as evaluation
 import model as models
 import train_sft as sft
 from model import Sequence
+from rollout import run
 
 torch.set_num_threads(1)    # the tests' matrices are too small for more
 
@@ -65,18 +78,114 @@ def data(tmp_path):
     return write
 
 
+# ------------------------------------------------------------------------------------------------ scripts and processes
+
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path):
+    """script(name, *arguments, cwd, code) -> what `python NAME.py ARGUMENTS` writes to stdout, and to stderr. It is run in this
+    process, on the CPU: a new one would take seconds to import torch. code: its exit code."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def ended(name, *arguments, cwd=tmp_path, code=0):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [name, "--processes", "1", *map(str, arguments)])
+        evaluation.open_file.cache_clear()               # a new process has read no file
+        status = 0
+        try:
+            run(importlib.import_module(name).main)
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        assert status == code, out + err
+        return out, err
+    return ended
+
+
+FORKS = multiprocessing.get_context("forkserver")        # the server imports torch, once for all
+FORKS.set_forkserver_preload(["train_rl"])
+
+
+def in_processes(number, function, *arguments):
+    """Runs function(*arguments) in so many processes, which join as torchrun's do, on the CPU. -> of each, what it writes to
+    stdout, and to stderr"""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number)}
+    with TemporaryDirectory() as folder:
+        started = [FORKS.Process(target=join, args=(rank, address, folder, function, arguments)) for rank in range(number)]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(300)
+        written = [tuple(Path(folder, f"{rank}.{name}").read_text() for name in ("out", "err")) for rank in range(number)]
+    assert all(process.exitcode == 0 for process in started), written
+    return written
+
+
+def join(rank, address, folder, function, arguments):
+    os.environ |= {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(folder, f"{rank}.{name}"), os.O_WRONLY | os.O_CREAT), number)
+    torch.set_num_threads(1)
+    torch.cuda.is_available = lambda: False
+    run(partial(function, *arguments))
+
+
+def launch(folder, path, *arguments):
+    """Starts `python PATH ARGUMENTS` in `folder`, in a session of its own; forked, so that of the processes which it starts in
+    its turn only these import torch. -> the process, and the pipe that all of them write to, whose end tells that all are gone"""
+    pipe = Path(folder, f"pipe-{next(COUNT)}")
+    os.mkfifo(pipe)
+    process = FORKS.Process(target=launched, args=(folder, pipe, [str(path), *map(str, arguments)]))
+    process.start()
+    return process, open(pipe)
+
+
+COUNT = itertools.count()
+
+
+def launched(folder, pipe, command):
+    os.setsid()
+    os.chdir(folder)
+    written = os.open(pipe, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(written, number)
+    os.close(written)
+    torch.cuda.is_available = lambda: False
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    sys.argv, sys.orig_argv = command, [sys.executable, *command]
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def read_to_end(pipe, seconds):
+    """What is still written to a pipe; fails if it has not ended after so many seconds."""
+    found = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read()), daemon=True)
+    reader.start()
+    reader.join(seconds)
+    assert found, f"after {seconds} s there are processes left"
+    return found[0]
+
+
+def main_of(name, cwd, *arguments):
+    """A script's `main` in a process of its own, for `in_processes`."""
+    os.chdir(cwd)
+    sys.argv = [name, *map(str, arguments)]
+    importlib.import_module(name).main()
+
+
 # ------------------------------------------------------------------------------------------------ policies and dialogues
 
 def noise(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
-def prompts(policy, n, group):
-    """Prompts of different lengths and images."""
+def prompts(policy, n, group, seed=0):
+    """Prompts of different lengths and images, each for a group of sequences with streams from `seed`."""
     for i in range(n):
         content = [{"type": "image"}, {"type": "text", "text": "Which? " * (i % 3 + 1)}]
         prompt = policy.prompt([{"role": "user", "content": content}], [noise(64 + 32 * (i % 3), 64, i)])
-        yield [Sequence(prompt) for _ in range(group)]
+        yield [Sequence(prompt, stream=random.Random(f"{seed} {i} {j}")) for j in range(group)]
 
 
 def converse(policy, turns, seed=0):
@@ -90,9 +199,16 @@ def converse(policy, turns, seed=0):
     return on_turn
 
 
+@lru_cache
+def plain_model(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+
+
+@torch.no_grad()
 def plain_log_probs(folder, policy, sequence):
     """Log-probabilities of the sampled tokens by one plain Hugging Face forward of the whole dialogue."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model = plain_model(folder)
+    model.model.rope_deltas = None                       # of the dialogue before
     ids = torch.tensor([sequence.prompt.ids + sequence.ids])
     pictures = sequence.prompt.pictures + sequence.pictures
     logits = model(input_ids=ids, pixel_values=policy.pixel_values(pictures),

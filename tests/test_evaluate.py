@@ -1,21 +1,19 @@
 """The task toy-search is honest, and the figures are what they say."""
 import json
-import os
 import random
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import evaluate as evaluation
+import model as models
+from conftest import in_processes
 from evaluate import (ANSWERS, CARD, SIDE, Card, DrawnQuestions, Records, Scene, blind_accuracy, evaluate, interval, record_of, report,
-                      search_scene, toy_search)
+                      search_scene, toy_search, true_thoughts)
 from model import UserError
-from rollout import Dialogue, call_text, draw_trace, window
+from rollout import Dialogue, Question, call_text, draw_trace, rank, window
 from train_sft import replay
 
 
@@ -98,8 +96,61 @@ def test_the_figures_of_a_report(policy):
     found = report([record_of(i, t) for i, t in enumerate(traces)])
     looks = [1 + [c.pattern == "plain" for c in q.scene.candidates].index(False) for q in questions]
     assert found.n == 12 and found.accuracy == 0.75 and found.format == 1 and found.on_target == 1
+    assert found.true_thoughts == 0 and found.overlong == 0       # it says "So." of what it saw
     assert found.crops == pytest.approx(sum(looks) / 12) and found.looks_again == pytest.approx(sum(l > 1 for l in looks) / 12)
     assert sum(row["n"] for row in found.by.values()) == 12
+
+
+# One red card with a pattern, a plain one, and a blue one, in the middle of three cells.
+SCENE = Scene((Card("red", "dotted", 32, 32), Card("red", "plain", 160, 32), Card("blue", "rising", 32, 160)), "red")
+
+
+def test_what_a_window_shows():
+    """Guards what thoughts are measured by: the most central candidate counts, a card of another colour is nothing, and so is
+    one of which too little is seen to read it."""
+    def face(x, y):
+        return SCENE.face_in(window((SIDE, SIDE), (x, y), 32))
+    assert face(32, 32) == face(70, 32) == "dotted" and face(160, 40) == "plain"
+    assert face(32, 160) == face(230, 230) == face(90, 32) == "nothing"
+    near = Scene((Card("red", "dotted", 44, 32), Card("red", "checked", 84, 32)), "red")
+    assert [near.face_in(window((SIDE, SIDE), (x, 32), 32)) for x in (60, 68)] == ["dotted", "checked"]
+    assert SCENE.contains((32, 52)) and not SCENE.contains((32, 53)) and not SCENE.contains((32, 160))
+    cells = SCENE.cells()
+    assert len(cells) == 16 and [cells[i] for i in (0, 2, 8)] == list(SCENE.cards) and sum(c is not None for c in cells) == 3
+
+
+@pytest.mark.parametrize("thought, true", [
+    ("Dotted.", True), ("It is dotted, as I thought", True), ("DOTTED", True), ("Dotted, really dotted.", True),
+    ("Plain.", False), ("Dotted or checked.", False), ("Not plain but dotted.", False), ("Nothing.", False),
+    ("A card.", False), ("", False), ("undotted", False)])
+def test_a_thought_that_describes(thought, true):
+    """Guards the measure against a thought that names all patterns, or none, or a word in which one stands."""
+    assert SCENE.describes(thought, (0, 0, 64, 64)) == true
+    assert SCENE.describes("Nothing.", (0, 128, 64, 192)) and not SCENE.describes("Rising.", (0, 128, 64, 192))
+
+
+def test_true_thoughts(policy):
+    """Guards the share of true thoughts: each is about the crop before it; what was written for the policy, and what follows
+    words instead of a crop, is not its thought about a crop; without a scene nothing is known."""
+    question = Question("One red card bears a pattern. Which?", [SCENE.draw], "dotted", scene=SCENE)
+    def turn(thought, *point):
+        return f"<think>{thought}</think>\n" + (call_text(point) if point else "<answer>dotted</answer>")
+    def thoughts(*turns, **how):
+        return true_thoughts(replay(policy, Dialogue(**how), question, turns))
+    dotted, plain, nothing = (8, 8), (40, 8), (8, 40)
+    first = turn("Card 1 at (8, 8).", *dotted)
+    assert thoughts(first, turn("Dotted.")) == [True] and thoughts(first, turn("Checked.")) == [False]
+    assert thoughts(first, turn("Dotted. Plain.")) == [False]
+    assert thoughts(turn("Dotted.", *plain), turn("Plain. On.", *nothing), turn("Nothing.", *dotted), turn("Nothing.")) == [
+        True, True, False]
+    assert thoughts(first, turn("Dotted.", *plain), "dotted</answer>", max_crops=1) == [True]          # the last was forced
+    assert thoughts(turn("", 900, 3), turn("Nothing.")) == [] and thoughts(turn("Dotted.")) == []
+    trace = replay(policy, Dialogue(), question, (first, turn("Dotted."), turn("")))
+    assert record_of(0, trace).thoughts == [True] and report([record_of(0, trace)]).true_thoughts == 1
+    trace.turns[1].forced = True
+    assert true_thoughts(trace) == []
+    question.scene = None
+    assert true_thoughts(trace) == [] and report([record_of(0, trace)]).true_thoughts is None
 
 
 def test_evaluation_streams_every_question_once(policy):
@@ -207,23 +258,11 @@ def test_records_of_another_command_are_refused(policy, small_blocks, tmp_path):
         Records(tmp_path / "found.jsonl" / "inside" / "a.jsonl", SETTINGS, QUESTIONS)
 
 
-PROCESS = """
-import sys
-import evaluate as evaluation
-import model as models
-import torch
-from rollout import Dialogue, rank, run
-evaluation.QUESTIONS_A_BLOCK = 4
-def main():
-    torch.set_num_threads(1)
-    policy = models.load(sys.argv[1], device="cpu")
-    records = evaluation.Records(sys.argv[2], {"seed": 3, "temperature": 1.0}, 10)
-    found = evaluation.evaluate(policy, evaluation.DrawnQuestions("toy-search", "test", 10), Dialogue(), 3, records=records,
-                                turn_tokens=7, response_tokens=40, cache_tokens=2000)
+def answer_all(model, path):
+    evaluation.QUESTIONS_A_BLOCK = 4
+    found = ask(models.load(model, device="cpu"), path)
     print("printed by the first", flush=True)
     print(rank(), found.n, found.accuracy, found.crops, found.ci95, found.by, file=sys.stderr, flush=True)
-run(main)
-"""
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without processes")
@@ -232,14 +271,7 @@ def test_two_processes_equal_one(policy, tiny_folder, small_blocks, tmp_path):
     go on with the file."""
     expected = ask(policy, tmp_path / "one.jsonl")
     path = tmp_path / "two.jsonl"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    started = [subprocess.Popen([sys.executable, "-c", PROCESS, tiny_folder, str(path)], stdout=subprocess.PIPE, text=True,
-                                stderr=subprocess.PIPE, env={**env, "RANK": r, "LOCAL_RANK": r}) for r in "01"]
-    (out, told), (silent, told_too) = [process.communicate(timeout=120) for process in started]
-    assert [p.returncode for p in started] == [0, 0], told + told_too
+    (out, told), (silent, told_too) = in_processes(2, answer_all, tiny_folder, path)
     assert out == "printed by the first\n" and silent == ""
     one, two = told.splitlines()[-1], told_too.splitlines()[-1]
     assert one == f"0 10 {expected.accuracy} {expected.crops} {expected.ci95} {expected.by}" and two == "1" + one[1:]

@@ -1,5 +1,6 @@
 """What model.py promises: exact log-probabilities, tokens that are really the policy's, checkpoints that others can load."""
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import model as models
 from conftest import converse, noise, plain_log_probs, prompts, recorded
-from model import Engine, Sequence, TrainLayout, UserError, nucleus
+from model import Engine, Sequence, TrainLayout, UserError, invert, nucleus
 
 
 @pytest.fixture
@@ -24,9 +25,9 @@ def test_engine_equals_a_plain_forward(many_sizes, tiny_folder, turns):
     """Guards the K/V cache: rows that stop at different times, refilled places, images of different sizes, positions."""
     policy = many_sizes
     group = 3
-    engine = Engine(policy, turn_tokens=7, response_tokens=150, cache_tokens=2 * (60 + group * 150),
-                    generator=torch.Generator().manual_seed(turns))
-    done = list(engine.run(prompts(policy, 5, group), converse(policy, turns)))
+    engine = Engine(policy, turn_tokens=7, response_tokens=150,
+                    cache_tokens=2 * (60 + group * 150))
+    done = list(engine.run(prompts(policy, 5, group, seed=turns), converse(policy, turns)))
     assert len(done) == 5 and engine.n <= 2
     assert len({len(s.ids) for job in done for s in job}) > 1
     for job in done:
@@ -59,7 +60,7 @@ def layout_of(request, monkeypatch):
 def test_training_log_probs_equal_a_plain_forward(many_sizes, tiny_folder):
     """Guards the shared prompt: each response must see the prompt and itself, and no other response."""
     policy = many_sizes
-    engine = Engine(policy, turn_tokens=6, response_tokens=150, generator=torch.Generator().manual_seed(0))
+    engine = Engine(policy, turn_tokens=6, response_tokens=150)
     done = list(engine.run(prompts(policy, 3, 4), converse(policy, 3)))
     done.append(next(engine.run(prompts(policy, 1, 1), converse(policy, 2))))      # a group of one goes another way
     with torch.no_grad():
@@ -73,8 +74,8 @@ def test_gradients_equal_those_of_the_padded_batch(many_sizes):
     """Guards the update: the prompt once for a group must give the gradients of the prompt once for every response."""
     policy = many_sizes
     policy.train_vision = True
-    engine = Engine(policy, turn_tokens=6, response_tokens=150, generator=torch.Generator().manual_seed(3))
-    done = list(engine.run(prompts(policy, 2, 3), converse(policy, 3)))
+    engine = Engine(policy, turn_tokens=6, response_tokens=150)
+    done = list(engine.run(prompts(policy, 2, 3, seed=3), converse(policy, 3)))
     weights = torch.randn(len(recorded(done)), generator=torch.Generator().manual_seed(0))
     (policy.log_probs(done) * weights).sum().backward()
     shared = {n: p.grad.clone() for n, p in policy.model.named_parameters()}
@@ -120,7 +121,7 @@ def test_a_prompt_and_its_responses_apart_are_their_attention_together(kind, nea
 
 def test_vocabulary_in_chunks_changes_nothing(policy, monkeypatch):
     """Guards the bound on logits: the checkpointed chunks must give the same values and gradients."""
-    engine = Engine(policy, turn_tokens=9, response_tokens=60, generator=torch.Generator().manual_seed(0))
+    engine = Engine(policy, turn_tokens=9, response_tokens=60)
     done = list(engine.run(prompts(policy, 2, 2), lambda s, cut: None))
     found = []
     for bound in (2**26, 5 * policy.text_config.vocab_size):
@@ -134,7 +135,7 @@ def test_vocabulary_in_chunks_changes_nothing(policy, monkeypatch):
 
 def test_checkpointing_changes_nothing(policy):
     """Guards gradient checkpointing: what is computed again must attend in the same layout."""
-    engine = Engine(policy, turn_tokens=9, response_tokens=60, generator=torch.Generator().manual_seed(0))
+    engine = Engine(policy, turn_tokens=9, response_tokens=60)
     done = list(engine.run(prompts(policy, 2, 3), lambda s, cut: None))
     found = []
     for again in (False, True):
@@ -222,7 +223,7 @@ def test_the_mask_is_exactly_the_sampled_tokens(policy):
         over = original(engine, rows, hidden, on_turn)
         seen.extend((id(r.sequence), n) for r, n in zip(rows, before))
         return over
-    engine = Engine(policy, turn_tokens=5, response_tokens=200, generator=torch.Generator().manual_seed(0))
+    engine = Engine(policy, turn_tokens=5, response_tokens=200)
     engine.sample = lambda *args: spy(engine, *args)
     done = list(engine.run(prompts(policy, 2, 3), converse(policy, 3)))
     marked = {(id(s), i) for job in done for s in job for i, sampled in enumerate(s.sampled) if sampled}
@@ -238,7 +239,7 @@ def test_vision_tokens_cannot_be_sampled(policy):
     with torch.no_grad():
         policy.model.lm_head.weight[policy.image_token] *= 50
         policy.model.lm_head.weight[policy.image_token] += 5
-    engine = Engine(policy, turn_tokens=20, response_tokens=100, generator=torch.Generator().manual_seed(0))
+    engine = Engine(policy, turn_tokens=20, response_tokens=100)
     done = list(engine.run(prompts(policy, 2, 4), lambda s, cut: None))
     assert not any(policy.forbidden[t] for job in done for s in job for t in s.ids)
     assert torch.isfinite(policy.log_probs(done)).all()
@@ -246,7 +247,7 @@ def test_vision_tokens_cannot_be_sampled(policy):
 
 def test_log_probs_are_those_of_the_sampling_temperature(policy):
     """Guards against log-probabilities taken at temperature 1 whatever the sampling temperature."""
-    engine = Engine(policy, temperature=0.5, turn_tokens=9, response_tokens=60, generator=torch.Generator().manual_seed(0))
+    engine = Engine(policy, temperature=0.5, turn_tokens=9, response_tokens=60)
     done = list(engine.run(prompts(policy, 1, 3), lambda s, cut: None))
     with torch.no_grad():
         assert (policy.log_probs(done, 0.5) - recorded(done)).abs().max() < 1e-5
@@ -260,11 +261,47 @@ def test_nucleus():
     assert torch.allclose(nucleus(log_probs, 0.1).exp(), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
 
 
+def test_tokens_follow_the_distribution():
+    """Guards inverse transform sampling: each token comes as often as its probability says (a chi-square test), in its own row;
+    evenly spread numbers meet each share to within one; and top-p's and forbidden tokens never come."""
+    rng, n = random.Random(0), 20_000
+    shares = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.15, 0.05, 0.0], [0.2, 0.0, 0.1, 0.0, 0.3, 0.0, 0.4]])
+    for uniforms, near in (([rng.getrandbits(32) / 2**32 for _ in range(n)], None), ([i / n for i in range(n)], 1)):
+        tokens = invert(shares.log().repeat(n, 1), [u for u in uniforms for _ in shares]).view(n, 2)
+        for found, row in zip(tokens.T, shares):
+            count, expected = found.bincount(minlength=7), n * row
+            assert not count[row == 0].any()
+            if near:
+                assert (count - expected).abs().max() <= near
+            else:
+                possible = row > 0
+                assert ((count - expected)**2 / expected)[possible].sum() < 21    # 3 degrees of freedom: 1 in 8,000
+
+
+def test_the_ends_of_the_unit_interval(policy):
+    """Guards the borders: 0 and the largest number below 1 must give the first and the last possible token, also where the
+    probabilities add up to less than 1 in float32, and never one that is forbidden."""
+    for size in (7, 350, 152_064):
+        logits = torch.randn(1, size, generator=torch.Generator().manual_seed(size))
+        logits[:, [0, 1, -2, -1]] = -torch.inf
+        log_probs = torch.log_softmax(logits, -1)
+        for short in (0.0, 1e-6):
+            ends = invert((log_probs - short).expand(2, -1), [0.0, 1 - 2**-32])
+            assert ends.tolist() == [[2], [size - 3]]
+    class Ends:
+        def __init__(self, bits):
+            self.getrandbits = lambda number: bits
+    hidden = torch.randn(2, policy.text_config.hidden_size)
+    tokens, _ = policy.choose(hidden, [Ends(0), Ends(2**32 - 1)])
+    assert tokens == [policy.forbidden.logical_not().nonzero()[i].item() for i in (0, -1)]
+
+
 def test_same_seed_same_tokens(policy):
     """Guards determinism."""
     def tokens(seed):
-        engine = Engine(policy, turn_tokens=9, response_tokens=60, generator=torch.Generator().manual_seed(seed))
-        return [s.ids for job in engine.run(prompts(policy, 2, 2), lambda s, cut: None) for s in job]
+        engine = Engine(policy, turn_tokens=9, response_tokens=60)
+        jobs = engine.run(prompts(policy, 2, 2, seed), lambda s, cut: None)
+        return [s.ids for job in jobs for s in job]
     assert tokens(1) == tokens(1) != tokens(2)
 
 
@@ -273,9 +310,8 @@ def test_a_longer_prompt_later_on(many_sizes, tiny_folder):
     policy = many_sizes
     short, long = (policy.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x" * n}]}],
                                  [noise(64, 64)]) for n in (2, 150))
-    jobs = [[Sequence(p) for _ in range(2)] for p in (short, short, long, short, long)]
-    engine = Engine(policy, turn_tokens=5, response_tokens=20, cache_tokens=2 * (60 + 2 * 20),
-                    generator=torch.Generator().manual_seed(0))
+    jobs = [[Sequence(p, stream=random.Random(i)) for i in range(2)] for p in (short, short, long, short, long)]
+    engine = Engine(policy, turn_tokens=5, response_tokens=20, cache_tokens=2 * (60 + 2 * 20))
     for job in engine.run(iter(jobs), lambda s, cut: None):
         for sequence in job:
             assert (plain_log_probs(tiny_folder, policy, sequence) - recorded([[sequence]])).abs().max() < 1e-5

@@ -1,37 +1,31 @@
 """Several processes: the same loss, statistics and weights as one process on the same traces. What
 is at stake: with a wrong denominator, or a gradient that is not shared, training goes on without a
 word and learns something else."""
+import json
 import os
-import socket
-import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import load_state_dict
 
-from model import UserError
-from rollout import processes_to_start
-
-PROCESS = """
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-
-import torch
-import evaluate as evaluation
 import model as models
 import rollout as rollouts
 import train_rl as rl
 import train_sft as sft
-from rollout import Dialogue, is_sharded, rank, rollout, run, share_out, unsharded, world_size
+from conftest import in_processes
+from evaluate import toy_search
+from model import UserError
+from rollout import (Dialogue, average_gradients, gather_shares, is_sharded, processes_to_start, rank,
+                     rollout, share_out, unsharded, world_size)
 
-def main():
-    torch.set_num_threads(1)
-    model, start, end, bound = sys.argv[1:]
-    rollouts.REPLICATED = int(bound)
+
+def train(model, start, end, replicated):
+    """GRPO and fine-tuning, by both optimizers. start: None, or the folder of a state to go on from;
+    replicated: whether each of several processes keeps all weights."""
+    rollouts.REPLICATED = 10**9 if replicated else 0
     for kind in ("adamw", "muon"):
         policy, reference = (models.load(model, device="cpu") for _ in range(2))
         with torch.no_grad():
@@ -42,24 +36,25 @@ def main():
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         share_out(policy)
         share_out(reference)
-        expected = world_size() > 1 and not rollouts.REPLICATED
-        assert is_sharded(policy) == is_sharded(reference) == expected
-        questions = [evaluation.toy_search("train", 0, i) for i in range(5)]
+        assert is_sharded(policy) == is_sharded(reference) == (world_size() > 1 and not replicated)
+        questions = [toy_search("train", 0, i) for i in range(5)]
         with unsharded(policy):
-            groups = list(rollout(policy, questions, Dialogue(max_crops=1), 3, turn_tokens=8, response_tokens=40,
-                                  generator=torch.Generator().manual_seed(1)))
+            groups = list(rollout(policy, questions, Dialogue(max_crops=1), 3, range(5), turn_tokens=8,
+                                  response_tokens=40))
         groups.sort(key=lambda traces: traces[0].question.id)
         pairs = [(traces, [1.0, 0.0, -0.5] if i != 3 else [0.0] * 3) for i, traces in enumerate(groups)]
         optimizers = sft.make_optimizers(policy, kind, 1e-3, 1e-3)
+        for group in optimizers[-1].param_groups:
+            group["eps"] = 1e-5     # the biases of keys have next to no gradient: no steps of roundings
         args = SimpleNamespace(micro_tokens=1, temperature=1.0, kl=0.1, clip_norm=1.0, reference="gpu")
-        if start != "-":
-            rl.restore(policy, optimizers, Path(start) / kind)
+        if start:
+            rl.restore(policy, optimizers, start / kind)
         share = pairs[rank()::world_size()]
         logged = [rl.train_step(policy, reference, share, optimizers, args, 1.0) for _ in range(2)]
         lines, traces = [], [t for traces in groups for t in traces]
         sft.fine_tune(policy, traces, optimizers, steps=2, batch=3, seed=0, micro_tokens=1,
                       log=lines.append)
-        out = Path(end) / kind
+        out = end / kind
         out.mkdir(parents=True, exist_ok=True)
         rl.keep_state(policy, optimizers, out, 1)
         policy.save(out / "rl")
@@ -74,24 +69,6 @@ def main():
             assert all(torch.equal(copy, weights) for copy in copies)
             if rank() == 0:
                 torch.save([logged, lines, weights], out / "uneven.pt")
-run(main)
-"""
-
-
-def run_processes(number, *command, errors=False):
-    """Runs a command in so many processes, as torchrun does. -> what they write to stdout, or with
-    `errors` to stderr"""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if number > 1:
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number)}
-    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} if number > 1 else {} for r in range(number)]
-    started = [subprocess.Popen([sys.executable, *map(str, command)], env=env | extra, stdout=subprocess.PIPE, text=True,
-                                stderr=subprocess.PIPE) for extra in ranks]
-    outputs = [process.communicate(timeout=300) for process in started]
-    assert all(process.returncode == 0 for process in started), outputs
-    return [error if errors else out for out, error in outputs]
 
 
 def same(one, two):
@@ -106,12 +83,12 @@ def test_two_processes_equal_one(tiny_folder, tmp_path):
     micro-batches, a process without a group to learn from, shared denominators, the norm that
     gradients are clipped to, both optimizers, activation checkpointing, a trained vision tower; and
     going on with what another number of processes kept."""
-    whole, parts = 10**9, 0                     # parameters of a model that is replicated at most
-    for number, start, end, bound in ((1, "-", "one", whole), (2, "-", "replicated", whole),
-                                      (2, "-", "sharded", parts), (2, "one", "one-sharded", parts),
-                                      (1, "sharded", "sharded-one", whole)):
-        folder = start if start == "-" else tmp_path / start
-        run_processes(number, "-c", PROCESS, tiny_folder, folder, tmp_path / end, bound)
+    for number, start, end, replicated in ((1, None, "one", True), (2, None, "replicated", True),
+                                           (2, None, "sharded", False),
+                                           (2, "one", "one-sharded", False),
+                                           (1, "sharded", "sharded-one", True)):
+        start = start and tmp_path / start
+        in_processes(number, train, tiny_folder, start, tmp_path / end, replicated)
     for kind in ("adamw", "muon"):
         for ours, theirs in (("one", "replicated"), ("one", "sharded"),
                              ("one-sharded", "sharded-one")):
@@ -158,28 +135,41 @@ def test_processes_that_cannot_be_started(monkeypatch, number, message):
         processes_to_start()
 
 
-AVERAGE = """
-import sys
-from types import SimpleNamespace
-import torch
-from rollout import average_gradients, rank, run
-
-def main():
+def average():
     parameters = [torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3)]
-    policy = SimpleNamespace(trainable=lambda: parameters, device=torch.device("cpu"))
     parameters[0].grad = torch.full((2, 3), 2.0 + rank())      # of both
     if rank() == 1:
         parameters[1].grad = torch.ones(2, 3)                  # of one; and the last one has none
-    average_gradients(policy)
+    average_gradients(parameters)
     found = [None if p.grad is None else p.grad.unique().tolist() for p in parameters]
     print(found, file=sys.stderr)
-run(main)
-"""
 
 
 def test_gradients_of_replicated_weights_are_averaged():
     """Guards weights that are the same everywhere: a gradient of one process alone counts in all,
     and where no process has one there is none, for along zeros, too, an optimizer takes a step: it
     has momentum and weight decay."""
-    outputs = run_processes(2, "-c", AVERAGE, errors=True)
-    assert outputs == ["[[2.5], [0.5], None]\n"] * 2
+    outputs = in_processes(2, average)
+    assert [told for _, told in outputs] == ["[[2.5], [0.5], None]\n"] * 2
+
+
+def sample(model, out):
+    """The tokens and log-probabilities of this process's share of some questions, to a file."""
+    policy = models.load(model, device="cpu")
+    questions, mine = [toy_search("train", 0, i) for i in range(5)], slice(rank(), None, world_size())
+    jobs = rollout(policy, questions[mine], Dialogue(), 2, range(5)[mine], turn_tokens=12, response_tokens=90)
+    share = sorted(jobs, key=lambda traces: traces[0].question.id)
+    found = gather_shares([[(t.ids, t.log_probs) for t in traces] for traces in share])
+    if rank() == 0:
+        out.write_text(json.dumps(found))
+
+
+def test_a_trace_does_not_depend_on_the_number_of_processes(tiny_folder, tmp_path):
+    """Guards random numbers that belong to questions: with one stream for all, a question would get
+    other traces as soon as another process, or none, took its neighbours."""
+    for number in (1, 2):
+        in_processes(number, sample, tiny_folder, tmp_path / f"{number}.json")
+    one, two = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (1, 2))
+    assert len(one) == len(two) == 5
+    for (ids, log_probs), (other_ids, others) in zip(sum(one, []), sum(two, []), strict=True):
+        assert ids == other_ids and log_probs == pytest.approx(others, abs=1e-5)

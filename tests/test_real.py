@@ -2,7 +2,6 @@
 data format. What is at stake: what works on checkpoints that we wrote ourselves, and fails on those that others did."""
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -13,12 +12,10 @@ from transformers.modeling_utils import load_state_dict, safe_save_file
 
 import evaluate
 import model as models
-import train_rl
-import train_sft
 from conftest import (ACTION_RL, ATLAS, POINT_RL, PRO, PROBE, ROBOSPATIAL, SAT, SCREENSPOT, SEARCH, SFT, VSTAR, converse,
                       draw, hr_bench, plain_log_probs, prompts, recorded, talk)
 from model import Engine
-from rollout import SYSTEM_PROMPTS, call_text, run
+from rollout import SYSTEM_PROMPTS, call_text
 
 # ------------------------------------------------------------------------------------------------ the hub's folder, in small
 
@@ -184,8 +181,8 @@ def test_engine_and_training_equal_a_plain_forward_with_grouped_queries(hub):
     folder, _ = hub
     policy = models.load(str(folder), max_pixels=128 * 128, device="cpu")
     policy.end_tokens = set(range(0, policy.text_config.vocab_size, 8))
-    engine = Engine(policy, turn_tokens=8, response_tokens=60, cache_tokens=900, generator=torch.Generator().manual_seed(1))
-    jobs = list(engine.run(prompts(policy, 4, 3), converse(policy, 2)))
+    engine = Engine(policy, turn_tokens=8, response_tokens=60, cache_tokens=900)
+    jobs = list(engine.run(prompts(policy, 4, 3, seed=1), converse(policy, 2)))
     plain = torch.cat([plain_log_probs(folder, policy, sequence) for job in jobs for sequence in job])
     with torch.no_grad():
         trained = policy.log_probs(jobs)
@@ -250,22 +247,9 @@ GRPO = [*TRAINING, "--steps", 2, "--questions", 2, "--group", 4, "--eval-n", 1]
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """call(script, *arguments) -> what it prints, run in this process, on the CPU, in tmp_path; code: its exit code."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-    def ended(script, *arguments, code=0):
-        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
-        status = 0
-        try:
-            run(script.main)
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        assert status == code, out + err
-        return err if code else out
-    return ended
+def call(script):
+    """call(name, *arguments, code) -> what a script prints, or where it is to fail, what it says of it."""
+    return lambda *arguments, code=0: script(*arguments, code=code)[code > 0]
 
 
 def write_task(data, name):
@@ -302,13 +286,13 @@ def test_every_script_on_every_format(name, hub, call, data, tmp_path):
     of answer that one of them cannot ask for or score; training that changes nothing, or the frozen vision tower too."""
     folder = hub[0]
     common = ["--model", folder, *write_task(data, name)]
-    out = call(evaluate, *common, *SMALL, "--turn-tokens", 3, "--response-tokens", 6, "--json", "found.json")
+    out = call("evaluate", *common, *SMALL, "--turn-tokens", 3, "--response-tokens", 6, "--json", "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert f"{name}, {ROWS} questions" in out and found["n"] == ROWS and 0 <= found["accuracy"] <= 1
-    out = call(train_sft, *common, *TRAINING, "--out", "run")
+    out = call("train_sft", *common, *TRAINING, "--out", "run")
     assert "6 of 6 traces are whole and right" in out
     assert changed(folder, "run/sft") == {"language_model"}
-    out = call(train_rl, *common, *GRPO, "--out", "run")
+    out = call("train_rl", *common, *GRPO, "--out", "run")
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert len(log) == 2 and sum(line["groups_used"] for line in log) > 0 and "1 held-out" in out
     assert changed("run/sft", "run/rl") == {"language_model"}
@@ -317,7 +301,7 @@ def test_every_script_on_every_format(name, hub, call, data, tmp_path):
 def test_train_vision(hub, call, data, tmp_path):
     """Guards --train-vision: a vision tower that stays frozen all the same, in either stage."""
     task = write_task(data, "ScreenSpot or ScreenSpot-V2")
-    call(train_rl, "--model", hub[0], *task, "--train-vision", *GRPO, "--out", "run")
+    call("train_rl", "--model", hub[0], *task, "--train-vision", *GRPO, "--out", "run")
     assert changed(hub[0], "run/sft") == changed("run/sft", "run/rl") == {"visual", "language_model"}
 
 
@@ -348,7 +332,7 @@ def test_bad_data_is_told_in_a_line(name, rows, message, hub, call, data, tmp_pa
     (tmp_path / name).write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     draw(tmp_path / "image.png")
     few = [*SMALL, "--turn-tokens", 2, "--response-tokens", 4]
-    err = told(call(evaluate, "--model", hub[0], "--task", tmp_path / name, *few, code=2))
+    err = told(call("evaluate", "--model", hub[0], "--task", tmp_path / name, *few, code=2))
     assert all(part in err for part in message), err
 
 
@@ -393,5 +377,5 @@ def test_bad_checkpoints_are_told_in_a_line(harm, message, hub, call, data, tmp_
     """Guards against tracebacks, and worse: transformers goes on with random weights for those that a folder lacks, and with an
     empty tokenizer where there is none."""
     harm(shutil.copytree(hub[0], tmp_path / "bad"))
-    err = told(call(evaluate, "--model", tmp_path / "bad", "--task", data("a.jsonl", [GOOD]), code=2))
+    err = told(call("evaluate", "--model", tmp_path / "bad", "--task", data("a.jsonl", [GOOD]), code=2))
     assert str(tmp_path / "bad") in err and all(part in err for part in message), err

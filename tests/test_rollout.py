@@ -147,7 +147,7 @@ def test_an_observation_that_does_not_fit_ends_the_trace(policy, question):
         trace.turns.append(parse_turn(look(5, 5)))
         return dialogue.look(policy, trace, trace.turns[-1])
     dialogue.on_turn = on_turn
-    for (trace,) in rollout(policy, [question], dialogue, 1, turn_tokens=9, response_tokens=40):
+    for (trace,) in rollout(policy, [question], dialogue, 1, [0], turn_tokens=9, response_tokens=40):
         assert trace.ended == "length" and len(trace.ids) <= 40
 
 
@@ -161,11 +161,30 @@ def test_without_the_tool_the_answer_is_asked_for_at_once(policy, question):
 @pytest.mark.parametrize("mode", MODES)
 def test_roll_outs_of_every_mode(policy, question, mode):
     """Guards all modes end to end with the real engine: every trace ends for a reason, within its bounds."""
-    groups = list(rollout(policy, [question] * 3, Dialogue(mode), 2, turn_tokens=12, response_tokens=90))
+    groups = list(rollout(policy, [question] * 3, Dialogue(mode), 2, range(3), turn_tokens=12, response_tokens=90))
     assert len(groups) == 3
     for trace in (t for g in groups for t in g):
         assert trace.ended in ("answer", "forced", "length", "stopped") and len(trace.ids) <= 90 and trace.turns
         assert all(not sampled or t not in (policy.image_token,) for t, sampled in zip(trace.ids, trace.sampled))
+
+
+def test_a_trace_does_not_depend_on_what_runs_beside_it(policy):
+    """Guards random numbers that belong to questions: whichever others are asked, in whatever order, and however many run at a
+    time, a question with its seed gets the same traces, token by token; with another seed it gets others."""
+    questions = [toy_search("train", 0, i) for i in range(5)]
+    def traces(numbers, seed="a", **limits):
+        seeds = [f"{seed} {i}" for i in numbers]
+        groups = rollout(policy, [questions[i] for i in numbers], Dialogue(), 3, seeds, turn_tokens=12, response_tokens=90, **limits)
+        return {questions.index(group[0].question): group for group in groups}
+    together = traces(range(5))
+    for others in (traces(reversed(range(5))), traces([3]), traces([1, 4, 0], cache_tokens=1), traces(range(5), cache_tokens=900)):
+        for number, group in others.items():
+            for trace, same in zip(group, together[number], strict=True):
+                assert trace.ids == same.ids and trace.sampled == same.sampled
+                assert trace.log_probs == pytest.approx(same.log_probs, abs=1e-5)
+    tokens = {number: [t.ids for t in group] for number, group in together.items()}
+    assert all(len(set(map(tuple, ids))) == 3 for ids in tokens.values())              # the traces of a group differ
+    assert all([t.ids for t in group] != tokens[number] for number, group in traces(range(5), "b").items())
 
 
 def test_system_prompts(policy, question):

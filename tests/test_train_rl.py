@@ -2,6 +2,7 @@
 import argparse
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,27 @@ def test_advantages_of_a_group():
     assert group_advantages([1, 0, 9], [True, True, False], scale=False) == [0.5, -0.5, 0.0]
     assert group_advantages([1, 1, 1], [True] * 3, scale=True) == [0, 0, 0]
     assert group_advantages([1, 0], [True, False], scale=True) == [0, 0]
+
+
+def test_what_becomes_of_overlong_traces():
+    """Guards --overlong: "mask" leaves traces that ran out of tokens or looks out of the statistics, and so does not teach to be
+    brief; "zero" has them count as worth nothing, however well they scored."""
+    scores, complete = [SimpleNamespace(total=total) for total in (1.0, 0.0, 0.8)], [True, True, False]
+    def advantages(overlong, no_std=True, complete=complete):
+        return train_rl.advantages_of(scores, complete, SimpleNamespace(overlong=overlong, no_std=no_std))
+    assert advantages("mask") == [0.5, -0.5, 0.0]
+    assert advantages("zero") == pytest.approx([2 / 3, -1 / 3, -1 / 3])
+    assert advantages("mask", no_std=False) == pytest.approx([1, -1, 0], abs=1e-5)
+    assert advantages("zero", no_std=False) == pytest.approx([2**0.5, -2**-0.5, -2**-0.5], abs=1e-5)
+    whole = [True] * 3
+    assert advantages("mask", complete=whole) == advantages("zero", complete=whole) == pytest.approx([0.4, -0.6, 0.2])
+
+
+def test_overlong_by_default(monkeypatch, shapes):
+    """Guards the defaults: the tiny base, whose traces are short, is taught to end them; the paper's recipe masks."""
+    assert parsed(monkeypatch).overlong == "zero"
+    assert parsed(monkeypatch, "--model", shapes / "3B").overlong == "mask"
+    assert parsed(monkeypatch, "--overlong", "mask").overlong == "mask"
 
 
 @pytest.mark.parametrize("ratio, advantage, expected, gradient", [
@@ -66,8 +88,7 @@ class NoStep:
 @pytest.fixture
 def groups(policy):
     questions = [toy_search("train", 0, i) for i in range(3)]
-    return list(rollout(policy, questions, Dialogue(), 3, turn_tokens=12, response_tokens=90,
-                        generator=torch.Generator().manual_seed(0)))
+    return list(rollout(policy, questions, Dialogue(), 3, range(3), turn_tokens=12, response_tokens=90))
 
 
 def gradients(policy, groups, micro_tokens, reference=None, place="gpu"):
@@ -156,6 +177,15 @@ def test_where_the_reference_model_lives_changes_no_number(policy, groups, tiny_
 
 # ------------------------------------------------------------------------------------------------ settings and memory
 
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A folder that has the configs of both published models, and no weights."""
+    folder = tmp_path_factory.mktemp("shapes")
+    for size in ("3B", "7B"):
+        config_of(size).save_pretrained(folder / size)
+    return folder
+
+
 def parsed(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["train_rl.py", *map(str, flags)])
     return train_rl.parse_arguments()
@@ -170,34 +200,33 @@ def parsed(monkeypatch, *flags):
                          crop_dot=True, group=8)),
     ("web", "think", dict(turn_tokens=2048, response_tokens=2048, group=5, diversity=0.0)),
 ])
-def test_the_papers_settings(monkeypatch, family, mode, expected):
+def test_the_papers_settings(monkeypatch, shapes, family, mode, expected):
     """Guards the defaults with --model, by family and mode."""
-    args = parsed(monkeypatch, "--model", "x", "--family", family, "--mode", mode)
+    args = parsed(monkeypatch, "--model", shapes / "3B", "--family", family, "--mode", mode)
     common = dict(lr=1e-6, kl=0.01, questions=128, update_questions=64, steps=500, final_lr=1.0, max_crops=4, temperature=1.0,
                   optimizer="adamw", sft_lr=1e-6, sft_batch=32, sft_steps=None, train_vision=False)
     assert {name: getattr(args, name) for name in expected | common} == common | expected
 
 
-def test_flags_go_before_the_presets_and_are_marked(monkeypatch):
+def test_flags_go_before_the_presets_and_are_marked(monkeypatch, shapes):
     """Guards the printed settings: they are those in force, and a star says which were given."""
-    args = parsed(monkeypatch, "--model", "x", "--family", "search", "--group", 6, "--kl", 0)
+    args = parsed(monkeypatch, "--model", shapes / "3B", "--family", "search", "--group", 6, "--kl", 0)
     shown = settings(args)
     for part in ("group 6*", "kl 0.0*", "response_tokens 4608 ", "'search' in the mode 'zoom'"):
         assert part in shown
     assert args.given == ["family", "group", "kl", "model"]
 
 
-def test_only_sharded_models_need_even_shares(monkeypatch, tmp_path, tiny_folder):
+def test_only_sharded_models_need_even_shares(monkeypatch, shapes, tiny_folder):
     """Guards several processes: a model that every process keeps whole takes any number of
     questions, and one of which each has a part is refused at once, by its config, not after hours
     of search."""
-    config_of("3B").save_pretrained(tmp_path)
     for flags, message in ((["--questions", 3], "multiples of the number"),
                            (["--reference", "cpu"], "--reference cpu")):
         for small in ([], ["--model", tiny_folder]):
             assert parsed(monkeypatch, *small, *flags, "--gpus", 2).gpus == 2
         with pytest.raises(UserError, match=message):
-            parsed(monkeypatch, "--model", tmp_path, *flags, "--gpus", 2)
+            parsed(monkeypatch, "--model", shapes / "3B", *flags, "--gpus", 2)
 
 
 def config_of(size):
@@ -221,12 +250,12 @@ def test_parameters_are_counted_without_weights(policy, tiny_folder):
     assert train_rl.count_parameters(config_of("7B"))[0] == 8_292_166_656
 
 
-def test_memory_is_what_the_flags_make_it(policy, tiny_folder, monkeypatch):
+def test_memory_is_what_the_flags_make_it(policy, tiny_folder, shapes, monkeypatch):
     """Guards the estimate: states are bytes x parameters, the cache is that of the engine, and each flag works as it says."""
     config, gib = config_of("3B"), 2**30
     counts = train_rl.count_parameters(config)
     def memory(*flags):
-        return train_rl.memory(config, counts, parsed(monkeypatch, "--model", "x", "--family", "search", *flags))
+        return train_rl.memory(config, counts, parsed(monkeypatch, "--model", shapes / "3B", "--family", "search", *flags))
     plain, total, trained = memory(), counts[0], counts[0] - counts[1]
     assert plain["weights"] == plain["reference"] == total * 2 / gib and plain["gradients"] == trained * 2 / gib
     assert plain["optimizer"] == trained * 8 / gib and memory("--adam-dtype", "bfloat16")["optimizer"] == trained * 4 / gib
@@ -245,18 +274,17 @@ def test_memory_is_what_the_flags_make_it(policy, tiny_folder, monkeypatch):
     assert one * gib == pytest.approx(real)
 
 
-def test_advice_fits_and_the_dry_run_stops_before_anything(tmp_path, monkeypatch, capsys):
+def test_advice_fits_and_the_dry_run_stops_before_anything(tmp_path, shapes, monkeypatch, capsys):
     """Guards --dry-run: where the job does not fit, the flags that it names make it fit; and no file is made."""
-    config_of("7B").save_pretrained(tmp_path / "7B")
     monkeypatch.chdir(tmp_path)
-    flags = ["--model", "7B", "--family", "search", "--mode", "grounded", "--dry-run"]
+    flags = ["--model", shapes / "7B", "--family", "search", "--mode", "grounded", "--dry-run"]
     parsed(monkeypatch, *flags)
     with pytest.raises(UserError, match="it fits with --.*, or with torchrun") as told:
         train_rl.main()
     advised = str(told.value).split("it fits with ")[1].split(", or")[0].split()
     parsed(monkeypatch, *flags, *advised)
     train_rl.main()
-    assert "8,292,166,656 parameters" in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == ["7B"]
+    assert "8,292,166,656 parameters" in capsys.readouterr().out and not list(tmp_path.iterdir())
     parsed(monkeypatch, *flags, "--gpu-gib", 8)
     with pytest.raises(UserError, match="smaller model"):
         train_rl.main()

@@ -1,17 +1,21 @@
 """Warm start: the search, linearising, conversion, fine-tuning, and what the tiny base is shown."""
+import itertools
 import math
 import random
+import re
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import train_sft as sft
-from evaluate import SIDE, toy_search
+from evaluate import BACKGROUND, BLOCK, COLOURS, CONTRAST, PATTERNS, Scene, toy_search
 from model import UserError
 from reward import is_correct, score
-from rollout import Dialogue, call_text, parse_turn
+from rollout import Dialogue, Question, call_text, parse_turn
 from train_sft import (BACKTRACK, Muon, Node, RoundedAdamW, continue_from, cut_trace, expand, first_step_end, linearise,
                        orthogonalise, read_traces, replay, rounded, search, to_multi_turn, write_traces)
 
@@ -96,7 +100,7 @@ def test_continuing_from_a_path_gives_whole_traces(policy, question):
     """Guards the reuse of prefixes: what comes back begins with the path, and its log-probabilities are those of a plain pass."""
     path = cut_trace(policy, (trace := finished(policy, question, [look(10, 10), answer("dotted")])), trace.starts[1])
     root = Dialogue().start(policy, question, 1)[0]
-    found = continue_from(policy, Dialogue(), [root, path], 2, {**SAMPLING, "generator": torch.Generator().manual_seed(0)})
+    found = continue_from(policy, Dialogue(), [root, path], 2, SAMPLING)
     assert [len(traces) for traces in found] == [2, 2]
     for whole in found[1]:
         assert whole.ids[:len(path.ids)] == path.ids and whole.turns[0].call == (10, 10) and whole.ended
@@ -110,7 +114,7 @@ def test_continuing_from_a_path_gives_whole_traces(policy, question):
 def test_search_counts_every_roll_out(policy):
     """Guards the search as a whole: visits add up, children are at most `width`, the value is the mean reward."""
     questions = [toy_search("train", 0, i) for i in range(3)]
-    roots = search(policy, questions, Dialogue(), SAMPLING, simulations=2, width=3, rollouts=2, log=lambda line: None)
+    roots = search(policy, questions, Dialogue(), range(3), SAMPLING, simulations=2, width=3, rollouts=2, log=lambda line: None)
     for root in roots:
         assert root.visits >= 4 and 0 <= root.value <= 1
         for node in root.walk():
@@ -209,28 +213,248 @@ def test_fine_tuning_lowers_the_loss_whatever_the_micro_batches(policy, tiny_fol
     assert logs[0] < 0.7 * before and logs[0] == pytest.approx(logs[1], rel=0.02)
 
 
-def test_lessons_are_true(policy):
-    """Guards pretraining: what a lesson says of a scene must be so, and the overview must be what the image processor makes."""
-    rng = random.Random(0)
-    for _ in range(20):
-        scene = sft.mixed_scene(rng)
-        seen, drawn = policy.picture(sft.overview(scene)), policy.picture(scene.draw())
-        assert seen.image.tobytes() == drawn.image.tobytes()
-        lesson = sft.lesson_list(policy, rng)
-        text = policy.decode(lesson.ids)
-        assert text.count(" None.") == text.count(":") and all(0 < v < SIDE // 4 for p in sft.parse_points(text) for v in p)
-        dialogue = policy.decode(sft.lesson_dialogue(policy, rng, 0.3, False).ids)
-        assert dialogue.endswith("</answer><|im_end|>")
+# ------------------------------------------------------------------------------------------------ pretraining
+
+SHIFTS = list(itertools.product(range(BLOCK), repeat=2))
+TEXTURES = {name: CONTRAST * np.stack([np.roll(pattern, shift, (0, 1)) for shift in SHIFTS]) for name, pattern in PATTERNS.items()}
 
 
-def test_the_tiny_base_can_be_pretrained(policy):
-    """Guards pretraining end to end: a few steps lower the loss, and the vision tower learns too."""
+def pattern_at(image, point, colour):
+    """The pattern of a card (or tile) of this colour, read from the 4x4 px around a point of it: the one that gives these px at
+    some phase; None where none does, or where the colour is another."""
+    x, y = point
+    texture = np.asarray(image)[y:y + BLOCK, x:x + BLOCK] - np.array(COLOURS[colour], float)     # (4, 4, 3)
+    if np.ptp(texture, axis=2).any():
+        return None
+    return next((name for name, phases in TEXTURES.items() if (phases == texture[..., 0]).all((1, 2)).any()), None)
+
+
+def test_tiles_are_as_they_are_said_to_be():
+    """Guards the vision tower's first lessons: colour and pattern of every tile, read again from the image, in the order of the
+    tokens, with every class met and nothing else asked."""
+    rng, met = random.Random(0), set()
+    for _ in range(40):
+        image, truths = sft.tile_truths(rng)
+        assert image.size == (64, 64) and len(truths) == 16
+        for i, (colour, pattern, *rest) in enumerate(truths):
+            name = list(COLOURS)[colour]
+            assert pattern_at(image, (i % 4 * 16 + 6, i // 4 * 16 + 6), name) == list(PATTERNS)[pattern]
+            assert rest == [sft.UNASKED] * 3
+            met.add((colour, pattern))
+    assert len(met) == len(COLOURS) * len(PATTERNS)
+
+
+def test_cells_are_as_they_are_said_to_be():
+    """Guards the lessons on overviews: of every token, whether its cell has a card, of what colour, where, and the how manieth
+    of its colour it is, read again from the image; patterns, which cannot be seen in it, are not asked."""
+    rng, bare, met = random.Random(0), np.asarray(Image.fromarray(BACKGROUND).reduce(4)), [set() for _ in sft.CLASSES]
+    for _ in range(60):
+        image, truths = sft.cell_truths(rng)
+        pixels, seen = np.asarray(image), []
+        assert image.size == (64, 64) and len(truths) == 16
+        for i, truth in enumerate(truths):
+            row, column = i // 4, i % 4
+            colour, pattern, x, y, number = truth
+            for classes, value in zip(met, truth):
+                classes.add(value)
+            assert pattern == sft.UNASKED
+            if colour == len(COLOURS):
+                middle = slice(row * 16 + 4, row * 16 + 12), slice(column * 16 + 4, column * 16 + 12)
+                assert (pixels[middle] == bare[middle]).all() and truth[2:] == (sft.UNASKED,) * 3
+                continue
+            x, y = sft.PLACES[x], sft.PLACES[y]
+            card = pixels[(y - 20) // 4:(y + 20) // 4, (x - 20) // 4:(x + 20) // 4]
+            assert (x // 64, y // 64) == (column, row) and (card == COLOURS[list(COLOURS)[colour]]).all()
+            assert number == seen.count(colour)
+            seen.append(colour)
+        assert seen
+    assert [len(classes - {sft.UNASKED}) for classes in met] == [len(COLOURS) + 1, 0, len(sft.PLACES), len(sft.PLACES), 3]
+
+
+def test_lists_are_true(policy):
+    """Guards the lessons that locate: of each colour present all cards in reading order, where they are, and then no more; one
+    absent colour; and the overview is what the image processor makes of the drawing."""
+    for seed in range(30):
+        scene, kind = sft.mixed_scene(random.Random(seed)), {}
+        assert policy.picture(sft.overview(scene)).image.tobytes() == policy.picture(scene.draw()).image.tobytes()
+        text = policy.decode(sft.lesson_list(policy, random.Random(seed), **kind).ids)
+        said = {part.partition(":")[0].strip(): part.partition(":")[2] for part in text.split(" None.") if part}
+        present = {c.colour for c in scene.cards}
+        assert set(said) >= present and len(said) == min(len(COLOURS), len(present) + 1)
+        for colour, listed in said.items():
+            cards = Scene(scene.cards, colour).candidates
+            assert listed == "".join(" " + sft.card_text(i, (c.x / 4, c.y / 4)) for i, c in enumerate(cards, 1))
+
+
+def test_what_is_read_from_close_ups_is_in_them(policy):
+    """Guards the lessons that read: the answer to each close-up is the pattern that its middle shows."""
+    rng, met = random.Random(0), set()
+    for _ in range(30):
+        lesson = sft.lesson_read(policy, rng)
+        text = policy.decode(lesson.prompt.ids + lesson.ids)
+        colours = re.findall(r"One (\w+) card", text)
+        answers = [parse_turn(part + "</answer>").answer for part in text.split("</answer>")[:-1]]
+        pictures = lesson.prompt.pictures + lesson.pictures
+        for picture, colour, answer in zip(pictures, colours, answers, strict=True):
+            assert pattern_at(picture.image, (30, 30), colour) == answer
+            met.add(answer)
+    assert met == set(PATTERNS)
+
+
+@pytest.mark.parametrize("show", [False, True])
+def test_dialogues_of_lessons_are_true(policy, show):
+    """Guards the lessons on dialogues: a thought after a crop names the pattern that the crop shows, or says that it shows no
+    card of that colour; observations, and the places of looks that went astray, are not learnt."""
+    rng, met = random.Random(0), set()
+    for _ in range(40):
+        lesson = sft.lesson_dialogue(policy, rng, 0.3, show)
+        colour = next(c for c in COLOURS if f" {c}" in policy.decode(lesson.prompt.ids))
+        *turns, end = policy.decode(lesson.ids).split("<|im_end|>")
+        assert turns[-1].endswith("</answer>") and not end
+        thoughts = [parse_turn(turn).thought for turn in turns if "<think>" in turn]
+        for picture, thought in zip(lesson.pictures, thoughts[1:], strict=True):
+            said = re.match(r"\w+", thought)[0].lower()
+            seen = {pattern_at(picture.image, (x, y), colour) for x in range(0, 60, 4) for y in range(0, 60, 4)}
+            assert said in seen or said == "nothing"
+            assert pattern_at(picture.image, (30, 30), colour) in (None, said)
+            met.add(said)
+        learnt = policy.decode([t for t, s in zip(lesson.ids, lesson.sampled) if s])
+        assert learnt.count("Card ") == sum("Card " in thought for thought in thoughts)
+        assert "<observation>" not in learnt
+    assert met == {*PATTERNS, "nothing"}
+
+
+def tower_accuracy(policy, draw, part):
+    """The share of tokens whose nearest direction, of one part of the classes, is the true one; on images of no lesson."""
+    torch.manual_seed(0)
+    directions = torch.nn.init.orthogonal_(torch.empty(sum(sft.CLASSES), policy.text_config.hidden_size)).split(sft.CLASSES)[part]
+    drawn = [draw(random.Random(f"unseen {i}")) for i in range(8)]
+    with torch.no_grad():
+        tokens = torch.cat(policy.features([policy.picture(image) for image, _ in drawn]))
+    truths = torch.tensor([truth[part] for _, truths in drawn for truth in truths])
+    asked = truths != sft.UNASKED
+    return ((tokens @ directions.T).argmax(-1) == truths)[asked].float().mean().item()
+
+
+def test_the_vision_tower_learns(policy):
+    """Guards the first part of pretraining: within some steps the tower's tokens point along the direction of the colour that
+    they show; the language model stays as it was, and the tower is frozen afterwards."""
+    before = tower_accuracy(policy, sft.cell_truths, 0)
+    language = [p.clone() for p in policy.trainable()]
     lines = []
-    before = policy.model.model.visual.patch_embed.proj.weight.detach().clone()
-    sft.pretrain(policy, 50, 0, batch=4, log=lines.append)
-    loss = float(lines[-1].split("loss ")[1].split()[0])
-    assert loss < 4 and not torch.equal(before, policy.model.model.visual.patch_embed.proj.weight)
+    sft.train_tower(policy, 0, steps=100, batch=8, log=lines.append)
+    assert tower_accuracy(policy, sft.cell_truths, 0) > max(0.8, before + 0.2)
+    assert len(lines) == 1 and "vision tower 100/100" in lines[0]
+    assert not policy.train_vision and all(map(torch.equal, language, policy.trainable()))
 
+
+def test_the_language_model_learns_with_the_tower_frozen(policy, monkeypatch):
+    """Guards the second part: the loss falls within a few steps, and nothing of the vision tower changes."""
+    tower = [p.clone() for p in policy.model.model.visual.parameters()]
+    optimizers = sft.make_optimizers(policy, "muon", 0.01, adamw_lr=5e-3)
+    monkeypatch.setattr(sft, "lesson_mix", lambda share: {"read": 1, "dialogue": 2, "list": 2})
+    losses = [sft.learn_lessons(policy, optimizers, step, 25, 0, 1.0) for step in range(25)]
+    assert max(losses[:3]) > 5 and max(losses[-3:]) < 3
+    assert all(map(torch.equal, tower, policy.model.model.visual.parameters()))
+
+
+def test_the_mix_of_lessons():
+    """Guards the curriculum: as many lessons in each step, lists alone at first, dialogues later on, scenes ever fuller."""
+    for share in (0, 0.1, 0.3, 0.6, 1):
+        mix = sft.lesson_mix(share)
+        assert sum(mix.values()) == 16 and min(mix.values()) >= 0 and (mix["dialogue"] > 0) == (share >= 0.2)
+        assert all(len(sft.mixed_scene(random.Random(i), **sft.list_kind(share)).cards) <= 9 for i in range(20))
+    assert sft.list_kind(0)["most"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ the exam
+
+GOOD, BAD = ({"lists": lists, "says dotted": 1.0, "target 1": 1.0} for lists in (0.95, 0.5))
+
+
+@pytest.mark.parametrize("exams, steps", [([GOOD], 8), ([BAD, GOOD], 10), ([BAD] * 9, 16)])
+def test_pretraining_ends_with_an_exam(policy, monkeypatch, exams, steps):
+    """Guards the end: a base that passes is done after its steps, one that fails gets a quarter more and tries again, and twice
+    the steps is the bound; a failure is said loudly, with what was failed, and the last exam is what is handed back."""
+    taken, learnt, rates = iter(exams), [], []
+    monkeypatch.setattr(sft, "train_tower", lambda *how, **more: None)
+    monkeypatch.setattr(sft, "exam", lambda *how, **more: next(taken))
+    monkeypatch.setattr(sft, "learn_lessons", lambda *how: learnt.append(how[2]) or rates.append(how[5]) or 1.0)
+    lines = []
+    found = sft.pretrain(policy, 8, 0, log=lines.append)
+    failed = [line for line in lines if "NOT PASSED" in line]
+    assert learnt == list(range(steps)) and max(rates[8:], default=0) <= 0.4
+    assert found is (GOOD if GOOD in exams else BAD)
+    assert len(failed) == {8: 0, 10: 1, 16: 5}[steps]
+    assert all("NOT PASSED in lists" in line and "dotted" not in line for line in failed)
+    assert [line.endswith("more lessons") for line in failed] == [True] * (len(failed) - (steps == 16)) + [False] * (steps == 16)
+
+
+def instructed(scene):
+    return Question(f"Show each {scene.colour} card.", [scene.draw], "", scene=scene)
+
+
+def dialogue(policy, scene, order=None, lie=None, **how):
+    """A dialogue of the instructed kind that looks at all candidates (or those of `order`) and says what each crop shows. lie:
+    what it says instead, of the first one."""
+    turns, thought = [], ""
+    for card in order or scene.candidates:
+        spot = card.x / 4, card.y / 4
+        turns.append(f"<think>{thought}Card at {sft.spoken(spot)}.</think>\n{call_text(spot)}")
+        thought = f"{(lie or card.pattern).capitalize()}. "
+        lie = None
+    return replay(policy, Dialogue(**how), instructed(scene), [*turns, answer("dotted", thought.strip())])
+
+
+def three_cards():
+    return next(scene for i in range(99) if len((scene := sft.patterned(random.Random(i))).candidates) == 3
+                and len({c.pattern for c in scene.candidates}) == 3)
+
+
+def test_the_exam_marks_rightly(policy):
+    """Guards the marks: each thought about a card, under the pattern that it bears, and each candidate, looked at in its turn or
+    not; a crop of nothing is not examined; a trace that breaks off has missed the rest."""
+    scene = three_cards()
+    first, second, third = scene.candidates
+    def marks(**how):
+        return dict(sft.examine(dialogue(policy, scene, **how)))
+    says = {f"says {c.pattern}": True for c in scene.candidates}
+    targets = {f"target {i}": True for i in (1, 2, 3)}
+    assert marks() == says | targets
+    wrong = next(p for p in PATTERNS if p not in {c.pattern for c in scene.candidates})
+    assert marks(lie=wrong) == says | targets | {f"says {first.pattern}": False}
+    assert marks(lie=f"{first.pattern} {wrong}") == says | targets | {f"says {first.pattern}": False}
+    assert marks(order=[second, first, third]) == says | targets | {"target 1": False, "target 2": False}
+    assert marks(order=[first]) == {f"says {first.pattern}": True, **targets, "target 2": False, "target 3": False}
+    other = next(c for c in scene.cards if c.colour != scene.colour)
+    missed = [other, first, second, third]
+    found = sft.examine(dialogue(policy, scene, order=missed, lie="nothing"))
+    assert all(right for name, right in found if name.startswith("says")) and len(found) == 6
+    assert not any(right for name, right in found if name.startswith("target"))
+
+
+@pytest.mark.parametrize("lie", [None, "striped"])
+def test_the_exam_of_a_whole_policy(policy, monkeypatch, lie):
+    """Guards the shares: one that sees and says all is given 1 in everything, one that says wrong of every first card fails;
+    who knows no lists has next to 0 in them; and the seeds of questions differ."""
+    asked = []
+    def scripted(policy, questions, dialogue_, group, seeds, **sampling):
+        asked.extend(zip(seeds, questions, strict=True))
+        for question in questions:
+            yield [dialogue(policy, question.scene, lie=lie)]
+    monkeypatch.setattr(sft, "rollout", scripted)
+    found = sft.exam(policy, 0, n=16)
+    assert len({seed for seed, _ in asked}) == 16 and len({question.scene for _, question in asked}) == 16
+    assert all(question.text.startswith("Show each") for _, question in asked)
+    assert {name.split()[0] for name in found} == set(sft.PASSES)
+    assert found.pop("lists") < 0.01
+    targets = {name: share for name, share in found.items() if name.startswith("target")}
+    said = [share for name, share in found.items() if name.startswith("says")]
+    assert set(targets.values()) == {1.0} and len(targets) == 3
+    assert min(said) == 1 if lie is None else min(said) < sft.PASSES["says"]
+
+
+# ------------------------------------------------------------------------------------------------ Muon
 
 def test_muon_takes_the_same_step_as_torchs():
     """Guards our float32 Muon: torch's (in bfloat16) must agree within its precision."""
