@@ -585,6 +585,17 @@ def gather(value):
     return values
 
 
+def sum_over_processes(numbers):
+    """The sums over all processes of some numbers, a list; cheaper than `gather`."""
+    if world_size() == 1:
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    if torch.cuda.is_available():
+        sums = sums.cuda()                       # NCCL takes no others
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
 def gather_shares(values):
     """The values of all items in their order, on every process. values: of this process's items,
     number rank, rank + world_size, and so on."""

@@ -34,7 +34,7 @@ from model import UserError, full_tensor
 from reward import MULTI_TURN, SINGLE_TURN, Weights, score
 from rollout import (OVERLONG, REPLICATED, add_arguments, dialogue_of, gather, gather_shares, is_sharded,
                      like, micro_batches, parse, rank, rollout, run, sampling_of, settings,
-                     unsharded, world_size)
+                     sum_over_processes, unsharded, world_size)
 
 # ------------------------------------------------------------------------------------------------ the update
 
@@ -104,7 +104,7 @@ def train_step(policy, reference, groups, optimizers, args, factor):
     groups = [(traces, a) for traces, a in groups if any(a)]
     kept = [([t for t, x in zip(traces, a) if x], [x for x in a if x]) for traces, a in groups]
     advantage_of = {id(t): x for traces, a in kept for t, x in zip(traces, a)}
-    tokens = sum(gather(sum(sum(t.sampled) for traces, _ in kept for t in traces)))
+    tokens = int(sum_over_processes([sum(sum(t.sampled) for traces, _ in kept for t in traces)])[0])
     sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0, "groups_used": len(kept)}
     if not tokens:
         return {**sums, "grad_norm": 0.0, "tokens": 0}
@@ -121,8 +121,9 @@ def train_step(policy, reference, groups, optimizers, args, factor):
         for name, value in {"loss": loss.item(), **logged}.items():
             sums[name] += value * counts / tokens
     policy.model.eval()
-    norm, of_all = sft.optimizer_step(policy.trainable(), optimizers, factor, args.clip_norm), gather(sums)
-    return {**{name: sum(one[name] for one in of_all) for name in sums}, "grad_norm": norm, "tokens": tokens}
+    norm = sft.optimizer_step(policy.trainable(), optimizers, factor, args.clip_norm)
+    of_all = dict(zip(sums, sum_over_processes(list(sums.values()))))
+    return {**of_all, "groups_used": int(of_all["groups_used"]), "grad_norm": norm, "tokens": tokens}
 
 
 def add_up(updates):

@@ -41,7 +41,7 @@ from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Dialogue, Frame, Questio
                      add_arguments, average_gradients, call_text, dialogue_of, gather,
                      gather_shares, is_sharded, like, micro_batches, parse, parse_points,
                      parse_turn, rank, rollout, run, run_dialogues, sampling_of, settings,
-                     share_out, spoken, window, world_size, zoom)
+                     share_out, spoken, sum_over_processes, window, world_size, zoom)
 
 # ------------------------------------------------------------------------------------------------ (a) the tiny base
 
@@ -400,14 +400,15 @@ def train_tower(policy, seed, *, steps, log=print):
             truths += truth
         tokens = F.normalize(torch.cat(policy.features(pictures)), dim=-1) * hidden**0.5   # (images * 16, hidden)
         logits = (tokens @ directions.T).split(CLASSES, -1)                              # (images * 16, classes) each
+        targets = torch.tensor(truths).T                                                 # (classes, images * 16)
+        asked = sum_over_processes((targets != UNASKED).sum(1).tolist())
         loss = torch.zeros(())
-        for x, target in zip(logits, torch.tensor(truths).T):
-            asked = max(1, sum(gather((target != UNASKED).sum().item())))
-            loss = loss + F.cross_entropy(x, target, ignore_index=UNASKED, reduction="sum") / asked
+        for x, target, n in zip(logits, targets, asked):
+            loss = loss + F.cross_entropy(x, target, ignore_index=UNASKED, reduction="sum") / max(1, n)
         (loss * world_size()).backward()                     # gradients are averaged over the processes
         optimizer_step(list(tower.parameters()), optimizers, learning_rate(step, steps, 20, 0.05))
         if step % 100 == 99:
-            log(f"vision tower {step + 1}/{steps}  loss {sum(gather(loss.item())):.3f}  {remaining(started, step + 1, steps)}")
+            log(f"vision tower {step + 1}/{steps}  loss {sum_over_processes([loss.item()])[0]:.3f}  {remaining(started, step + 1, steps)}")
     policy.train_vision = False
 
 
@@ -473,7 +474,7 @@ def learn_lessons(policy, optimizers, step, steps, seed, factor):
     for i in range(rank(), len(kinds), world_size()):
         rng = random.Random(f"lesson {seed} {step} {i}")
         lessons.append(make_lesson(policy, kinds[i], rng, step / steps))
-    tokens = sum(gather(sum(sum(lesson.sampled) for lesson in lessons)))
+    tokens, = sum_over_processes([sum(sum(lesson.sampled) for lesson in lessons)])
     loss = torch.zeros(())
     if lessons:
         loss = -policy.log_probs([[lesson] for lesson in lessons]).sum() / tokens
@@ -815,17 +816,17 @@ def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16
         while len(order) < batch:
             order += rng.sample(traces, len(traces))
         groups, order = [[trace] for trace in order[:batch]], order[batch:]
-        tokens, total = sum(sum(trace.sampled) for (trace,) in groups), 0.0
+        tokens, own_loss = sum(sum(trace.sampled) for (trace,) in groups), 0.0
         spare = groups[:1] if is_sharded(policy) else None
         for micro, counts in micro_batches(groups[rank()::world_size()], micro_tokens, spare):
             loss = -policy.log_probs(micro).sum() / tokens
             (loss * counts * world_size()).backward()       # gradients are averaged over processes
-            total += loss.item() * counts
-        total = sum(gather(total))
+            own_loss += loss.item() * counts
+        loss, = sum_over_processes([own_loss])
         factor = learning_rate(step, steps, max(1, steps * 0.03), **decay)
         norm = optimizer_step(policy.trainable(), optimizers, factor, clip)
         if step % 20 == 19 or step + 1 == steps:
-            log(f"sft {step + 1}/{steps}  loss {total:.3f}  grad norm {norm:.2f}  {remaining(started, step + 1, steps)}")
+            log(f"sft {step + 1}/{steps}  loss {loss:.3f}  grad norm {norm:.2f}  {remaining(started, step + 1, steps)}")
     policy.model.eval()
 
 
