@@ -285,8 +285,8 @@ def parse_arguments():
     add("--questions", type=int, help="questions a step (tiny base 16, with --model 128)")
     add("--update-questions", type=int, help="questions an update (tiny base all, with --model 64)")
     add("--group", type=int, help="traces a question (8; with --model and a single turn 5)")
-    add("--lr", type=float, help="learning rate (Muon 2.5e-3, AdamW 1e-6)")
-    add("--adamw-lr", type=float, default=3e-4, help="with Muon: learning rate of all but the hidden matrices (%(default)s)")
+    add("--lr", type=float, help="learning rate (Muon 5e-3, AdamW 1e-6)")
+    add("--adamw-lr", type=float, default=6e-4, help="with Muon: learning rate of all but the hidden matrices (%(default)s)")
     add("--warm-up", type=int, help="steps until the learning rate is reached (5; with --model a twentieth, single-turn none)")
     add("--final-lr", type=float, help="share of the learning rate at the end (tiny base 0, with --model 1)")
     add("--kl", type=float, help="coefficient of the KL penalty to the SFT model; 0: none (tiny base 0.05, with --model 0.01)")
@@ -311,7 +311,7 @@ def parse_arguments():
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.lr = args.lr or {"muon": 2.5e-3, "adamw": 1e-6}[args.optimizer]
+    args.lr = args.lr or {"muon": 5e-3, "adamw": 1e-6}[args.optimizer]
     args.warm_up = round(args.steps / 20) if args.warm_up is None else args.warm_up
     args.update_questions = args.update_questions or args.questions
     args.gpus = args.gpus or world_size()
