@@ -187,7 +187,7 @@ def test_no_process_is_left_behind(run_folder, number, code):
     os.killpg(started.pid, number)
     output, _ = started.communicate(timeout=30)
     assert started.returncode == code
-    said = [line for line in output.splitlines() if not line.startswith("  ")]     # of the settings
+    said = [line for line in output.splitlines() if line and not line.startswith("  ")]  # of the settings
     assert len(said) == (number != signal.SIGKILL)
     assert all(line.startswith("interrupted; ") for line in said)
 
