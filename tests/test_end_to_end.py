@@ -178,15 +178,16 @@ def test_an_error_of_all_processes_is_told_once(call, tmp_path):
                                           (signal.SIGKILL, -9)])
 def test_no_process_is_left_behind(run_folder, number, code):
     """Guards Ctrl-C (the signal goes to the whole group) and kill: all processes end, with one line
-    where one can be said."""
-    process, pipe = launch(run_folder[0], ROOT / "evaluate.py", "--model", "runs/toy-search-zoom/rl",
-                           "--n", 5000, "--processes", 2)
-    assert pipe.readline().startswith("settings")
-    os.killpg(process.pid, number)
-    output = read_to_end(pipe, 30)
-    process.join()
-    assert process.exitcode == code
-    said = [line for line in output.splitlines() if not line.startswith("  ")]     # of the settings
+    where one can be said. They all write to the same pipe, so its end tells that they are gone."""
+    command = [sys.executable, str(ROOT / "evaluate.py"), "--model", "runs/toy-search-zoom/rl",
+               "--n", "5000", "--processes", "2"]
+    started = subprocess.Popen(command, cwd=run_folder[0], env=ENVIRONMENT, start_new_session=True,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert started.stdout.readline().startswith("settings")
+    os.killpg(started.pid, number)
+    output, _ = started.communicate(timeout=30)
+    assert started.returncode == code
+    said = [line for line in output.splitlines() if line and not line.startswith("  ")]  # of the settings
     assert len(said) == (number != signal.SIGKILL)
     assert all(line.startswith("interrupted; ") for line in said)
 
