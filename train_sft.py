@@ -49,6 +49,7 @@ TINY_PROMPTS = {"direct": "Answer.", "think": "Think.", "grounded": "Point.", "z
 SHOW = ("Show each", " card.")         # instructed dialogue: look at all of them
 LIST = "List the cards."
 PLACES = [cell * CELL + CELL // 2 + shift for cell in range(SIDE // CELL) for shift in JITTER]    # px: where cards' centres are
+BATCH = 16                             # lessons, or images, in a step of its pretraining
 TILES = 4                              # a side of the image of tiles, one for each token
 SEEN = 64                              # px: the side of what the tiny base sees, of drawings and of close-ups
 
@@ -412,10 +413,10 @@ def train_tower(policy, seed, *, steps, log=print):
     policy.train_vision = False
 
 
-def lesson_mix(share, batch=16):
+def lesson_mix(share):
     """How many lessons of each kind a step has at `share` of pretraining: lists first, then ever more dialogues."""
     dialogues = 0 if share < 0.2 else 5 if share < 0.45 else 8
-    return {"read": 1, "dialogue": dialogues, "list": batch - 1 - dialogues}
+    return {"read": 1, "dialogue": dialogues, "list": BATCH - 1 - dialogues}
 
 
 def list_kind(share):
@@ -475,10 +476,8 @@ def learn_lessons(policy, optimizers, step, steps, seed, factor):
         rng = random.Random(f"lesson {seed} {step} {i}")
         lessons.append(make_lesson(policy, kinds[i], rng, step / steps))
     tokens, = sum_over_processes([sum(sum(lesson.sampled) for lesson in lessons)])
-    loss = torch.zeros(())
-    if lessons:
-        loss = -policy.log_probs([[lesson] for lesson in lessons]).sum() / tokens
-        (loss * world_size()).backward()                     # gradients are averaged over the processes
+    loss = -policy.log_probs([[lesson] for lesson in lessons]).sum() / tokens
+    (loss * world_size()).backward()                         # gradients are averaged over the processes
     optimizer_step(policy.trainable(), optimizers, factor)
     return loss.item() * world_size()
 
@@ -508,7 +507,8 @@ def exam(policy, seed, n=512):
     found = defaultdict(list)
     for name, right in sum(gather(rows), []):
         found[name].append(right)
-    return {name: mean(found[name]) for name in sorted(found)}
+    names = ["lists", *(f"says {pattern}" for pattern in PATTERNS), *(f"target {number}" for number in (1, 2, 3))]
+    return {name: mean(found[name]) for name in names}       # 0 for what it was never seen to do
 
 
 def examine(trace):
@@ -899,6 +899,8 @@ def make_base(args, log):
     if gather(folder.is_dir())[0]:
         log(f"base: {folder} is there")
         return str(folder)
+    if world_size() > BATCH:
+        raise UserError(f"the tiny base is made by {BATCH} processes at most, a lesson each; give --processes {BATCH}")
     log(f"base: making {folder} from random weights")
     started = time.time()
     folder.parent.mkdir(parents=True, exist_ok=True)
