@@ -269,7 +269,7 @@ def dry_run(args):
 # ------------------------------------------------------------------------------------------------ the job
 
 # What goes with the tiny base, and with --model (paper, appendix), where no flag says otherwise.
-TINY = dict(steps=120, questions=16, group=8, warm_up=5, final_lr=0.0, kl=0.15, clip_norm=1.0, diversity=0.0, overlong="zero")
+TINY = dict(steps=160, questions=16, group=8, warm_up=5, final_lr=0.0, kl=0.05, clip_norm=1.0, diversity=0.0, overlong="zero")
 PAPER_SINGLE = dict(steps=500, questions=128, update_questions=64, group=5, warm_up=0, final_lr=1.0, kl=0.01, clip_norm=1.0,
                     diversity=0.0, overlong="mask")
 PAPER_MULTI = PAPER_SINGLE | dict(group=8, warm_up=None, clip_norm=0.2, diversity=0.2)
@@ -281,15 +281,15 @@ def parse_arguments():
     add_arguments(parser)
     sft.add_training_arguments(parser)
     add = parser.add_argument
-    add("--steps", type=int, help="GRPO steps (tiny base 120, with --model 500)")
+    add("--steps", type=int, help="GRPO steps (tiny base 160, with --model 500)")
     add("--questions", type=int, help="questions a step (tiny base 16, with --model 128)")
     add("--update-questions", type=int, help="questions an update (tiny base all, with --model 64)")
     add("--group", type=int, help="traces a question (8; with --model and a single turn 5)")
-    add("--lr", type=float, help="learning rate (Muon 5e-3, AdamW 1e-6)")
-    add("--adamw-lr", type=float, default=6e-4, help="with Muon: learning rate of all but the hidden matrices (%(default)s)")
+    add("--lr", type=float, help="learning rate (Muon 3e-3, AdamW 1e-6)")
+    add("--adamw-lr", type=float, default=4e-4, help="with Muon: learning rate of all but the hidden matrices (%(default)s)")
     add("--warm-up", type=int, help="steps until the learning rate is reached (5; with --model a twentieth, single-turn none)")
     add("--final-lr", type=float, help="share of the learning rate at the end (tiny base 0, with --model 1)")
-    add("--kl", type=float, help="coefficient of the KL penalty to the SFT model; 0: none (tiny base 0.15, with --model 0.01)")
+    add("--kl", type=float, help="coefficient of the KL penalty to the SFT model; 0: none (tiny base 0.05, with --model 0.01)")
     add("--reference", choices=("gpu", "cpu"), default="gpu", help="where the SFT model's weights are between the "
         "passes that need them; cpu frees their part of the GPU's memory the rest of the time (%(default)s)")
     add("--clip-norm", type=float, help="norm to which gradients are clipped (1; with --model in the mode zoom 0.2)")
@@ -311,7 +311,7 @@ def parse_arguments():
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.lr = args.lr or {"muon": 5e-3, "adamw": 1e-6}[args.optimizer]
+    args.lr = args.lr or {"muon": 3e-3, "adamw": 1e-6}[args.optimizer]
     args.warm_up = round(args.steps / 20) if args.warm_up is None else args.warm_up
     args.update_questions = args.update_questions or args.questions
     args.gpus = args.gpus or world_size()
