@@ -673,8 +673,8 @@ def search(policy, questions, dialogue, seeds, sampling, *, simulations=8, width
             child.rollouts += traces
             for trace in traces:
                 child.back_up(is_correct(trace))
-        solved = sum(root.value > 0 for root in roots)
-        log(f"search {simulation + 1}/{simulations}  questions with a right trace {solved}/{len(roots)}  "
+        solved, asked = sum_over_processes([sum(root.value > 0 for root in roots), len(roots)])
+        log(f"search {simulation + 1}/{simulations}  questions with a right trace {solved:.0f}/{asked:.0f}  "
             f"{remaining(started, simulation + 1, simulations)}")
     return roots
 
