@@ -460,7 +460,7 @@ def pretrain(policy, steps, seed, *, log=print):
                 log(f"pretraining {step + 1}/{done + length}  loss {loss:.3f}  {left}")
         policy.model.eval()
         done, length, peak = done + length, max(1, steps // 4), 0.4
-        found = exam(policy, seed, n=min(512, 8 * steps))
+        found = exam(policy, seed, n=min(1024, 8 * steps))
         log("exam: " + "  ".join(f"{name} {share:.3f}" for name, share in found.items()))
         if failed := [name for name, share in found.items() if share < PASSES[name.split()[0]]]:
             log(f"exam: NOT PASSED in {', '.join(failed)}" + ", more lessons" * (done < 2 * steps))
@@ -488,7 +488,7 @@ def learn_lessons(policy, optimizers, step, steps, seed, factor):
 PASSES = {"says": 0.98, "target": 0.98, "lists": 0.8}
 
 
-def exam(policy, seed, n=512):
+def exam(policy, seed, n=1024):
     """What the base has to know, on scenes that no lesson showed, sampled at temperature 1. -> {what: share}
 
     says PATTERN: thoughts after a crop of such a card that name its pattern; target 1, 2, 3: first, second and third looks that
