@@ -456,6 +456,7 @@ def pretrain(policy, steps, seed, *, log=print):
             factor = peak * learning_rate(step - done, length, 30, 0.03)
             loss = learn_lessons(policy, optimizers, step, steps, seed, factor)
             if step % 50 == 49 or step + 1 == done + length:
+                loss, = sum_over_processes([loss])
                 left = remaining(started, step + 1, done + length)
                 log(f"pretraining {step + 1}/{done + length}  loss {loss:.3f}  {left}")
         policy.model.eval()
@@ -469,7 +470,7 @@ def pretrain(policy, steps, seed, *, log=print):
 
 
 def learn_lessons(policy, optimizers, step, steps, seed, factor):
-    """One pretraining step, each process with its share of the lessons. -> the loss of all"""
+    """One pretraining step, each process with its share of the lessons. -> this share's part of the loss"""
     kinds = [kind for kind, count in lesson_mix(step / steps).items() for _ in range(count)]
     lessons = []
     for i in range(rank(), len(kinds), world_size()):
@@ -479,7 +480,7 @@ def learn_lessons(policy, optimizers, step, steps, seed, factor):
     loss = -policy.log_probs([[lesson] for lesson in lessons]).sum() / tokens
     (loss * world_size()).backward()                         # gradients are averaged over the processes
     optimizer_step(policy.trainable(), optimizers, factor)
-    return loss.item() * world_size()
+    return loss.item()
 
 
 # ------------------------------------------------------------------------------------------------ its exam

@@ -153,7 +153,8 @@ def test_one_process_learns_what_two_do(run_folder, call, tmp_path):
         ours, theirs = (load_state_dict(where / path / "model.safetensors")
                         for where in (folder, tmp_path))
         assert ours.keys() == theirs.keys()
-        assert all(torch.allclose(x, theirs[n], rtol=1e-4, atol=1e-4) for n, x in ours.items())
+        # Not element by element: AdamW makes a whole step of a gradient that is nothing but roundings.
+        assert all((x - theirs[n]).norm() <= 1e-4 * (1 + x.norm()) for n, x in ours.items())
     def lines(name):
         return ([json.loads(line) for line in (where / run / name).read_text().splitlines()]
                 for where in (folder, tmp_path))
