@@ -11,7 +11,6 @@ exactly one of these bears a pattern. Which one it is, and which pattern, cannot
 it: each pattern has a mean of zero over every block of 4x4 px, the cards' edges lie on block edges, and the policy sees the means
 of the blocks. So it has to look at a candidate, see whether it is plain, and look at the next.
 """
-import argparse
 import ast
 import base64
 import csv
@@ -30,12 +29,10 @@ from string import ascii_uppercase as LETTERS
 import numpy as np
 from PIL import Image
 
-import model as models
-from model import UserError
-from reward import Unusable, as_box, distinct_crops, in_region, option_text, score, scored_by
-from rollout import (OVERLONG, Question, add_arguments, dialogue_of, draw_trace, gather, parse,
-                     parse_points, preset, rank, read_image, rollout, run, sampling_of, settings,
-                     window, world_size)
+from model import Policy, UserError, gather, load, rank, world_size, write_text
+from reward import (USAGE, Action, distinct_crops, in_region, option_text, parse_action, score)
+from rollout import (OVERLONG, Config, Question, crop_box, describe_config, draw_trace, make_config, make_dialogue,
+                     parse_points, read_image, rollout, run)
 
 # ------------------------------------------------------------------------------------------------ toy-search: drawn scenes
 
@@ -184,9 +181,86 @@ def blind_accuracy(questions, dialogue, looks, guesses=len(ANSWERS), seed=0):
     rng, right = random.Random(seed), 0.0
     for question in questions:
         points = [(rng.randrange(SIDE), rng.randrange(SIDE)) for _ in range(looks)]
-        boxes = [window((SIDE, SIDE), point, dialogue.crop_half) for point in points]
+        boxes = [crop_box((SIDE, SIDE), point, dialogue.crop_half) for point in points]
         right += 1 if any(question.scene.cards[0] in question.scene.shown(box) for box in boxes) else 1 / guesses
     return right / len(questions)
+
+
+# ------------------------------------------------------------------------------------------------ how an answer is scored
+
+OPTIONS = (re.compile(r"\(([A-Z])\)\s*(.*?)(?=\s*\([A-Z]\)|\n|$)"),     # (A) red (B) blue: on one line or several
+           re.compile(r"^\s*([A-Z])[.)][^\S\n]+(.+)$", re.M))           # A. red: a line each
+WHOLE_BOX = re.compile(r"[(\[]\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]")
+NUMBERS = re.compile(r"[(\[]+\s*-?[\d.]+(?:[\s,()\[\]]+-?[\d.]+)+\s*[)\]]+")
+ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S)    # "stop" alone is a word
+
+
+class Unusable(Exception):
+    """Why a row cannot be asked or scored."""
+
+
+def parse_options(text):
+    """The options' texts in the order of their letters: "Which?\\nA. Yes, left\\nB. No" -> ("Yes, left", "No"), or ()."""
+    text = text.rpartition("Answer Choices:")[2]
+    for pattern in OPTIONS:
+        found = pattern.findall(text)
+        letters = "".join(letter for letter, _ in found)
+        start = letters.rfind("A")
+        if 0 <= start < len(letters) - 1 and LETTERS.startswith(letters[start:]):
+            return tuple(option.strip() for _, option in found[start:])
+    return ()
+
+
+def as_box(values, limit=10**6):
+    """Corners (x1, y1, x2, y2), checked. limit: the largest value there may be."""
+    if not (len(values) == 4 and all(type(v) in (int, float) for v in values)
+            and 0 <= values[0] <= values[2] <= limit and 0 <= values[1] <= values[3] <= limit):
+        raise Unusable(f"{list(values)} are not the corners of a box in " + ("[0, 1]" if limit == 1 else "px"))
+    return tuple(values)
+
+
+def scored_by(text, answer, letter=False):
+    """How an answer is scored -> `kind`, `answer` and `choices` of the Question. letter: the answer is an option's letter.
+
+    A box in whole px is to be hit by a point; a web action is an action; where the text has options and the answer is the
+    letter or the text of one, it is a choice, and stays letter or text; all else ("yes" too) is compared as a string."""
+    answer = str(answer).strip() if type(answer) in (str, int, float) else ""
+    if not answer:
+        raise Unusable("it has no answer in words")
+    if WHOLE_BOX.fullmatch(answer):
+        return dict(kind="point", answer=as_box([int(v) for v in re.findall(r"\d+", answer)]))
+    if NUMBERS.fullmatch(answer):
+        raise Unusable(f"its answer, {answer}, is neither in words nor a box (x1, y1, x2, y2) in whole px")
+    if ACTION.fullmatch(answer):
+        parse_action(answer)
+        return dict(kind="action", answer=answer)
+    choices = parse_options(text)
+    places = [i for i, c in enumerate(choices) if c.casefold().rstrip(".") == answer.casefold().rstrip(".")]
+    named = re.fullmatch(r"\(?([A-Z])[.)]?", answer)
+    if choices and named and (letter or not places):
+        places = [LETTERS.index(named[1])]
+        if places[0] >= len(choices):
+            raise Unusable(f"its answer, {answer}, is none of its {len(choices)} options")
+    if not places:
+        return dict(kind="string", answer=answer)
+    return dict(kind="choice", answer=LETTERS[places[0]] if named else choices[places[0]], choices=choices)
+
+
+# What the answer shall look like, by the kind of question, for rows that do not say it ("Description: the search button"); and
+# how to tell the rows that do. The list of actions is always given: a page that quotes it must not be able to suppress it.
+HINTS = {
+    "point": (r"\(x,\s*y\)|\[x,\s*y\]|<answer>",
+              "The answer is one point (x, y), in pixels of the image, between <answer> and </answer>."),
+    "choice": (r"<answer>|\b(answer|respond|reply)\b[^.:\n]{0,40}\b(letter|text|option)",
+               "The answer is the letter or the text of one of the options."),
+    "action": (None, "The answer is one of these actions, with numbers and words that fit: " + ", ".join(USAGE.values()) + "."),
+}
+
+
+def hint_for(kind, text):
+    """What an answer of a kind shall look like, unless the question's text says so itself; or ""."""
+    said, hint = HINTS.get(kind, (None, ""))
+    return "" if said and re.search(said, text, re.I) else hint
 
 
 # ------------------------------------------------------------------------------------------------ data sets: a row
@@ -313,6 +387,7 @@ def make_question(read, row):
         raise Unusable("it has no image")
     if not made["text"]:
         raise Unusable("it has no question")
+    made["hint"] = hint_for(made.get("kind", "string"), made["text"])
     return made
 
 
@@ -502,7 +577,7 @@ def record_of(index, trace, tool=True):
     correct = bool(scored.correct)
     return Record(index, tool, question.id, question.category, correct, bool(official_rule(trace, correct)),
                   bool(lenient_rule(trace, correct)), bool(scored.format), targets_hit(trace), true_thoughts(trace),
-                  scored.crops, distinct_crops(trace.crops, 10), trace.answer, trace.ended, trace.text())
+                  scored.zoom_calls, distinct_crops(trace.zoom_points, 10), trace.answer, trace.ended, trace.text())
 
 
 def on_target(trace, point):
@@ -515,7 +590,7 @@ def on_target(trace, point):
 
 def targets_hit(trace):
     """Of each point looked at, whether it lies on what the question is about; empty where that is not known."""
-    hits = [on_target(trace, point) for point in trace.crops]
+    hits = [on_target(trace, point) for point in trace.zoom_points]
     return [hit for hit in hits if hit is not None]
 
 
@@ -567,7 +642,7 @@ class Records:
                 pass                             # it was being written when the run was cut off
         sizes = Counter(key[:2] for key in rows)
         found = [r for (tool, block, _), r in rows.items() if sizes[tool, block] == len(block_of(block, n))]
-        models.write_text(self.path, "".join(json.dumps(line) + "\n" for line in [settings, *map(vars, found)]))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in [settings, *map(vars, found)]))
         return found
 
     def add(self, records):
@@ -723,17 +798,106 @@ def cells(name, found, bare=None):
             f"{found.looks_again:.3f}", f"{found.overlong:.3f}"]
 
 
+# ------------------------------------------------------------------------------------------------ a web agent
+
+MAX_ELEMENTS, MAX_INTENT, MAX_ACTION = 12_000, 4_000, 300    # characters of each in a question
+MAX_HISTORY = 30                                             # previous actions, the latest
+
+
+def web_question(trajectory, intent, meta_data, images=None):
+    """A state of VisualWebArena -> Question of kind "action", without an answer.
+
+    trajectory: states and actions in turn, a state last: {"observation": {"image": uint8 array (height, width, 3 or 4), "text":
+    the page's elements}, "info": {"page": with a url, or "url": text}}. meta_data: {"action_history": texts}. images: PIL
+    images of the intent's. What is too long is cut. Raises UserError where there is no screenshot."""
+    state = trajectory[-1] if trajectory else {}
+    seen, info = state.get("observation") or {}, state.get("info") or {}
+    screen = seen.get("image") if isinstance(seen, dict) else None
+    if screen is None:
+        raise UserError("the trajectory does not end with a state that has a screenshot, observation['image']; run "
+                        "VisualWebArena with --observation_type image_som")
+    try:
+        screen = screen if isinstance(screen, Image.Image) else Image.fromarray(screen)
+        if not all(screen.size):
+            raise ValueError("it is empty")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"observation['image'] is no image ({error}); give a uint8 array (height, width, 3 or 4)") from None
+    images = images or []
+    history = [" ".join(str(action).split())[:MAX_ACTION] for action in (meta_data or {}).get("action_history", [])]
+    history = [action for action in history if action != "None"][-MAX_HISTORY:]    # how an empty history is written there
+    parts = ["OBJECTIVE: " + shorten(intent, MAX_INTENT),
+             "PREVIOUS ACTIONS:\n" + ("\n".join(f"{i}. {action}" for i, action in enumerate(history, 1)) or "none")]
+    if url := info.get("url") or getattr(info.get("page"), "url", ""):
+        parts.append("URL: " + str(url)[:MAX_ACTION])
+    if elements := str(seen.get("text") or "").strip():
+        parts.append("ELEMENTS:\n" + shorten(elements, MAX_ELEMENTS))
+    if images:
+        parts.append(f"The first image is the page; after it, {len(images)} that belong to the objective.")
+    return Question("\n\n".join(parts), [image.convert("RGB") for image in (screen, *images)], "", "action",
+                    hint=hint_for("action", ""))
+
+
+def shorten(text, most):
+    """The first lines of a text, `most` characters at most; of a longer line its beginning."""
+    if len(text) <= most:
+        return text
+    kept = text[:most].rpartition("\n")[0] or text[:most]
+    return f"{kept}\n({len(text) - len(kept):,} characters left out)"
+
+
+class WebAgent:
+    """A policy behind the interface of VisualWebArena's agents. An answer is parsed, never run, and handed on as text.
+
+    policy: a Policy, or a checkpoint's path or hub id. tries: how often an action is asked for, each time with other random
+    numbers, until one can be used. settings: flags that the scripts share, such as temperature=0.5; else the family "web"'s."""
+
+    def __init__(self, policy, mode="zoom", tries=3, **settings):
+        self.config, self.tries = make_config({"mode": mode, **settings}, "web", "evaluate"), tries
+        path = "" if isinstance(policy, Policy) else str(policy)
+        self.policy = load(path, **self.config.input_limits()) if path else policy
+        self.dialogue = make_dialogue(self.config, path, self.policy)
+        self.reset()
+
+    def reset(self, test_config_file=None):
+        """A new task begins: its random numbers do not depend on the tasks before."""
+        self.asked = 0
+
+    def set_action_set_tag(self, tag):
+        """The tag of the action set; actions are written with the elements' numbers in any case."""
+        self.action_set_tag = tag
+
+    def next_action(self, trajectory, intent, meta_data, images=None, output_response=False):
+        """See `web_question` for what comes in. -> one action, such as "click [12]"; "stop [...]", with the reason, where no
+        try gave one. output_response: print the traces. Raises UserError where there is no screenshot."""
+        question, sampling, why = web_question(trajectory, intent, meta_data, images), self.config.sampling(), ""
+        for _ in range(self.tries):
+            self.asked += 1
+            seed = f"web {self.config.seed} {self.asked}"
+            trace = next(rollout(self.policy, [question], self.dialogue, 1, [seed], **sampling))[0]
+            if output_response:
+                print(trace.text(), flush=True)
+            try:
+                action = parse_action(trace.answer or "")
+                if action.name not in ("type", "press", "goto") or action.text.strip():
+                    return str(action)
+                why = f"there is nothing to {action.name}"
+            except ValueError as error:
+                why = str(error)
+            sampling["temperature"] = sampling["temperature"] or 1.0      # the likeliest would come again
+        return str(Action("stop", text=f"no usable action in {self.tries} tries: {why}"))
+
+
 # ------------------------------------------------------------------------------------------------ the command line
 
 FAMILIES = {"V*Bench": "search", "HR-Bench": "search", "VisualProbe": "search", "ScreenSpot-Pro": "gui", "OS-Atlas": "gui",
             "ScreenSpot or ScreenSpot-V2": "gui", "RoboSpatial-Home": "spatial"}
 
 
-def family_of(args):
+def family_of(config):
     """The family of a task: by its format, or, for the release's rows, by how the first question is answered."""
-    if args.family or args.task in TOYS:
-        return args.family or "drawn"
-    file = open_file(args.task, args.image_root)
+    if config.family or config.task in TOYS:
+        return config.family or "drawn"
+    file = open_file(config.task, config.image_root)
     first = file[0]
     by_answer = {"point": "gui", "action": "web"}.get(first.kind, "search" if first.answer in tuple(LETTERS) else "spatial")
     return FAMILIES.get(file.format, by_answer)
@@ -747,32 +911,24 @@ def open_file(path, image_root, n=None):
     return file
 
 
-def finish_arguments(args):
-    """Fills in what goes with the task where no flag was given."""
-    if args.task not in TOYS and not Path(args.task).exists():
-        raise UserError(f"--task {args.task}: neither a file nor one of {', '.join(TOYS)}")
-    args.family = family_of(args)
-    for name, value in preset(args.family, args.mode).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("crop_half", "crop_size", "turn_tokens", "response_tokens", "cache_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.temperature < 0 or args.max_crops < 0:
-        raise UserError("--temperature and --max-crops cannot be negative")
-    return args
+def configure(given, script):
+    """The Config of a script, from the flags that were given. Raises UserError."""
+    asked = Config(**given)
+    if asked.task not in TOYS and not Path(asked.task).exists():
+        raise UserError(f"--task {asked.task}: neither a file nor one of {', '.join(TOYS)}")
+    return make_config(given, family_of(asked), script)
 
 
-def questions_of(args, split, n, first=0):
+def questions_of(config, split, n, first=0):
     """`n` questions of the task, from number `first` on. Of a file, in an order that the seed decides, a tenth is held out as
     "test"; the others come again after the last. -> list of Questions"""
-    if args.task in TOYS:
-        return [TOYS[args.task](split, args.seed, index) for index in range(first, first + n)]
-    file = open_file(args.task, args.image_root)
-    order = shuffled(len(file), args.seed)
+    if config.task in TOYS:
+        return [TOYS[config.task](split, config.seed, index) for index in range(first, first + n)]
+    file = open_file(config.task, config.image_root)
+    order = shuffled(len(file), config.seed)
     held_out = max(1, len(file) // 10)
     if len(file) < 2:
-        raise UserError(f"{args.task}: one question is too few to train on")
+        raise UserError(f"{config.task}: one question is too few to train on")
     if split == "test":
         return [file[i] for i in order[:held_out][:n]]
     mine = order[held_out:]
@@ -784,78 +940,77 @@ def shuffled(n, seed):
     return random.Random(f"order {seed}").sample(range(n), n)
 
 
-def settings_of(args, policy, dialogue, n):
+def settings_of(config, policy, dialogue, n):
     """All that decides the result of an evaluation: flags, number of questions, and the state of the files that are read."""
     def state(path):    # bytes, and when last written
         files = [p.stat() for p in ([path] if path.is_file() else path.glob("*"))]
         return [sum(f.st_size for f in files), max((f.st_mtime for f in files), default=0)]
-    own = {k: v for k, v in vars(args).items() if k not in ("json", "save", "image", "question")}
-    return own | {"system_prompt": dialogue.system_prompt, "n": n, "block": QUESTIONS_A_BLOCK, "device": policy.device.type,
-                  "state of the model": state(Path(args.model)), "state of the task": state(Path(args.task))}
+    own = {k: v for k, v in vars(config).items() if k not in ("json", "save", "image", "question", "processes")}
+    return own | {"dialogue": dialogue.to_json(), "n": n, "block": QUESTIONS_A_BLOCK, "device": policy.device.type,
+                  "state of the model": state(Path(config.model)), "state of the task": state(Path(config.task))}
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Evaluate a checkpoint on a task, or ask it one question about one image.",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    add = parser.add_argument
-    add("--n", type=int, help="questions (drawn 512; of a file all, or so many spread evenly over it)")
-    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that add up to this (%(default)s)")
-    add("--no-tool", action="store_true", help="no looks: the answer is asked for at once (mode zoom: with and without)")
-    add("--json", metavar="FILE", help="write the figures to this file; the answers are kept in the .jsonl beside it as "
-        "they come, and the same command again goes on from there")
-    add("--image", metavar="FILE", help="ask about this image")
-    add("--question", metavar="TEXT", help="what to ask about --image")
-    add("--save", metavar="FILE", help="with --image: draw the trace to this PNG file; else: of the first question")
-    args = finish_arguments(parse(parser))
-    if not args.model:
+def main(given):
+    config = configure(given, "evaluate")
+    if not config.model:
         raise UserError("--model PATH is needed: a checkpoint folder, such as runs/toy-search-zoom/rl, or a hub id")
-    if bool(args.image) != bool(args.question):
+    if bool(config.image) != bool(config.question):
         raise UserError("--image and --question go together")
-    if args.n is not None and args.n < 1 or not 0 < args.top_p <= 1:
-        raise UserError("--n must be at least 1, and --top-p above 0 and at most 1")
-    if args.json and Path(args.json).suffix == ".jsonl":
-        raise UserError(f"--json {args.json}: the answers are kept in a .jsonl beside it; give a name that ends in .json")
-    policy, dialogue = models.load(args.model, max_pixels=args.max_pixels), dialogue_of(args, not args.no_tool)
-    sampling = sampling_of(args, top_p=args.top_p)
-    if args.image:
-        question = Question(args.question, [args.image], "")
-        trace = next(rollout(policy, [question], dialogue, 1, [args.seed], **sampling))[0]
-        print(trace.text())
-        print(f"-> {trace.answer or 'no answer'} ({trace.ended}; {len(trace.crops)} looks)")
-        if args.save:
-            draw_trace(trace).save(args.save)
-        return
-    if args.task in TOYS:
-        questions = DrawnQuestions(args.task, "test", args.n or 512, args.seed)
+    if not 0 < config.top_p <= 1:
+        raise UserError("--top-p must be above 0 and at most 1")
+    if config.json and Path(config.json).suffix == ".jsonl":
+        raise UserError(f"--json {config.json}: the answers are kept in a .jsonl beside it; give a name that ends in .json")
+    policy = load(config.model, **config.input_limits())
+    dialogue = make_dialogue(config, config.model, policy)
+    if config.image:
+        answer_one(policy, dialogue, config)
     else:
-        questions = open_file(args.task, args.image_root, args.n)
-    print(settings(args))
-    drawn, begun = [], settings_of(args, policy, dialogue, len(questions))
-    records = Records(args.json and Path(args.json).with_suffix(".jsonl"), begun, len(questions))
+        evaluate_task(policy, dialogue, config)
+
+
+def answer_one(policy, dialogue, config):
+    """--image, --question: prints a trace, and draws it to --save."""
+    question = Question(config.question, [config.image], "")
+    trace = next(rollout(policy, [question], dialogue, 1, [config.seed], **config.sampling()))[0]
+    print(trace.text())
+    print(f"-> {trace.answer or 'no answer'} ({trace.ended}; {len(trace.zoom_points)} zoom calls)")
+    if config.save:
+        draw_trace(trace).save(config.save)
+
+
+def evaluate_task(policy, dialogue, config):
+    """Evaluates a task, with and without zoom calls; prints the table and writes --json."""
+    if config.task in TOYS:
+        questions = DrawnQuestions(config.task, "test", config.n or 512, config.seed)
+    else:
+        questions = open_file(config.task, config.image_root, config.n)
+    print(describe_config(config, "evaluate"))
+    drawn, begun = [], settings_of(config, policy, dialogue, len(questions))
+    records = Records(config.json and Path(config.json).with_suffix(".jsonl"), begun, len(questions))
     def draw(trace, record):
-        if args.save and record.index == 0 and not drawn:
-            draw_trace(trace).save(args.save)
+        if config.save and record.index == 0 and not drawn:
+            draw_trace(trace).save(config.save)
             drawn.append(trace)
-    found, bare = evaluate(policy, questions, dialogue, args.seed, records=records, log=print, on_trace=draw, **sampling), None
-    if args.mode == "zoom" and not args.no_tool:
-        bare = evaluate(policy, questions, replace(dialogue, tool=False), args.seed, records=records,
+    sampling = config.sampling()
+    found, bare = evaluate(policy, questions, dialogue, config.seed, records=records, log=print, on_trace=draw, **sampling), None
+    if config.mode == "zoom" and config.tool:
+        bare = evaluate(policy, questions, replace(dialogue, tool=False), config.seed, records=records,
                         log=partial(print, "without tool:"), **sampling)
     print(min(records.found, key=lambda r: (not r.tool, r.index)).text, end="\n\n")
-    rows = [[*HEADS, "lenient", "n"], [*cells(Path(args.task).stem, found, bare), f"{found.lenient:.3f}", found.n]]
+    rows = [[*HEADS, "lenient", "n"], [*cells(Path(config.task).stem, found, bare), f"{found.lenient:.3f}", found.n]]
     without = bare and bare.by | bare.official
     rows += [[f"  {name}", f"{r['accuracy']:.3f}", "", f"{without[name]['accuracy']:.3f}" if bare else "-", *[""] * 7, r["n"]]
              for name, r in {**found.by, **found.official}.items()]
     print(table(rows))
-    if args.task in TOYS:
-        blind = [blind_accuracy(questions, dialogue, looks) for looks in (0, 1, 4)]
-        print("a blind player, 0 / 1 / 4 looks at random places: " + " / ".join(f"{b:.3f}" for b in blind))
-    if args.save and not drawn and rank() == 0:
-        print(f"{args.save}: not drawn, for the first question was answered by an earlier run; leave out --json")
-    if args.json and rank() == 0:
-        figures = vars(found) | ({"accuracy_no_tool": (bare or found).accuracy} if bare or args.no_tool else {})
-        models.write_text(args.json, json.dumps(figures, indent=1) + "\n")
+    if config.task in TOYS:
+        blind = [blind_accuracy(questions, dialogue, zooms) for zooms in (0, 1, 4)]
+        print("a blind player, 0 / 1 / 4 crops at random places: " + " / ".join(f"{b:.3f}" for b in blind))
+    if config.save and not drawn and rank() == 0:
+        print(f"{config.save}: not drawn, for the first question was answered by an earlier run; leave out --json")
+    if config.json and rank() == 0:
+        figures = vars(found) | ({"accuracy_no_tool": (bare or found).accuracy} if bare or not config.tool else {})
+        write_text(config.json, json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    run(main)
+    run("evaluate", "Evaluate a checkpoint on a task, or ask it one question about one image.", main)

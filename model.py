@@ -17,7 +17,9 @@ import json
 import math
 import os
 import random
+import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
@@ -26,13 +28,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, logging
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.utils import cached_file
 
 logging.disable_progress_bar()
 
@@ -68,13 +73,13 @@ class Chunk:
 class Sequence:
     """A prompt and what follows it. `sampled[i]` says whether the policy sampled `ids[i]`: it is known by construction, and
     exactly these tokens are trained on. `log_probs[i]` is the log-probability of sampling it (0.0 where it was injected).
-    stream: its own random numbers: what is sampled does not depend on what runs beside it. Greedy decoding needs none."""
+    rng: its own random numbers: what is sampled does not depend on what runs beside it. Greedy decoding needs none."""
     prompt: Chunk
     ids: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
-    stream: random.Random | None = None
+    rng: random.Random | None = None
 
     def add(self, chunk, sampled=False):
         self.ids += chunk.ids
@@ -89,9 +94,9 @@ class Sequence:
 class Policy:
     """Model, tokenizer and image processor of one checkpoint, and the few numbers that depend on them."""
 
-    def __init__(self, model, tokenizer, image_processor, system_prompts=None):
+    def __init__(self, model, tokenizer, image_processor, max_image_side=None):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
-        self.system_prompts = system_prompts or {}   # mode -> text: a checkpoint remembers what it was trained with
+        self.max_image_side = max_image_side         # px, of the model input; None: any
         config = model.config
         self.text_config = config.text_config
         self.image_token = config.image_token_id
@@ -126,9 +131,16 @@ class Policy:
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def seen_size(self, width, height):
-        """(width, height) in px of an image of this size as the model sees it: the frame in which it speaks coordinates."""
+    def input_size(self, width, height, rounded=True):
+        """(width, height) in px of the model input made of an image of this size.
+
+        rounded False: before the sides are rounded to whole tokens."""
         size = self.image_processor.size
+        scale = min(1, (self.max_image_side or math.inf) / max(width, height))
+        width, height = max(1, round(width * scale)), max(1, round(height * scale))
+        if not rounded:
+            scale = min(1, math.sqrt(size["longest_edge"] / (width * height)))
+            return int(width * scale), int(height * scale)
         try:
             h, w = smart_resize(height, width, self.factor, size["shortest_edge"], size["longest_edge"])
         except ValueError as error:
@@ -137,7 +149,7 @@ class Policy:
 
     def picture(self, image):
         """PIL image -> Picture. Transparency is ignored."""
-        size = self.seen_size(*image.size)
+        size = self.input_size(*image.size)
         image = image.convert("RGB").resize(size, self.image_processor.resample)
         columns, rows = (side // self.image_processor.patch_size for side in size)
         tokens = columns * rows // self.image_processor.merge_size**2
@@ -189,6 +201,14 @@ class Policy:
         before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\0"}]
         text = self.render([*before, {"role": "user", "content": content}]).partition("\0")[2]
         return self.chunk(text.removeprefix(self.tokenizer.eos_token), images)
+
+    def default_system_message(self):
+        """What the chat template says where a dialogue has no system message; "" for nothing, or for
+        the sentence of the Qwen models that says nothing of a task."""
+        text = self.render([{"role": "user", "content": "?"}])
+        found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", text, re.S)
+        message = found[1].strip() if found else ""
+        return "" if message == "You are a helpful assistant." else message
 
     def clean(self, text):
         """Text of unknown origin, with the tokenizer's special tokens broken up, so that it cannot speak as the chat itself.
@@ -261,8 +281,8 @@ class Policy:
         logits = self.model.lm_head(hidden).float()
         return torch.log_softmax(logits.masked_fill(self.forbidden, -torch.inf) / temperature, -1)
 
-    def choose(self, hidden, streams, temperature=1.0, top_p=1.0):
-        """Samples a token from each of N hidden states (N, hidden), by the next number of each of N random streams.
+    def choose(self, hidden, rngs, temperature=1.0, top_p=1.0):
+        """Samples a token from each of N hidden states (N, hidden), by the next number of each of N random rngs.
 
         temperature 0: the likeliest token, and no number is drawn. -> N tokens, N log-probabilities, as lists"""
         log_probs = self.log_softmax(hidden, temperature or 1.0)                         # (N, vocabulary)
@@ -271,7 +291,7 @@ class Policy:
         if temperature == 0:
             tokens = log_probs.argmax(-1, keepdim=True)
         else:
-            tokens = invert(log_probs, [stream.getrandbits(32) / 2**32 for stream in streams])
+            tokens = invert(log_probs, [rng.getrandbits(32) / 2**32 for rng in rngs])
         return tokens[:, 0].tolist(), log_probs.gather(1, tokens)[:, 0].tolist()
 
     def token_log_probs(self, hidden, targets, temperature):
@@ -315,8 +335,9 @@ class Policy:
         return self.token_log_probs(hidden[source], targets, temperature)
 
     def save(self, folder, **notes):
-        """Writes a Hugging Face checkpoint folder, whole or not at all. notes: what else shall be known of it (notes.json).
-        Where there are several processes, all have to call it, and the first one writes."""
+        """Writes a Hugging Face checkpoint folder, whole or not at all. notes: what else is kept in
+        it, each as NAME.json. Where there are several processes, all have to call it, and the first
+        one writes."""
         folder, state = Path(folder), self.model.state_dict(keep_vars=True)
         first, gathered = not dist.is_initialized() or dist.get_rank() == 0, {}
         for x in state.values():                        # one at a time, and tied ones once
@@ -329,9 +350,9 @@ class Policy:
         self.model.save_pretrained(part, state_dict={name: gathered[id(x)] for name, x in state.items()})
         self.tokenizer.save_pretrained(part)
         self.image_processor.save_pretrained(part)
-        (part / "system_prompts.json").write_text(json.dumps(self.system_prompts, indent=1))
-        (part / "notes.json").write_text(json.dumps(notes))
-        replace(part, folder)
+        for name, note in notes.items():
+            (part / f"{name}.json").write_text(json.dumps(note, indent=1) + "\n")
+        move_into_place(part, folder)
 
 
 def full_tensor(x):
@@ -339,7 +360,7 @@ def full_tensor(x):
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def replace(part, final):
+def move_into_place(part, final):
     """Renames a finished file or folder to its final name, over what was there."""
     if final.is_dir():
         old = final.with_name(final.name + ".old")
@@ -355,7 +376,7 @@ def write_text(path, text):
     """Writes a file whole or not at all."""
     part = Path(f"{path}.part")
     part.write_text(text)
-    replace(part, Path(path))
+    move_into_place(part, Path(path))
 
 
 def read_config(path):
@@ -371,7 +392,7 @@ def read_config(path):
     return config
 
 
-def load(path, *, max_pixels=None, min_pixels=None, dtype=None, device=None):
+def load(path, *, max_pixels=None, min_pixels=None, max_image_side=None, dtype=None, device=None):
     """Loads a checkpoint folder or hub id of the Qwen2.5-VL family.
 
     max_pixels, min_pixels: bounds of the area that the model sees (px), instead of the checkpoint's own.
@@ -381,9 +402,9 @@ def load(path, *, max_pixels=None, min_pixels=None, dtype=None, device=None):
     try:
         config = read_config(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        template = Path(path) / "chat_template.json"         # where older checkpoints have it
-        if not tokenizer.chat_template and template.is_file():
-            tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
+        template = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        if template:                             # where older checkpoints have it, beside another in the tokenizer's files
+            tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
         processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         model, found = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=None, output_loading_info=True,
                                                                    ignore_mismatched_sizes=True)
@@ -402,9 +423,7 @@ def load(path, *, max_pixels=None, min_pixels=None, dtype=None, device=None):
     size = dict(processor.size)
     processor.size = {"shortest_edge": min_pixels or size["shortest_edge"], "longest_edge": max_pixels or size["longest_edge"]}
     model.model.language_model.config._attn_implementation = "layout"
-    prompts = Path(path) / "system_prompts.json"
-    prompts = json.loads(prompts.read_text()) if prompts.is_file() else {}
-    return Policy(model.to(device).eval(), tokenizer, processor, prompts)
+    return Policy(model.to(device).eval(), tokenizer, processor, max_image_side)
 
 
 def cut_off(path):
@@ -625,24 +644,23 @@ class Engine:
 
     policy, and: temperature (0: greedy), top_p, turn_tokens (sampled tokens a turn at most), response_tokens (all tokens behind
     the prompt at most), cache_tokens (K/V columns at most: decides how many groups run at once; one always does),
-    graphs (decode by CUDA graphs). A row that waits for its observation to be read holds up
+    A row that waits for its observation to be read holds up
     nobody: it is read when a tenth of the rows wait, or when there is nothing else to do. A row that is done makes room at
     once, and the next group begins as soon as there is room for all of its rows."""
 
     def __init__(self, policy, *, temperature=1.0, top_p=1.0, turn_tokens=1024, response_tokens=2048, cache_tokens=65_536,
-                 wait=0.1, graphs=False):
+                 wait=0.1):
         self.policy, self.temperature, self.top_p, self.wait = policy, temperature, top_p, wait
         self.turn_tokens, self.response_tokens, self.cache_tokens = turn_tokens, response_tokens, cache_tokens
-        self.graphs = graphs
 
     @torch.no_grad()
     def run(self, jobs, on_turn):
         """jobs: iterable of lists of Sequences that share one prompt, no list longer than the first. A sequence may already
         have tokens: they are read before it goes on.
-        on_turn(sequence, cut) is called when the policy ends a turn (cut: it ran out of tokens instead); it answers with the
+        on_turn(sequence, truncated) is called when the policy ends a turn (truncated: it ran out of tokens instead); it answers with the
         Chunk to go on from, or None to end. Yields each job as it is finished."""
         self.rows, self.groups = [], []                # rows[i] has row i of the cache, groups[j] slot j
-        self.cache, self.n, self.size, self.width, self.held, self.captured = None, math.inf, 0, 0, None, {}
+        self.cache, self.n, self.size, self.width, self.held = None, math.inf, 0, 0, None
         jobs = iter(jobs)
         while True:
             ready = [r for r in self.rows if r.queued is None]
@@ -677,7 +695,7 @@ class Engine:
                 break
             if self.cache and width > self.width:
                 self.cache.resize(n + n // 2, n * self.size, width)
-                self.n, self.captured = n, {}          # the graphs' buffers are gone
+                self.n = n
             self.held, self.width = None, width
             self.groups.append(Group(job, len(self.groups), len(job)))
             for index, s in enumerate(job):
@@ -728,39 +746,17 @@ class Engine:
         G, slots, width = self.size, len(self.groups), max(r.column for r in self.rows) + 1
         step = [(r.sequence.ids[-1], r.position, r.group.slot * G + r.index, len(r.sequence.prompt.ids), r.column)
                 for r in self.rows]
-        if self.graphs:                     # fixed shapes: idle rows at idle places, all slots, columns in steps of 128
-            slots, width = len(self.cache.prompt_k[0]), min(128 * math.ceil(width / 128), self.response_tokens)
-            idle = sorted(set(range(slots * G)) - {place for _, _, place, _, _ in step})
-            step += [(0, 0, place, 1, 0) for place in idle[:len(self.cache.own_k[0]) - len(step)]]
         going = [i for i, r in enumerate(self.rows) if r.queued is None]
         for i in going:
             self.rows[i].position += 1
             self.rows[i].column += 1
-        run = self.replay if self.graphs and self.policy.device.type == "cuda" else self.step
-        return run(torch.tensor(step).T.to(self.policy.device), slots, width)[torch.tensor(going, device=self.policy.device)]
+        return self.step(torch.tensor(step).T.to(self.policy.device), slots, width)[torch.tensor(going, device=self.policy.device)]
 
     def step(self, inputs, slots, width):
         tokens, positions, places, prompts, columns = inputs                                          # (N,) each
         layout = DecodeLayout(self.cache, self.size, places, prompts, columns, slots, width)
         x = self.policy.model.model.language_model.embed_tokens(tokens)[:, None]                      # (N, 1, hidden)
         return self.policy.hidden(x, positions.expand(3, -1)[..., None], layout)[:, 0]
-
-    def replay(self, inputs, slots, width):
-        """`step` as a CUDA graph, captured once a width: one launch instead of hundreds. (Not measured yet, so off.)"""
-        if width not in self.captured:
-            kept, stream = inputs.clone(), torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):            # a first run, so that nothing is set up during the capture
-                self.step(kept, slots, width)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                out = self.step(kept, slots, width)
-            self.captured[width] = graph, kept, out
-        graph, kept, out = self.captured[width]
-        kept.copy_(inputs)
-        graph.replay()
-        return out
 
     def extend(self, rows):
         """Reads the queued chunk of each row, after its last sampled token. -> hidden states (rows, hidden) at their ends."""
@@ -783,8 +779,8 @@ class Engine:
     def sample(self, rows, hidden, on_turn):
         """Samples a token for each row and appends it. -> the rows whose turn is over; what they go on with is queued."""
         policy, over = self.policy, []
-        streams = [row.sequence.stream for row in rows]
-        for row, token, log_prob in zip(rows, *policy.choose(hidden, streams, self.temperature, self.top_p)):
+        rngs = [row.sequence.rng for row in rows]
+        for row, token, log_prob in zip(rows, *policy.choose(hidden, rngs, self.temperature, self.top_p)):
             sequence = row.sequence
             sequence.ids.append(token)
             sequence.sampled.append(True)
@@ -794,7 +790,7 @@ class Engine:
             full = len(sequence.ids) >= self.response_tokens
             if not (ended or full or row.turn >= self.turn_tokens):
                 continue
-            chunk = on_turn(sequence, cut=not ended)
+            chunk = on_turn(sequence, truncated=not ended)
             over.append(row)
             row.turn = 0
             if chunk is None or len(sequence.ids) + len(chunk.ids) >= self.response_tokens:
@@ -819,3 +815,131 @@ def nucleus(log_probs, top_p):
     beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
     dropped = torch.zeros_like(beyond).scatter(-1, index, beyond)
     return torch.log_softmax(log_probs.masked_fill(dropped, -torch.inf), -1)
+
+
+# -------------------------------------------------------------------------------- several processes
+
+REPLICATED = 100_000_000            # parameters of a model at most that every process keeps whole
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value):
+    """Every process's `value` (anything that pickles), as a list by rank, on every process. It also waits for all of them."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_processes(numbers):
+    """The sums over all processes of some numbers, a list; cheaper than `gather`."""
+    if world_size() == 1:
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    if torch.cuda.is_available():
+        sums = sums.cuda()                       # NCCL takes no others
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def gather_shares(values):
+    """The values of all items in their order, on every process. values: of this process's items,
+    number rank, rank + world_size, and so on."""
+    shares = gather(values)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
+
+
+def shard_like(x, parameter):
+    """A whole tensor, shared out as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return x
+    return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def micro_batches(groups, tokens, spare=None):
+    """Splits groups of Sequences into batches of at most `tokens` tokens (one group at least),
+    those of like length together. -> [(batch, 1.0)]
+
+    spare: a batch, where weights are sharded. All processes gather these together, so each gets as
+    many batches as the one that has most: its list is filled up with (spare, 0.0), whose loss is
+    not to count."""
+    batches, room = [], 0
+    def size(group):
+        return len(group[0].prompt.ids) + sum(len(s.ids) for s in group)
+    for group in sorted(groups, key=size):
+        room -= size(group)
+        if room < 0 or not batches:
+            batches.append([])
+            room = tokens - size(group)
+        batches[-1].append(group)
+    counted = [(batch, 1.0) for batch in batches]
+    if spare is None:
+        return counted
+    return counted + [(spare, 0.0)] * (max(gather(len(batches))) - len(batches))
+
+
+def average_gradients(parameters):
+    """Makes the gradients of replicated parameters their mean over all processes, by one all-reduce;
+    those of sharded ones are averaged by FSDP already.
+
+    The sum is in float32. A missing gradient counts as zeros; where no process has one, none is made."""
+    if world_size() == 1 or isinstance(parameters[0], DTensor):
+        return
+    device = parameters[0].device
+    present = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([present, *(x.flatten().float() for x in gradients)])
+    dist.all_reduce(flat)
+    sizes = [len(parameters), *(p.numel() for p in parameters)]
+    present, *means = (flat / world_size()).split(sizes)
+    for p, anywhere, mean in zip(parameters, present.tolist(), means):
+        p.grad = mean.view_as(p).to(p.dtype) if anywhere else None
+
+
+def shard_if_large(policy):
+    """Prepares a policy for training in several processes: a large one is sharded, a small one
+    stays whole in each."""
+    if world_size() > 1 and sum(p.numel() for p in policy.model.parameters()) > REPLICATED:
+        shard(policy)
+
+
+def is_sharded(policy):
+    return isinstance(policy.model, FSDPModule)
+
+
+def shard(policy):
+    """FSDP2: each process keeps a part of every weight, gradient and optimizer state. In an update, the weights of the language
+    model are gathered layer by layer, and all others at once; gradients are averaged over the processes. A frozen vision tower
+    stays whole: which process has images to encode, and when, is its own affair."""
+    how = dict(mesh=init_device_mesh(policy.device.type, (world_size(),)),
+               mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    for layer in policy.model.model.language_model.layers:
+        fully_shard(layer, **how)
+    trained = {id(p) for p in policy.trainable()}
+    fully_shard(policy.model, **how, ignored_params={p for p in policy.model.parameters() if id(p) not in trained})
+    policy.model.within = policy.within
+    register_fsdp_forward_method(policy.model, "within")
+    policy.within = policy.model.within
+    policy.within(lambda: None)                  # so that the model is FSDP's root, and not the layer that runs first
+
+
+@contextmanager
+def unsharded(policy):
+    """Inside, every process has all weights of a sharded policy, and samples without waiting for the others."""
+    units = [m for m in policy.model.modules() if isinstance(m, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(unit is not policy.model, recurse=False)
+        unit.reshard()

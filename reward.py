@@ -20,9 +20,8 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from string import ascii_uppercase as LETTERS
 
-from rollout import USAGE, ToolError, parse_action, parse_call, parse_points, spoken
+from rollout import ToolError, format_point, parse_call, parse_points
 
 # ------------------------------------------------------------------------------------------------ answers in words
 
@@ -90,7 +89,79 @@ def match_point(answer, region, frame):
 
     No point, or several, is wrong: two guesses are not an answer."""
     points = parse_points(answer)
-    return len(points) == 1 and frame.inside(points[0]) and in_region(frame.to_original(points[0]), region)
+    return len(points) == 1 and frame.contains(points[0]) and in_region(frame.to_original(points[0]), region)
+
+
+# ------------------------------------------------------------------------------------------------ web actions
+
+# The actions of VisualWebArena, each as it is written.
+USAGE = {"click": "click [12]", "type": "type [12] [text] [1]", "hover": "hover [12]", "press": "press [Control+v]",
+         "scroll": "scroll [down]", "goto": "goto [url]", "new_tab": "new_tab", "tab_focus": "tab_focus [0]",
+         "close_tab": "close_tab", "go_back": "go_back", "go_forward": "go_forward", "stop": "stop [answer]"}
+NAME = re.compile(r"[A-Za-z_]{0,20}")
+ID = re.compile(r"\[\s*([0-9]{1,9})\s*\]")
+DIRECTION = re.compile(r"\[?\s*(?:direction\s*=\s*)?(up|down)\s*\]?")
+ENTER = re.compile(r"\s*(?:press_enter_after\s*=\s*)?([01])\s*\]")
+
+
+@dataclass(frozen=True)
+class Action:
+    """One action of VisualWebArena. id: the element's number (for tab_focus the tab's). text: what is typed, pressed, gone
+    to or answered, as written, or the direction of a scroll. enter: whether Enter follows what is typed."""
+    name: str
+    id: int | None = None
+    text: str = ""
+    enter: bool = True
+
+    def __str__(self):
+        """As VisualWebArena reads it: in one line, and with whether Enter follows."""
+        text = " ".join(self.text.split())
+        places = {"click": (self.id,), "hover": (self.id,), "tab_focus": (self.id,), "type": (self.id, text, int(self.enter)),
+                  "press": (text,), "scroll": (text,), "goto": (text,), "stop": (text,)}.get(self.name, ())
+        return " ".join([self.name, *(f"[{place}]" for place in places)])
+
+
+def parse_action(text):
+    """"type [5] [red shoes] [0]" -> Action("type", 5, "red shoes", False). Raises ValueError, with how it should be written.
+
+    The text in brackets may hold brackets, new lines or another action; the whole may stand in backticks."""
+    text = text.strip()
+    for fence in ("```", "`"):
+        if len(text) > 2 * len(fence) and text.startswith(fence) and text.endswith(fence):
+            text = text[len(fence):-len(fence)].strip()
+    said = NAME.match(text)[0]
+    name, rest = said.lower(), text[len(said):].strip()
+    if name not in USAGE:
+        raise ValueError(f"no such action: {text[:60]!r}; there are {', '.join(USAGE)}")
+    if name in ("click", "hover", "tab_focus"):
+        if found := ID.fullmatch(rest):
+            return Action(name, int(found[1]))
+    elif name == "type":
+        if found := ID.match(rest):
+            typed, enter = split_enter(rest[found.end():].strip())
+            if bracketed(typed):
+                return Action(name, int(found[1]), typed[1:-1], enter)
+    elif name == "scroll":
+        if found := DIRECTION.fullmatch(rest.lower()):
+            return Action(name, text=found[1])
+    elif name in ("press", "goto", "stop") and bracketed(rest):
+        return Action(name, text=rest[1:-1])
+    elif name in ("stop", "new_tab", "close_tab", "go_back", "go_forward") and not rest:
+        return Action(name)
+    raise ValueError(f"write {USAGE[name]!r}, not {text[:60]!r}")
+
+
+def bracketed(text):
+    return text.startswith("[") and text.endswith("]")
+
+
+def split_enter(text):
+    """What follows the element of a `type`: "[a [b]] [0]" -> ("[a [b]]", False). A lone "[0]" is the text: ("[0]", True)."""
+    before, _, after = text.rpartition("[")
+    flag = ENTER.fullmatch(after)
+    if flag and before.rstrip().endswith("]"):
+        return before.rstrip(), flag[1] == "1"
+    return text, True
 
 
 # ------------------------------------------------------------------------------------------------ answers that act
@@ -126,7 +197,7 @@ def is_correct(trace):
 # ------------------------------------------------------------------------------------------------ format
 
 TAG = re.compile(r"(</?(?:think|tool_call|answer|observation)>)")
-ENDED = {"forced": "the looks ran out before the answer", "length": "the tokens ran out before the end",
+ENDED = {"forced": "the looks ran out before the answer", "truncated": "the tokens ran out before the end",
          "stopped": "it stopped without an answer"}
 
 
@@ -171,7 +242,7 @@ def call_fault(text, frame):
         return str(error)
     if not all(type(v) is int for v in json.loads(text)["arguments"]["coordinate"]):
         return "its coordinates are not integers"
-    return "" if frame.inside(point) else f"it looks at {spoken(point)}, outside the image"
+    return "" if frame.contains(point) else f"it looks at {format_point(point)}, outside the image"
 
 
 # ------------------------------------------------------------------------------------------------ grounding, diversity
@@ -181,9 +252,9 @@ def grounding_fault(trace):
     if trace.mode not in ("grounded", "zoom"):
         return ""
     points = [point for turn in trace.turns for point in turn.points]
-    outside = [point for point in points if not trace.inside(point)]
+    outside = [point for point in points if not trace.in_image(point)]
     if outside:
-        return f"the point {spoken(outside[0])} is outside the image"
+        return f"the point {format_point(outside[0])} is outside the image"
     return "" if points else "no thought has a point"
 
 
@@ -239,7 +310,7 @@ class Score:
     format: float
     grounded: float
     diversity: float
-    crops: int
+    zoom_calls: int
     why: str = ""
 
 
@@ -247,68 +318,8 @@ def score(trace, weights=None):
     """The Score of a finished trace; weights: the paper's for the trace's mode unless given."""
     weights = weights or (MULTI_TURN if trace.mode == "zoom" else SINGLE_TURN)
     format_why, grounding_why = format_fault(trace), grounding_fault(trace)
-    extra, diversity = distinct_crops(trace.crops, weights.min_distance) - 1, 0.0
+    extra, diversity = distinct_crops(trace.zoom_points, weights.min_distance) - 1, 0.0
     if extra > 0 and not (format_why or grounding_why):
         diversity = weights.diversity * min(extra, weights.max_extra)
     parts = float(is_correct(trace)), float(not format_why), float(not grounding_why), diversity
-    return Score(weights.total(*parts), *parts, len(trace.crops), format_why or grounding_why)
-
-
-# ------------------------------------------------------------------------------------------------ how an answer is scored
-
-OPTIONS = (re.compile(r"\(([A-Z])\)\s*(.*?)(?=\s*\([A-Z]\)|\n|$)"),     # (A) red (B) blue: on one line or several
-           re.compile(r"^\s*([A-Z])[.)][^\S\n]+(.+)$", re.M))           # A. red: a line each
-WHOLE_BOX = re.compile(r"[(\[]\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]")
-NUMBERS = re.compile(r"[(\[]+\s*-?[\d.]+(?:[\s,()\[\]]+-?[\d.]+)+\s*[)\]]+")
-ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S)    # "stop" alone is a word
-
-
-class Unusable(Exception):
-    """Why a row cannot be asked or scored."""
-
-
-def parse_options(text):
-    """The options' texts in the order of their letters: "Which?\\nA. Yes, left\\nB. No" -> ("Yes, left", "No"), or ()."""
-    text = text.rpartition("Answer Choices:")[2]
-    for pattern in OPTIONS:
-        found = pattern.findall(text)
-        letters = "".join(letter for letter, _ in found)
-        start = letters.rfind("A")
-        if 0 <= start < len(letters) - 1 and LETTERS.startswith(letters[start:]):
-            return tuple(option.strip() for _, option in found[start:])
-    return ()
-
-
-def as_box(values, limit=10**6):
-    """Corners (x1, y1, x2, y2), checked. limit: the largest value there may be."""
-    if not (len(values) == 4 and all(type(v) in (int, float) for v in values)
-            and 0 <= values[0] <= values[2] <= limit and 0 <= values[1] <= values[3] <= limit):
-        raise Unusable(f"{list(values)} are not the corners of a box in " + ("[0, 1]" if limit == 1 else "px"))
-    return tuple(values)
-
-
-def scored_by(text, answer, letter=False):
-    """How an answer is scored -> `kind`, `answer` and `choices` of the Question. letter: the answer is an option's letter.
-
-    A box in whole px is to be hit by a point; a web action is an action; where the text has options and the answer is the
-    letter or the text of one, it is a choice, and stays letter or text; all else ("yes" too) is compared as a string."""
-    answer = str(answer).strip() if type(answer) in (str, int, float) else ""
-    if not answer:
-        raise Unusable("it has no answer in words")
-    if WHOLE_BOX.fullmatch(answer):
-        return dict(kind="point", answer=as_box([int(v) for v in re.findall(r"\d+", answer)]))
-    if NUMBERS.fullmatch(answer):
-        raise Unusable(f"its answer, {answer}, is neither in words nor a box (x1, y1, x2, y2) in whole px")
-    if ACTION.fullmatch(answer):
-        parse_action(answer)
-        return dict(kind="action", answer=answer)
-    choices = parse_options(text)
-    places = [i for i, c in enumerate(choices) if c.casefold().rstrip(".") == answer.casefold().rstrip(".")]
-    named = re.fullmatch(r"\(?([A-Z])[.)]?", answer)
-    if choices and named and (letter or not places):
-        places = [LETTERS.index(named[1])]
-        if places[0] >= len(choices):
-            raise Unusable(f"its answer, {answer}, is none of its {len(choices)} options")
-    if not places:
-        return dict(kind="string", answer=answer)
-    return dict(kind="choice", answer=LETTERS[places[0]] if named else choices[places[0]], choices=choices)
+    return Score(weights.total(*parts), *parts, len(trace.zoom_points), format_why or grounding_why)

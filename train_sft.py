@@ -10,7 +10,6 @@ Out: `traces.jsonl` (what the search found, to be read by a person and by `--tra
 Departures from the paper: in the mode `zoom` a step of the search is a turn with its real close-up, so that its value depends
 on what it shows; the policy is its own teacher, or `--teacher`; for a base from nothing, pretraining (a) stands in for Qwen's.
 """
-import argparse
 import json
 import math
 import random
@@ -31,21 +30,19 @@ from torch.distributed.tensor import DTensor
 from transformers import AddedToken, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import evaluate as evaluation
-import model as models
 from evaluate import (ANSWERS, BLOCK, CARD, CELL, COLOURS, CONTRAST, JITTER, NOTHING, PATTERNS, QUESTION, SIDE,
-                      Scene, mean, place_cards, search_scene)
-from model import Chunk, Policy, Sequence, UserError, full_tensor
+                      Scene, configure, mean, place_cards, questions_of, search_scene)
+from model import (Chunk, Policy, Sequence, UserError, average_gradients, full_tensor, gather, gather_shares,
+                   is_sharded, load, micro_batches, rank, read_config, shard_if_large, shard_like,
+                   sum_over_processes, world_size, write_text)
 from reward import is_correct
-from rollout import (FORCED_ANSWER, OBSERVATION, POINT, Dialogue, Frame, Question, Trace,
-                     add_arguments, average_gradients, call_text, dialogue_of, gather,
-                     gather_shares, is_sharded, like, micro_batches, parse, parse_points,
-                     parse_turn, rank, rollout, run, run_dialogues, sampling_of, settings,
-                     share_out, spoken, sum_over_processes, window, world_size, zoom)
+from rollout import (POINT, Dialogue, Frame, Question, Trace, continue_traces, crop_box, describe_config,
+                     format_call, format_point, make_dialogue, parse_points, parse_turn, rollout, run, zoom)
 
 # ------------------------------------------------------------------------------------------------ (a) the tiny base
 
 TINY_PROMPTS = {"direct": "Answer.", "think": "Think.", "grounded": "Point.", "zoom": "Zoom."}
+TINY = Dialogue(system_prompts=TINY_PROMPTS)
 SHOW = ("Show each", " card.")         # instructed dialogue: look at all of them
 LIST = "List the cards."
 PLACES = [cell * CELL + CELL // 2 + shift for cell in range(SIDE // CELL) for shift in JITTER]    # px: where cards' centres are
@@ -56,9 +53,9 @@ SEEN = 64                              # px: the side of what the tiny base sees
 
 def tiny_strings():
     """What the tiny tokenizer has as single tokens: the fixed strings of the grammar and the words of the drawn questions."""
-    call = call_text((0, 0)).partition("[0, 0]")
+    call = format_call((0, 0)).partition("[0, 0]")
     fixed = ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>", "<observation>", "</observation>",
-             *OBSERVATION, "</think>\n" + call[0] + "[", "]" + call[2], "</think>\n<answer>", "system\n", "user\n", "assistant\n"]
+             TINY.before_crop, TINY.after_crop, "</think>\n" + call[0] + "[", "]" + call[2], "</think>\n<answer>", "system\n", "user\n", "assistant\n"]
     words = [*TINY_PROMPTS.values(), *QUESTION, *SHOW, LIST, " Card ", "Card ", " at (", ", ", ").", " None.", "Nothing.", ":"]
     words += [BACKTRACK] + [" " + c for c in COLOURS] + list(PATTERNS) + [p.capitalize() + "." for p in PATTERNS]
     return fixed + words
@@ -73,7 +70,7 @@ CHAT_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endif %}"""
 
 
-def make_tiny(folder, strings, system_prompts, *, image_px=SEEN, hidden=96, layers=4, heads=3, vision_hidden=64):
+def make_tiny(folder, strings, *, image_px=SEEN, hidden=96, layers=4, heads=3, vision_hidden=64):
     """Writes a tiny Qwen2.5-VL with random weights (torch's seed) as a checkpoint folder. strings: what shall be one token
     each, besides special tokens and bytes. image_px: side of the square that it sees of an image: 8 px a patch, merged 2x2."""
     alphabet = sorted(chr(c) for c in byte_characters())
@@ -100,7 +97,7 @@ def make_tiny(folder, strings, system_prompts, *, image_px=SEEN, hidden=96, laye
     processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=image_px**2,
                                          max_pixels=image_px**2, resample=4,   # box filter: exact means over whole blocks
                                          image_mean=[0.5] * 3, image_std=[0.25] * 3)
-    Policy(model, tokenizer, processor, system_prompts).save(folder)
+    Policy(model, tokenizer, processor).save(folder)
 
 
 def byte_characters():
@@ -110,7 +107,7 @@ def byte_characters():
 
 
 def card_text(number, point):
-    return f"Card {number} at {spoken(point)}."
+    return f"Card {number} at {format_point(point)}."
 
 
 class Lesson:
@@ -127,7 +124,7 @@ class Lesson:
 
     def observe(self, image):
         end = self.policy.tokenizer.eos_token
-        before, after = ({"type": "text", "text": text} for text in OBSERVATION)
+        before, after = ({"type": "text", "text": text} for text in (TINY.before_crop, TINY.after_crop))
         self.write(end).sequence.add(self.policy.reply([before, {"type": "image"}, after], [image]))
         return self
 
@@ -169,7 +166,7 @@ def lesson_list(policy, rng, **kind):
     for colour in rng.sample(colours, len(colours)):
         lesson.write(f" {colour}:", learned=False)
         for number, card in enumerate(Scene(scene.cards, colour).candidates, 1):
-            lesson.write(" " + card_text(number, frame.to_seen((card.x, card.y))))
+            lesson.write(" " + card_text(number, frame.to_input((card.x, card.y))))
         lesson.write(" None.")
     return lesson.sequence
 
@@ -203,7 +200,7 @@ def lesson_dialogue(policy, rng, go_on, show):
     lesson = Lesson(policy, TINY_PROMPTS["zoom"], f"{words[0]} {colour}{words[1]}", overview(scene))
     if not show and rng.random() < 0.05:               # answering without a look: a guess
         guess = rng.choice(ANSWERS) + "</answer>" + policy.tokenizer.eos_token
-        return lesson.write(FORCED_ANSWER, learned=False).write(guess).sequence
+        return lesson.write(TINY.forced_answer, learned=False).write(guess).sequence
     number, thought = 0, ""
     for turn in range(4):
         astray = rng.random() < 0.15
@@ -212,10 +209,10 @@ def lesson_dialogue(policy, rng, go_on, show):
         else:
             target = candidates[number].x, candidates[number].y
             point = tuple(min(max(v + rng.choice((0, rng.randint(-16, 16))), 0), SIDE - 1) for v in target)
-        spot = frame.to_seen(target)
-        lesson.write(f"<think>{thought}Card {number + 1} at (").write(f"{spoken(spot)[1:]}.", learned=not astray)
-        lesson.write(f"</think>\n{call_text(spot)}")
-        box = window(drawing.size, point, SEEN // 2)
+        spot = frame.to_input(target)
+        lesson.write(f"<think>{thought}Card {number + 1} at (").write(f"{format_point(spot)[1:]}.", learned=not astray)
+        lesson.write(f"</think>\n{format_call(spot)}")
+        box = crop_box(drawing.size, point, SEEN // 2)
         lesson.observe(zoom(drawing, point, SEEN // 2, SEEN))
         seen = scene.shown(box)
         found = seen[0].pattern if seen else None
@@ -256,7 +253,7 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonalise(grads.lerp(momenta, group["momentum"]))
                 scale = max(1, shape[0] / shape[1])**0.5
                 for p, u in zip(params, update):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(like(u, p), alpha=-group["lr"] * scale)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(shard_like(u, p), alpha=-group["lr"] * scale)
 
 
 def orthogonalise(x, steps=5):
@@ -357,7 +354,7 @@ def crop_truths(rng):
     scene, half = mixed_scene(rng), CARD // 2
     card = rng.choice(scene.cards)
     point = card.x + rng.randint(-24, 24), card.y + rng.randint(-24, 24)
-    left, top, right, bottom = window((SIDE, SIDE), point, SEEN // 2)
+    left, top, right, bottom = crop_box((SIDE, SIDE), point, SEEN // 2)
     side, truths = SEEN // TILES, []
     for y in range(top, bottom, side):
         for x in range(left, right, side):
@@ -500,7 +497,7 @@ def exam(policy, seed, n=1024):
     seeds = [f"exam {seed} {i}" for i in range(n)]
     mine = slice(rank(), None, world_size())
     rows = []                                                # (what was examined, right or wrong)
-    for trace, in rollout(policy, questions[mine], Dialogue(), 1, seeds[mine], turn_tokens=48, response_tokens=288):
+    for trace, in rollout(policy, questions[mine], TINY, 1, seeds[mine], turn_tokens=48, response_tokens=288):
         rows += examine(trace)
     lists = [lesson_list(policy, random.Random(f"exam list {seed} {i}")) for i in range(n // 8)][mine]
     with torch.no_grad():
@@ -519,7 +516,7 @@ def examine(trace):
     for turn, after in pairwise(trace.turns):
         if turn.crop and not after.forced and scene.face_in(turn.crop) != NOTHING:
             rows.append((f"says {scene.face_in(turn.crop)}", scene.describes(after.thought, turn.crop)))
-    points = [frame.to_original(point) for point in trace.crops]
+    points = [frame.to_original(point) for point in trace.zoom_points]
     for number, (point, card) in enumerate(zip(points, scene.candidates), 1):
         rows.append((f"target {number}", scene.card_at(point) is card))
     return rows
@@ -595,7 +592,7 @@ def first_step_end(policy, trace, begin):
     """Where the step of a complete trace that begins at token `begin` ends. In the mode `zoom` a step is a turn with its
     observation; in the others it is a sentence with its point (`think`: a sentence), and the last one runs to the end."""
     if trace.mode == "zoom":
-        return next((start for start in trace.starts if start > begin), len(trace.ids))
+        return next((start for start in trace.turn_starts if start > begin), len(trace.ids))
     step, text = POINT_STEP if trace.mode == "grounded" else SENTENCE_STEP, ""
     for end in range(begin + 1, len(trace.ids)):
         text = policy.decode(trace.ids[begin:end])
@@ -610,12 +607,12 @@ def cut_trace(policy, trace, end):
     """The first `end` tokens of a trace (a step's end), to be continued."""
     if end >= len(trace.ids):
         return trace
-    turns = [t for t, start in zip(trace.turns, trace.starts[1:]) if start <= end]
+    turns = [t for t, start in zip(trace.turns, trace.turn_starts[1:]) if start <= end]
     pictures = trace.pictures[:sum(1 for t in turns if t.crop)]
-    starts = [s for s in trace.starts if s <= end]
-    return Trace(trace.prompt, trace.ids[:end], trace.sampled[:end], trace.log_probs[:end], pictures, trace.stream,
-                 question=trace.question, mode=trace.mode, frames=trace.frames, turns=turns, starts=starts,
-                 begun=policy.decode(trace.ids[starts[-1]:end]))
+    starts = [s for s in trace.turn_starts if s <= end]
+    return Trace(trace.prompt, trace.ids[:end], trace.sampled[:end], trace.log_probs[:end], pictures, trace.rng,
+                 question=trace.question, mode=trace.mode, frames=trace.frames, turns=turns, turn_starts=starts,
+                 prefix=policy.decode(trace.ids[starts[-1]:end]))
 
 
 def continue_from(policy, dialogue, prefixes, count, sampling):
@@ -625,21 +622,21 @@ def continue_from(policy, dialogue, prefixes, count, sampling):
     def jobs():
         for prefix in prefixes:
             prompt = Chunk(prefix.prompt.ids + prefix.ids, prefix.prompt.pictures + prefix.pictures)
-            job = [Trace(prompt, stream=random.Random(prefix.stream.getrandbits(64)), question=prefix.question,
-                         mode=prefix.mode, frames=prefix.frames, turns=list(prefix.turns), begun=prefix.begun,
-                         shown=prefix.shown) for _ in range(count)]
+            job = [Trace(prompt, rng=random.Random(prefix.rng.getrandbits(64)), question=prefix.question,
+                         mode=prefix.mode, frames=prefix.frames, turns=list(prefix.turns), prefix=prefix.prefix,
+                         crops=prefix.crops) for _ in range(count)]
             place[id(job)] = len(place), job
             yield job
 
     def whole(prefix, rest):
         shift = len(prefix.ids)
         return Trace(prefix.prompt, prefix.ids + rest.ids, prefix.sampled + rest.sampled, prefix.log_probs + rest.log_probs,
-                     prefix.pictures + rest.pictures, prefix.stream, question=rest.question, mode=rest.mode, frames=rest.frames,
-                     turns=rest.turns, ended=rest.ended, starts=prefix.starts + [s + shift for s in rest.starts[1:]],
-                     shown=prefix.shown)
+                     prefix.pictures + rest.pictures, prefix.rng, question=rest.question, mode=rest.mode, frames=rest.frames,
+                     turns=rest.turns, ended=rest.ended, turn_starts=prefix.turn_starts + [s + shift for s in rest.turn_starts[1:]],
+                     crops=prefix.crops)
 
     place, found = {}, {}
-    for job in run_dialogues(policy, jobs(), dialogue, **sampling):
+    for job in continue_traces(policy, jobs(), dialogue, **sampling):
         found[place[id(job)][0]] = job
     return [[whole(prefix, rest) for rest in found[i]] for i, prefix in enumerate(prefixes)]
 
@@ -684,7 +681,7 @@ def expand(policy, leaf, trace, min_distance, depth):
     """The child of `leaf` that the first new step of `trace` leads to: new, the same sibling, or None if it repeats a point."""
     step = cut_trace(policy, trace, first_step_end(policy, trace, len(leaf.trace.ids)))
     text = policy.decode(step.ids[len(leaf.trace.ids):])
-    points = step.crops[len(leaf.trace.crops):] if trace.mode == "zoom" else [] if step.ended else parse_points(text)
+    points = step.zoom_points[len(leaf.trace.zoom_points):] if trace.mode == "zoom" else [] if step.ended else parse_points(text)
     if any(near(p, used, min_distance) for p in points for used in leaf.points):
         return None
     for sibling in leaf.children:
@@ -696,7 +693,7 @@ def expand(policy, leaf, trace, min_distance, depth):
         level += 1
     if level >= depth and not step.ended:              # too deep: the answer is asked for
         step.add(Chunk(policy.encode("</think>\n<answer>")))
-        step.begun += "</think>\n<answer>"
+        step.prefix += "</think>\n<answer>"
     return node
 
 
@@ -736,9 +733,9 @@ def join_turns(node, bad, good, min_distance):
 
 def join_steps(node, bad, good, min_distance):
     """The same for a single turn: the wrong trace's thought, the sentence, what the right trace says after the shared prefix."""
-    begun = node.trace.begun
+    begun = node.trace.prefix
     wrong, right = bad.turns[0], good.turns[0]
-    if not wrong.thought or not right.text.startswith(begun):
+    if not wrong.thought or not right.text.turn_startswith(begun):
         return None
     rest = right.text[len(begun):] if begun else right.text.removeprefix("<think>")
     return [f"<think>{wrong.thought} {BACKTRACK}{rest.lstrip()}"]
@@ -760,7 +757,7 @@ def to_multi_turn(text, max_crops=4, later=0.3, rng=random):
     if len(steps) > 1 and rng.random() < later:
         steps[0], steps[1] = steps[1], steps[0]
     rest = turn.thought[last:].strip()
-    turns = [f"<think>{thought}</think>\n{call_text(point)}" for thought, point in steps]
+    turns = [f"<think>{thought}</think>\n{format_call(point)}" for thought, point in steps]
     return turns + [f"<think>{rest}</think>\n<answer>{turn.answer}</answer>"]
 
 
@@ -771,7 +768,7 @@ def replay(policy, dialogue, question, texts):
         if trace.ended:
             break
         trace.add(Chunk(policy.encode(text) + [policy.tokenizer.eos_token_id]), sampled=True)
-        if chunk := dialogue.on_turn(policy, trace, cut=False):
+        if chunk := dialogue.on_turn(policy, trace, truncated=False):
             trace.add(chunk)
     return trace
 
@@ -782,7 +779,7 @@ def write_traces(path, chains):
     """chains: [(question, turns' texts)] -> JSON lines that a person can read, written whole."""
     rows = [json.dumps({"id": q.id, "question": q.text, "answer": q.answer, "turns": turns}, ensure_ascii=False, default=str)
             for q, turns in chains]
-    models.write_text(path, "\n".join(rows) + "\n")
+    write_text(path, "\n".join(rows) + "\n")
 
 
 def read_traces(path, questions):
@@ -833,70 +830,34 @@ def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16
 
 # ------------------------------------------------------------------------------------------------ the command line
 
-def add_training_arguments(parser):
-    """The flags that both training scripts share."""
-    add = parser.add_argument
-    add("--out", metavar="DIR", help="the run's folder (runs/<task>-<mode>)")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--teacher", metavar="PATH", help="checkpoint that searches for traces (the policy itself)")
-    add("--traces", metavar="FILE", help="fine-tune on these traces instead of searching")
-    add("--base-steps", type=int, default=1600, help="pretraining steps of the tiny base "
-        "until its exam, which may add as many (%(default)s)")
-    add("--search-mode", choices=("zoom", "grounded"), help="with --mode zoom: search in turns, or, as the paper does, in single "
-        "turns that are then cut into looks (zoom)")
-    add("--search-questions", type=int, default=128, help="training questions to search (%(default)s)")
-    add("--simulations", type=int, default=8, help="of the tree search, each question (%(default)s)")
-    add("--chains", type=int, default=2, help="traces kept a question at most (%(default)s)")
-    add("--sft-steps", type=int, help="steps of supervised fine-tuning (tiny base 30, with --model one pass over the traces)")
-    add("--sft-batch", type=int, default=32, help="traces a step (%(default)s)")
-    add("--sft-lr", type=float, help="peak learning rate of fine-tuning, by AdamW (tiny base 5e-4, with --model 1e-6)")
-    add("--optimizer", choices=("muon", "adamw"), help="of GRPO (tiny base muon, with --model adamw)")
-    add("--adam-dtype", choices=("float32", "bfloat16"), default="float32", help="of AdamW's two moments where the weights are "
-        "bfloat16, as on a GPU: 8 or 4 bytes a trained weight, beside 2 of the weight and 2 of its gradient (%(default)s)")
-    add("--train-vision", action="store_true", help="train the vision tower too (frozen; its pretraining aside)")
-    add("--micro-tokens", type=int, help="tokens in a pass at most (tiny base 2048, to fit processors' caches; with --model 16384)")
+def configure_training(given, script):
+    """The Config of a training script. Raises UserError; a missing --model is named before all else."""
+    if given.get("model"):
+        read_config(given["model"])
+    return configure(given, script)
 
 
-def finish_arguments(args):
-    """As `evaluate.finish_arguments`, and what goes with the base."""
-    args.sft_lr = args.sft_lr or (1e-6 if args.model else 5e-4)
-    args.optimizer = args.optimizer or ("adamw" if args.model else "muon")
-    args.sft_steps = 30 if args.sft_steps is None and not args.model else args.sft_steps
-    args.micro_tokens = (16_384 if args.model else 2048) if args.micro_tokens is None else args.micro_tokens
-    for name in ("base_steps", "search_questions", "simulations", "chains", "sft_steps", "sft_batch", "micro_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    if args.temperature == 0:
-        raise UserError("--temperature 0: the traces of a question would not differ, and there is nothing to learn; give one "
-                        "above 0")
-    if args.model:
-        models.read_config(args.model)
-    return evaluation.finish_arguments(args)
-
-
-def load_trainable(args, path):
+def load_trainable(config, path):
     """A checkpoint to be trained, shared out if it is large: all processes have to call it. On a
     GPU, activations are computed again in the backward pass instead of kept."""
-    policy = models.load(str(path), max_pixels=args.max_pixels)
-    policy.train_vision = args.train_vision
-    if prompt := dialogue_of(args).system_prompt:
-        policy.system_prompts[args.mode] = prompt       # the checkpoint remembers it
+    policy = load(str(path), **config.input_limits())
+    policy.train_vision = config.train_vision
     if policy.device.type == "cuda":
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    share_out(policy)
+    shard_if_large(policy)
     return policy
 
 
-def folder_of(args):
-    return Path(args.out or f"runs/{Path(args.task).stem}-{args.mode}")
+def folder_of(config):
+    return Path(config.out or f"runs/{Path(config.task).stem}-{config.mode}")
 
 
-def make_base(args, log):
+def make_base(config, log):
     """The checkpoint to start from: --model, or the tiny base, which all processes make together,
     once a seed. -> its path"""
-    if args.model:
-        return args.model
-    folder = Path(f"runs/tiny/seed-{args.seed}-steps-{args.base_steps}")
+    if config.model:
+        return config.model
+    folder = Path(f"runs/tiny/seed-{config.seed}-steps-{config.base_steps}")
     if gather(folder.is_dir())[0]:
         log(f"base: {folder} is there")
         return str(folder)
@@ -905,39 +866,39 @@ def make_base(args, log):
     log(f"base: making {folder} from random weights")
     started = time.time()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(config.seed)
     start = folder.with_name(folder.name + "-random")
-    make_tiny(start, tiny_strings(), TINY_PROMPTS)
+    make_tiny(start, tiny_strings())
     gather(None)                                # the first process has written it
-    policy = models.load(str(start))
+    policy = load(str(start))
     gather(None)                                # all have read it
     if rank() == 0:
         shutil.rmtree(start)
-    found = pretrain(policy, args.base_steps, args.seed, log=log)
-    policy.save(folder, minutes=(time.time() - started) / 60, exam=found)
+    found = pretrain(policy, config.base_steps, config.seed, log=log)
+    policy.save(folder, notes={"minutes": (time.time() - started) / 60, "exam": found}, dialogue=TINY.to_json())
     gather(None)
     return str(folder)
 
 
-def make_traces(args, base, out, log):
+def make_traces(config, base, out, log):
     """Chains for fine-tuning, [(question, turns' texts)]: from --traces, from the run's own file, or searched for now."""
-    questions = evaluation.questions_of(args, "train", args.search_questions)
-    path = Path(args.traces) if args.traces else out / "search.jsonl"
-    if args.traces or path.is_file():
+    questions = questions_of(config, "train", config.search_questions)
+    path = Path(config.traces) if config.traces else out / "search.jsonl"
+    if config.traces or path.is_file():
         log(f"traces: reading {path}")
         return read_traces(path, questions)
-    teacher = models.load(args.teacher or base, max_pixels=args.max_pixels)
-    log(f"traces: searching {len(questions)} questions with {args.teacher or base}")
-    dialogue = dialogue_of(args)
-    if args.search_mode and args.mode == "zoom":
-        dialogue.mode = args.search_mode
-    seeds = [f"search {args.seed} {i}" for i in range(len(questions))]
+    teacher = load(config.teacher or base, **config.input_limits())
+    log(f"traces: searching {len(questions)} questions with {config.teacher or base}")
+    dialogue = make_dialogue(config, base, teacher)
+    if config.mode == "zoom":
+        dialogue.mode = config.search_mode
+    seeds = [f"search {config.seed} {i}" for i in range(len(questions))]
     mine = slice(rank(), None, world_size())
-    roots = search(teacher, questions[mine], dialogue, seeds[mine], sampling_of(args), simulations=args.simulations, log=log)
+    roots = search(teacher, questions[mine], dialogue, seeds[mine], config.sampling(), simulations=config.simulations, log=log)
     found = gather_shares([linearise(root) for root in roots])
-    rng, chains = random.Random(f"chains {args.seed}"), []
+    rng, chains = random.Random(f"chains {config.seed}"), []
     for question, its in zip(questions, found, strict=True):
-        chains += [(question, chain) for chain in rng.sample(its, min(args.chains, len(its)))]
+        chains += [(question, chain) for chain in rng.sample(its, min(config.chains, len(its)))]
     if not chains:
         raise UserError(f"the search found no right trace in {len(questions)} questions; give a stronger --teacher or more "
                         "--search-questions")
@@ -946,48 +907,46 @@ def make_traces(args, base, out, log):
     return chains
 
 
-def warm_start(args, log):
+def warm_start(config, log):
     """Makes the run's `sft/` unless it is there: base, traces, fine-tuning. -> the base's path"""
-    out = folder_of(args)
+    out = folder_of(config)
     out.mkdir(parents=True, exist_ok=True)
-    base = make_base(args, log)
+    base = make_base(config, log)
     if gather((out / "sft").is_dir())[0]:
         log(f"sft: {out / 'sft'} is there")
         return base
     started = time.time()
-    chains = make_traces(args, base, out, log)
-    policy, dialogue = load_trainable(args, base), dialogue_of(args)
-    if args.mode == "zoom":
-        chains = [(q, texts if len(texts) > 1 else to_multi_turn(texts[0], args.max_crops, rng=random.Random(f"looks {q.id}")))
+    chains = make_traces(config, base, out, log)
+    policy = load_trainable(config, base)
+    dialogue = make_dialogue(config, base, policy)
+    if config.mode == "zoom":
+        chains = [(q, texts if len(texts) > 1 else to_multi_turn(texts[0], config.max_crops, rng=random.Random(f"looks {q.id}")))
                   for q, texts in chains]
     traces = [replay(policy, dialogue, question, texts) for question, texts in chains]
     fit = [t for t in traces if t.ended == "answer" and is_correct(t)]
     log(f"sft: {len(fit)} of {len(traces)} traces are whole and right; "
-        f"{sum(len(t.crops) > 1 for t in fit)} of them look more than once")
+        f"{sum(len(t.zoom_points) > 1 for t in fit)} of them look more than once")
     if not fit:
-        raise UserError(f"none of the {len(traces)} traces is whole and right in the mode {args.mode}; look at them in "
-                        f"{args.traces or out / 'search.jsonl'}, or give others by --traces")
-    optimizers = make_optimizers(policy, "adamw", args.sft_lr, dtype=args.adam_dtype)
-    steps = args.sft_steps or math.ceil(len(fit) / args.sft_batch)
-    fine_tune(policy, fit, optimizers, steps=steps, batch=args.sft_batch, seed=args.seed,
-              micro_tokens=args.micro_tokens, final=0.0 if args.model else 0.1, cosine=bool(args.model), log=log)
-    policy.save(out / "sft", minutes=(time.time() - started) / 60)
+        raise UserError(f"none of the {len(traces)} traces is whole and right in the mode {config.mode}; look at them in "
+                        f"{config.traces or out / 'search.jsonl'}, or give others by --traces")
+    optimizers = make_optimizers(policy, "adamw", config.sft_lr)
+    steps = config.sft_steps or math.ceil(len(fit) / config.sft_batch)
+    fine_tune(policy, fit, optimizers, steps=steps, batch=config.sft_batch, seed=config.seed,
+              micro_tokens=config.micro_tokens, final=0.0 if config.model else 0.1, cosine=bool(config.model), log=log)
+    policy.save(out / "sft", notes={"minutes": (time.time() - started) / 60}, dialogue=dialogue.to_json())
     gather(None)
     return base
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Warm start: search for right traces, then supervised fine-tuning on them.")
-    add_arguments(parser)
-    add_training_arguments(parser)
-    args = finish_arguments(parse(parser))
-    out = folder_of(args)
-    print(settings(args))
-    if (out / "sft").is_dir() and not args.resume:
+def main(given):
+    config = configure_training(given, "train_sft")
+    out = folder_of(config)
+    print(describe_config(config, "train_sft"))
+    if (out / "sft").is_dir() and not config.resume:
         raise UserError(f"{out / 'sft'} is there already; give --resume to keep it, or another --out")
-    warm_start(args, print)
+    warm_start(config, print)
     print(f"done: {out / 'sft'}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run("train_sft", "Warm start: search for right traces, then supervised fine-tuning on them.", main)
