@@ -149,7 +149,8 @@ def test_a_point_in_the_box_however_written(answer):
 @pytest.mark.parametrize("answer", [
     "", "there", "15", "15 12", "15; 12", "15,", "(150, 120)", "150, 120", "(9.9, 12)",
     "(20.1, 12)", "(-15, 12)", "-15, 12", "(15, 999999)", "(99999999999999, 12)",
-    "(15, 12, 18, 18)", "15, 12, 18, 18", "15, 12, 18", "(15, 12) (90, 40)", "15, 12 or 90, 40", "(15, 12) or 90, 40",
+    "(15, 12, 18, 18)", "15, 12, 18, 18", "15, 12, 18", "(15, 12) (90, 40)", "15, 12 or 90, 40",
+    "(15, 12) or 90, 40",
     "15, 12 - 18, 18", "(nan, inf)", "(15, 12) (15, 12)", "1.15, 12", "9.1234567890123456, 12"])
 def test_a_point_outside_none_or_several_are_wrong(answer):
     """Points in the wrong frame, far outside, one of many guesses, or a corner of a box were taken
