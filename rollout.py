@@ -29,6 +29,8 @@ import textwrap
 import threading
 import time
 import traceback
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -287,10 +289,16 @@ class Question:
     category: str = ""
     scene: object = None
     where: str = ""
+    loaded: list | None = None
 
     def load(self):
-        """-> the images, RGB."""
-        return [self.load_one(image) for image in self.images]
+        """-> the images, RGB. They are kept until `release`: each zoom call needs them again."""
+        if self.loaded is None:
+            self.loaded = [self.load_one(image) for image in self.images]
+        return self.loaded
+
+    def release(self):
+        self.loaded = None
 
     def load_one(self, image):
         if isinstance(image, (str, Path)):
@@ -699,9 +707,23 @@ def rollout(policy, questions, dialogue, group, seeds, **sampling):
     questions: an iterable, read as there is room for more. seeds: one for each (anything that
     prints), from which alone its random numbers follow, whatever runs beside it and in how many
     processes. sampling: see `model.Engine`."""
-    groups = (dialogue.start(policy, question, group, seed)
-              for question, seed in zip(questions, seeds, strict=False))
-    yield from continue_traces(policy, groups, dialogue, **sampling)
+    with ThreadPoolExecutor(READ_AHEAD) as threads:
+        groups = start_ahead(threads, policy, questions, dialogue, group, seeds)
+        yield from continue_traces(policy, groups, dialogue, **sampling)
+
+
+READ_AHEAD = 4          # questions whose images are read by threads while the model works
+
+
+def start_ahead(threads, policy, questions, dialogue, group, seeds):
+    """Yields the empty Traces of each question; those of the next ones are on their way."""
+    waiting = deque()
+    for question, seed in zip(questions, seeds, strict=False):
+        waiting.append(threads.submit(dialogue.start, policy, question, group, seed))
+        if len(waiting) > READ_AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def continue_traces(policy, groups, dialogue, **sampling):
@@ -711,6 +733,7 @@ def continue_traces(policy, groups, dialogue, **sampling):
     for traces in Engine(policy, **sampling).run(groups, on_turn):
         for trace in traces:
             trace.ended = trace.ended or "truncated"     # there was no room for the observation
+        traces[0].question.release()
         yield traces
 
 
