@@ -6,9 +6,7 @@ import signal
 import subprocess
 import sys
 
-import bench_speed
 import pytest
-import torch
 from conftest import ROOT, in_processes, launch, read_to_end, run_in
 from PIL import Image
 from transformers.modeling_utils import load_state_dict
@@ -163,8 +161,8 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(run_folder):
 
 
 def test_several_processes(run_folder, call):
-    """Guards torchrun: the main job on two processes, killed, goes on with one; lines and files come
-    once."""
+    """Guards torchrun: the main job on two processes, killed, goes on with one; lines and files
+    come once."""
     folder, _ = run_folder
     (folder / "killed.py").write_text(KILLED)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--"]
@@ -259,9 +257,11 @@ def test_evaluation_on_two_processes(run_folder, call):
                  "--json"]
         (output, _), (silent, _) = in_processes(2, run_in, "evaluate", folder, *flags,
                                                 f"{n}-two.json")
-        assert output.count("accuracy         95 %") == 1 and not silent
+        assert len(re.findall(r"^ +accuracy +95 %", output, re.M)) == 1 and not silent
+        assert output.count("settings of the family") == 1
         call("evaluate", *flags, f"{n}-one.json", cwd=folder)
-        one, two = (json.loads((folder / f"{n}-{name}.json").read_text()) for name in ("one", "two"))
+        one, two = (json.loads((folder / f"{n}-{number}.json").read_text())
+                    for number in ("one", "two"))
         assert {**one, "minutes": 0} == {**two, "minutes": 0} and one["n"] == n
 
 
@@ -310,9 +310,9 @@ def test_search_runs(run_folder, call):
 
 
 def test_single_turn_traces_become_zoom_calls(run_folder, call):
-    """Guards the paper's way to multi-turn traces: single-turn ones, given to the mode zoom, are cut
-    into turns with real zoom calls; and --dialogue, whose parts the checkpoint keeps from then on,
-    beside the others of its base."""
+    """Guards the paper's way to multi-turn traces: single-turn ones, given to the mode zoom, are
+    cut into turns with real zoom calls; and --dialogue, whose parts the checkpoint keeps from then
+    on, beside the others of its base."""
     folder, _ = run_folder
     chains = []
     for index in range(4):
@@ -328,9 +328,8 @@ def test_single_turn_traces_become_zoom_calls(run_folder, call):
     kept = json.loads((folder / "converted/sft/dialogue.json").read_text())
     assert kept == TINY.to_json() | parts
     assert re.search(rf"4 of 4 traces are .*\b{several} of them", output, re.S)
-    again = call("train_sft", *MINI, "--search-mode", "grounded", "--simulations", 1, "--out", "cut",
-                 cwd=folder, code=2)
-    assert "no right trace" in again
+    single = ["--search-mode", "grounded", "--simulations", 1, "--out", "cut"]
+    assert "no right trace" in call("train_sft", *MINI, *single, cwd=folder, code=2)
 
 
 @pytest.mark.parametrize("name, arguments, message", [
@@ -367,9 +366,11 @@ def test_bad_input_is_told_in_a_line(run_folder, call, name, arguments, message)
 def test_the_speed_benchmark_runs(tmp_path, monkeypatch, capsys):
     """Guards the benchmark against changes of what it measures: it compares log-probabilities
     before, and writes its ratios."""
-    flags = "--only rollout_tiny update_tiny --pairs 1 --questions 1 --device cpu --json".split()
+    import bench_speed
     path = tmp_path / "speed.json"
-    monkeypatch.setattr(sys, "argv", ["bench_speed.py", *flags, str(path)])
+    flags = ["--only", "rollout_tiny", "update_tiny", "--pairs", "1", "--questions", "1",
+             "--device", "cpu", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["bench_speed.py", *flags])
     bench_speed.main()
     assert "agree on log-probabilities" in capsys.readouterr().out
     found = json.loads(path.read_text())
