@@ -422,8 +422,7 @@ ROWS = 4              # of each file, of which one is held out
 SMALL = ["--max-pixels", 7000, "--crop-size", 56]
 TRAINING = [*SMALL, "--turn-tokens", 48, "--response-tokens", 120, "--search-questions", 3,
             "--traces", "given.jsonl", "--sft-steps", 40, "--sft-batch", 2, "--sft-lr", 1e-2]
-GRPO = [*TRAINING, "--steps", 2, "--questions", 2, "--group", 4, "--eval-n", 1,
-        "--temperature", 1.3]       # so that not all traces are alike, and rewards differ
+GRPO = [*TRAINING, "--steps", 2, "--questions", 2, "--group", 4, "--eval-n", 1]
 
 
 @pytest.fixture
@@ -433,21 +432,24 @@ def call(script):
 
 
 def write_task(data, name):
-    """A file of a format, and beside it given.jsonl with a well-formed and grounded trace for each
-    question to train on. -> the flags of the task"""
+    """A file of a format, and beside it given.jsonl with right, well-formed and grounded traces for
+    each question to train on. Rewards of a policy that learnt them have to differ: in the mode
+    zoom, there is one with a zoom call and one with two; in others, sampling is warmer.
+    -> the flags of the task"""
     file, mode, rows, answers = EVERY_FORMAT[name]
     task = data(file, [numbered(rows[i % len(rows)], i) for i in range(ROWS)])
     if "/" in file:
         task = task.parent.parent
     pointing = f"<think>See {SPOT}.</think>\n"
     thought = {"direct": "", "grounded": pointing}.get(mode, "<think>So.</think>\n")
-    before = [pointing + format_call((17, 20))] if mode == "zoom" else []
+    calls = [pointing + format_call(point) for point in ((17, 20), (60, 30))]
     questions, traces = read_questions(task), []
     for i in shuffled(ROWS, 0)[1:]:
         answer = f"{thought}<answer>{answers[i % len(answers)]}</answer>"
-        traces.append({"id": questions[i].id, "turns": [*before, answer]})
+        for number in ((1, 2) if mode == "zoom" else (0,)):
+            traces.append({"id": questions[i].id, "turns": [*calls[:number], answer]})
     data("given.jsonl", traces)
-    return ["--task", task, "--mode", mode]
+    return ["--task", task, "--mode", mode, "--temperature", 1.0 if mode == "zoom" else 1.3]
 
 
 def numbered(row, i):
@@ -496,7 +498,7 @@ def test_every_script_on_every_format(name, hub, call, data, tmp_path):
 
 def test_train_vision(hub, call, data, tmp_path):
     """Guards --train-vision: a vision tower that stays frozen all the same, in either stage."""
-    task = write_task(data, "ScreenSpot or ScreenSpot-V2")
+    task = write_task(data, "ScreenSpot-Pro")
     call("train_rl", "--model", hub[0], *task, "--train-vision", *GRPO, "--out", "run")
     both = {"visual", "language_model"}
     assert changed(hub[0], "run/sft") == changed("run/sft", "run/rl") == both
