@@ -1,6 +1,6 @@
 """Warm start: tree search for traces, linearising, supervised fine-tuning; and the tiny base.
 
-In:  a task, and a checkpoint to start from (by default the tiny one, made here from random weights).
+In:  a task, and a checkpoint to start from (by default the tiny base, made here).
 Out: `search.jsonl` (the traces that the search found) and a checkpoint, `sft/`.
 
     python train_sft.py                                  # tiny base -> search -> fine-tuning
@@ -8,8 +8,8 @@ Out: `search.jsonl` (the traces that the search found) and a checkpoint, `sft/`.
     python train_sft.py --model PATH --task FILE --traces FILE
 
 Departures from the paper: in the mode `zoom` a step of the search is a turn with its real crop, so
-that the step's value depends on what the crop shows; the policy is its own teacher unless there is a
---teacher; for a base from nothing, pretraining (e) stands in for Qwen's.
+that its value depends on what the crop shows; without --teacher the policy is its own; for a base
+from nothing, pretraining (e) stands in for Qwen's.
 """
 import json
 import math
@@ -229,8 +229,8 @@ def cut_trace(policy, trace, end):
 def first_step_end(policy, trace, begin):
     """Where the step of a complete trace ends that begins at token `begin`.
 
-    In the mode `zoom` a step is a turn with its observation; in `grounded` it is a sentence with its
-    point, in the others a sentence, and the last step runs to the end."""
+    In the mode `zoom` a step is a turn with its observation. In `grounded` it is a sentence with
+    its point, in `think` a sentence, and the last one runs to the end."""
     if trace.mode == "zoom":
         return next((start for start in trace.turn_starts if start > begin), len(trace.ids))
     step = POINT_STEP if trace.mode == "grounded" else SENTENCE_STEP
@@ -323,8 +323,8 @@ def to_multi_turn(text, max_crops=4, later=0.3, rng=random):
     """A single-turn chain as turns of the mode `zoom` (paper: multi-turn): a zoom call behind each
     sentence with a new point, at most `max_crops`. -> the turns' texts
 
-    A sentence is never split; of several new points in it, the first is shown. What follows the last
-    call is the last turn's thought; where nothing does, it is "The answer is ...". With probability
+    A sentence is never split: of several new points in it, the first is shown. What follows the
+    last call is the last thought; where nothing does, it is "The answer is ...". With probability
     `later` the first two calls change places, so that going on after a miss is seen too. A chain
     without points or answer stays as it is."""
     turn = parse_turn(text)
@@ -346,8 +346,8 @@ def to_multi_turn(text, max_crops=4, later=0.3, rng=random):
 
 
 def replay(policy, dialogue, question, texts):
-    """Turns' texts as a Trace, with the crops that the tool really gives. The tokens of the policy's
-    turns count as sampled, end tokens too."""
+    """Turns' texts as a Trace, with the crops that the tool really gives. The tokens of the turns
+    count as sampled, end tokens too."""
     trace = dialogue.start(policy, question, 1)[0]
     for text in texts:
         if trace.ended:
@@ -405,18 +405,20 @@ def content_of(text):
 
 def write_traces(path, chains):
     """chains: [(question, turns' texts)] -> JSON lines that a person can read."""
-    rows = [{"id": question.id, "question": question.text, "answer": question.answer, "turns": turns}
-            for question, turns in chains]
-    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    lines = []
+    for question, turns in chains:
+        row = {"id": question.id, "question": question.text, "answer": question.answer,
+               "turns": turns}
+        lines.append(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     write_text(path, "".join(lines))
 
 
 def read_traces(path, questions, image_root=""):
     """The chains of a file, [(question, turns)]. Raises UserError.
 
-    Of a file that `write_traces` wrote, turns are texts, and the question is that of the same id. Of
-    one in the release's form, turns are a Recording; images are looked for in `image_root` and beside
-    the file."""
+    In a file that `write_traces` wrote, turns are texts, and the question is that of the same id.
+    In one of the release's form, they are a Recording; images are looked for in `image_root` and
+    beside the file."""
     try:
         text = Path(path).read_text()
         rows = json.loads(text) if text.startswith("[") else text.splitlines()
@@ -439,8 +441,8 @@ def read_traces(path, questions, image_root=""):
         except (AttributeError, LookupError, TypeError, ValueError, Unusable) as error:
             raise UserError(
                 f"{where}: no trace of this task ({error!r}); it needs 'turns' and the 'id' of one "
-                f"of the first {len(by_id)} training questions (--search-questions), or 'messages', "
-                "'images' and 'gt_answer'; correct or remove it") from None
+                f"of the first {len(by_id)} training questions (--search-questions), or "
+                "'messages', 'images' and 'gt_answer'; correct or remove it") from None
     if not chains:
         raise UserError(f"{path}: holds no traces")
     return chains
@@ -466,8 +468,8 @@ def read_recording(row, roots, where):
 def export_traces(path, traces, dialogue):
     """Writes traces in the release's form, a JSON list, with their images in a folder beside it.
 
-    Images are written as the policy saw them: points, and a box that is the answer, are in px of the
-    files."""
+    Images are written as the policy saw them: points, and a box that is the answer, are in px of
+    the files."""
     path = Path(path)
     folder = path.with_name(path.stem + "_images")
     folder.mkdir(parents=True, exist_ok=True)
@@ -515,7 +517,7 @@ def truth_of(trace):
     return str(tuple(numbers))
 
 
-# ---------------------------------------------------------------------- (c) supervised fine-tuning
+# ----------------------------------------------------------------------- (c) supervised fine-tuning
 
 def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16_384, clip=1.0,
               log=print, **decay):
@@ -552,8 +554,8 @@ def usable(traces, log):
     kept = [trace for trace, fault in zip(traces, faults, strict=True) if not fault]
     dropped = Counter(filter(None, faults))
     several = sum(len(trace.zoom_points) > 1 for trace in kept)
-    log(f"sft: {len(kept)} of {len(traces)} traces are right, well-formed and grounded, {several} of "
-        f"them with several zoom calls; dropped: {dict(dropped) or 'none'}")
+    log(f"sft: {len(kept)} of {len(traces)} traces are right, well-formed and grounded, {several} "
+        f"of them with several zoom calls; dropped: {dict(dropped) or 'none'}")
     return kept
 
 
@@ -601,8 +603,8 @@ def tiny_strings():
 def make_tiny(folder, strings, *, image_px=SEEN, hidden=96, layers=4, heads=3, vision_hidden=64):
     """Writes a tiny Qwen2.5-VL with random weights (torch's seed) as a checkpoint folder.
 
-    strings: single tokens, besides special ones and bytes. image_px: side of the square model input,
-    of patches of 8 px, merged 2x2."""
+    strings: single tokens, besides special ones and bytes. image_px: side of the square model
+    input, of patches of 8 px, merged 2x2."""
     alphabet = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token="<|im_end|>",
                                pad_token="<|endoftext|>")
@@ -651,8 +653,8 @@ TILE = 16                              # px of the model input that a token of t
 FRAME = Frame((SEEN, SEEN), (SIDE, SIDE))
 PLACES = [cell * CELL + CELL // 2 + shift for cell in range(SIDE // CELL) for shift in JITTER]
 
-# What a token of the vision tower tells: colour or that there is no card, pattern, place of the card
-# in x and in y (one of PLACES, px), and which card of its colour it is, in reading order.
+# What a token of the vision tower tells: colour or that there is no card, pattern, place of the
+# card in x and in y (one of PLACES, px), and which card of its colour it is, in reading order.
 CLASSES = (len(COLOURS) + 1, len(PATTERNS), len(PLACES), len(PLACES), 3)
 UNASKED = -1
 NO_CARD = (len(COLOURS), UNASKED, UNASKED, UNASKED, UNASKED)
@@ -683,8 +685,10 @@ def mixed_scene(rng, fewest=4, most=9, copies=(1, 2, 3, 3)):
 def patterned(rng, colour=None, candidates=None):
     """A scene as the questions have, but any candidate may bear a pattern, or all, or none."""
     scene = search_scene(rng, colour, candidates)
-    new = {card: replace(card, pattern=rng.choice(("plain", *ANSWERS))) for card in scene.candidates}
-    return Scene(tuple(new.get(card, card) for card in scene.cards), scene.colour)
+    new = {}
+    for card in scene.candidates:
+        new[card] = replace(card, pattern=rng.choice(("plain", *ANSWERS)))
+    return replace(scene, cards=tuple(new.get(card, card) for card in scene.cards))
 
 
 def tile_truths(rng):
@@ -720,8 +724,8 @@ def cell_truths(rng):
 
 
 def crop_truths(rng):
-    """-> a crop near a card, and of each of its tokens the numbers of its CLASSES: of what fills it,
-    a card or the ground."""
+    """-> a crop near a card, and of each of its tokens the numbers of its CLASSES: of what fills
+    it, a card or the ground."""
     scene = mixed_scene(rng)
     card = rng.choice(scene.cards)
     point = card.x + rng.randint(-24, 24), card.y + rng.randint(-24, 24)
@@ -744,9 +748,9 @@ def crop_truths(rng):
 def train_tower(policy, seed, *, steps, log=print):
     """Teaches the vision tower alone.
 
-    Its tokens tell their CLASSES along fixed directions, all at right angles: what is told fills the
-    token. (With linear heads that learn it can hide in a small part of the token, where the language
-    model does not find it.)"""
+    Its tokens tell their CLASSES along fixed directions, all at right angles: what is told fills
+    the token. (With linear heads that learn it can hide in a small part of the token, where the
+    language model does not find it.)"""
     hidden = policy.text_config.hidden_size
     tower = list(policy.model.model.visual.parameters())
     torch.manual_seed(seed)
@@ -851,10 +855,10 @@ def lesson_read(policy, rng, share=1.0):
 def lesson_dialogue(policy, rng, share=1.0):
     """The dialogue of the mode `zoom`, with decisions that are not sensible.
 
-    After each crop, whatever it showed, it goes on to the next candidate (or back to the one that it
-    missed) with probability GO_ON, and otherwise answers, if need be with any pattern. So the base
-    learns the grammar, where cards are and what a crop shows, but not when to go on. Where a zoom
-    call goes astray its point is not learned: the base learns to say that nothing is there."""
+    After each crop, whatever it showed, it goes on to the next candidate (or back to the one that
+    it missed) with probability GO_ON, and otherwise answers, if need be with any pattern. So the
+    base learns the grammar, where cards are and what a crop shows, but not when to go on. Where a
+    zoom call goes astray its point is not learned: the base learns to say that nothing is there."""
     instructed = rng.random() < INSTRUCTED
     before, after = SHOW if instructed else QUESTION
     colour, count = rng.choice(list(COLOURS)), rng.choice((1, 2, 3, 3))
@@ -905,12 +909,12 @@ def lesson_mix(share):
 
 
 def pretrain(policy, steps, seed, *, log=print):
-    """Teaches the tiny base to see and to speak: the vision tower first, then, with the tower frozen,
-    the language model.
+    """Teaches the tiny base to see and to speak: the vision tower first, then, with the tower
+    frozen, the language model. -> the marks of the last exam
 
-    After `steps` steps, when the learning rate has decayed, comes an exam. A base that fails it goes
-    on for a quarter of the steps, from a lower learning rate, and tries again; twice `steps` is the
-    bound. A base of few steps has a tower of as few, and a short exam. -> what the last exam found"""
+    After `steps` steps, when the learning rate has decayed, comes an exam. A base that fails it
+    goes on for a quarter of the steps, from a lower learning rate, and tries again; twice `steps`
+    is the bound. A base of few steps has a tower of as few, and a short exam."""
     train_tower(policy, seed, steps=min(TOWER_STEPS, steps), log=log)
     optimizers = make_optimizers(policy, "muon", *LANGUAGE_RATES)
     started, done, length, peak = time.time(), 0, steps, 1.0
@@ -986,17 +990,17 @@ def examine(trace):
         if turn.crop and not after.forced and scene.face_in(turn.crop) != NOTHING:
             right = scene.describes(after.thought, turn.crop)
             marks.append((f"says {scene.face_in(turn.crop)}", right))
-    for number, (point, card) in enumerate(zip(trace.zoom_points, scene.candidates, strict=False), 1):
-        right = scene.card_at(frame.to_original(point)) is card
-        marks.append((f"target {number}", right))
+    shown = [scene.card_at(frame.to_original(point)) for point in trace.zoom_points]
+    for number, (card, target) in enumerate(zip(shown, scene.candidates, strict=False), 1):
+        marks.append((f"target {number}", card is target))
     return marks
 
 
-# -------------------------------------------------------------------- (f) optimizers and schedule
+# ---------------------------------------------------------------------- (f) optimizers and schedule
 
 def learning_rate(step, steps, warm_up, final=0.1, cosine=False):
-    """Factor on the learning rate: linear warm-up over `warm_up` steps; decay to `final` at the end,
-    linear or by a cosine."""
+    """Factor on the learning rate: linear warm-up over `warm_up` steps; decay to `final` at the
+    end, linear or by a cosine."""
     done = step / steps
     if cosine:
         done = (1 - math.cos(math.pi * done)) / 2
@@ -1033,8 +1037,8 @@ def optimizer_step(parameters, optimizers, factor, clip=1.0):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for hidden matrices of small models (Jordan 2024), all of a shape at
-    once. In float32: torch.optim.Muon works in bfloat16, which many CPUs only emulate."""
+    """Momentum, orthogonalised, for hidden matrices of small models (Jordan 2024), all of a shape
+    at once. In float32: torch.optim.Muon works in bfloat16, which many CPUs only emulate."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -1066,8 +1070,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(x, steps=5):
-    """Brings the singular values of matrices (n, rows, columns) near 1, by the quintic Newton-Schulz
-    iteration."""
+    """Brings the singular values of matrices (n, rows, columns) near 1, by the quintic
+    Newton-Schulz iteration."""
     if x.shape[-2] > x.shape[-1]:
         return orthogonalise(x.mT, steps).mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -1080,9 +1084,9 @@ def orthogonalise(x, steps=5):
 class RoundedAdamW(torch.optim.Optimizer):
     """AdamW for bfloat16 weights, with moments in float32.
 
-    bfloat16 numbers near 0.02 are 1e-4 apart: a step of 1e-6 would always be rounded away. So what is
-    written back is rounded up or down at random, right on average. The random numbers follow from
-    step and parameter alone: a resumed run goes on as it would have."""
+    bfloat16 numbers near 0.02 are 1e-4 apart: a step of 1e-6 would always be rounded away. So what
+    is written back is rounded up or down at random, right on average. The random numbers follow
+    from step and parameter alone: a resumed run goes on as it would have."""
 
     def __init__(self, params, lr, betas=(0.9, 0.999), weight_decay=0.01):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
@@ -1137,7 +1141,7 @@ def remaining(started, done, total):
     return f"{spent:.0f} s, {spent / done * (total - done):.0f} s left"
 
 
-# ---------------------------------------------------------------------------------- (g) the script
+# ----------------------------------------------------------------------------------- (g) the script
 
 def configure_training(given, script):
     """The Config of a training script. Raises UserError; a missing --model is named before all
@@ -1194,8 +1198,8 @@ def make_base(config, log):
 
 
 def make_traces(config, base, out, log):
-    """Chains for fine-tuning, as `read_traces` gives them: from --traces, from the run's own file, or
-    searched for now."""
+    """Chains for fine-tuning, as `read_traces` gives them: from --traces, from the run's own file,
+    or searched for now."""
     questions = questions_of(config, "train", config.search_questions)
     path = Path(config.traces) if config.traces else out / "search.jsonl"
     if config.traces or path.is_file():
@@ -1256,8 +1260,8 @@ def warm_start(config, log):
     if not traces:
         raise UserError(
             f"none of the {len(chains)} traces is right, well-formed and grounded in the mode "
-            f"{config.mode}; look at them in {config.traces or out / 'search.jsonl'}, or give others "
-            "by --traces")
+            f"{config.mode}; look at them in {config.traces or out / 'search.jsonl'}, or give "
+            "others by --traces")
     if config.export and rank() == 0:
         export_traces(config.export, traces, dialogue)
     optimizers = make_optimizers(policy, "adamw", config.sft_lr)
