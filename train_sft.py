@@ -434,10 +434,11 @@ def read_traces(path, questions, image_root=""):
                 row = json.loads(row)
             if "messages" in row:
                 chains.append(read_recording(row, roots, where))
-            elif row["turns"] and all(isinstance(turn, str) for turn in row["turns"]):
-                chains.append((by_id[row["id"]], list(row["turns"])))
-            else:
+                continue
+            turns = row["turns"]
+            if not (turns and isinstance(turns, list) and {str} == set(map(type, turns))):
                 raise ValueError("'turns' must be a list of texts")
+            chains.append((by_id[row["id"]], turns))
         except (AttributeError, LookupError, TypeError, ValueError, Unusable) as error:
             raise UserError(
                 f"{where}: no trace of this task ({error!r}); it needs 'turns' and the 'id' of one "
