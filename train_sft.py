@@ -39,7 +39,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from evaluate import (
     ANSWERS,
     BLOCK,
-    CARD,
     CARDS,
     CELL,
     COLOURS,
@@ -732,17 +731,15 @@ def crop_truths(rng):
     point = card.x + rng.randint(-24, 24), card.y + rng.randint(-24, 24)
     left, top, right, bottom = box = crop_box((SIDE, SIDE), point, SEEN // 2)
     truths = []
-    for y in range(top + TILE // 2, bottom, TILE):
-        for x in range(left + TILE // 2, right, TILE):
-            distances = [max(abs(card.x - x), abs(card.y - y)) for card in scene.cards]
-            nearest = min(distances)
-            if nearest <= (CARD - TILE) // 2:                # the card fills the token
-                card = scene.cards[distances.index(nearest)]
-                truths.append(face_truth(card.colour, card.pattern))
-            elif nearest < (CARD + TILE) // 2:
+    for y in range(top, bottom, TILE):
+        for x in range(left, right, TILE):
+            corners = product((x + 0.5, x + TILE - 0.5), (y + 0.5, y + TILE - 0.5))
+            cards = {scene.card_at(corner) for corner in corners}
+            card = cards.pop()
+            if cards:                                        # at an edge
                 truths.append(NOT_ASKED)
             else:
-                truths.append(NO_CARD)
+                truths.append(face_truth(card.colour, card.pattern) if card else NO_CARD)
     return scene.draw().crop(box), truths
 
 

@@ -239,7 +239,8 @@ def test_sentences_are_not_cut():
     """Guards thoughts as real outputs have them: the point in mid-sentence, decimals, several
     points in a sentence (the first is shown), steps on lines of their own."""
     text = ("<think>At (120, 200) there is a chair. The lamp at (12.5, 40.25) and the cup at "
-            "(7, 8) are red!\n1. The sign (90, 30) says EXIT\nIt is red.</think>\n<answer>red</answer>")
+            "(7, 8) are red!\n1. The sign (90, 30) says EXIT\nIt is red.</think>\n"
+            "<answer>red</answer>")
     thoughts, calls = thoughts_and_calls(to_multi_turn(text, later=0))
     assert thoughts == ["At (120, 200) there is a chair.",
                         "The lamp at (12.5, 40.25) and the cup at (7, 8) are red!",
