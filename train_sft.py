@@ -312,7 +312,8 @@ def join_steps(node, bad, good, min_distance):
     """The same for a single turn: the wrong trace's thought, the sentence, and what the right trace
     says after the node's path."""
     path = node.trace.prefix or "<think>"
-    wrong, right = bad.turns[0], good.turns[0]
+    wrong = bad.turns[0]
+    right = good.turns[0]
     if not wrong.thought or not right.text.startswith(path):
         return []
     return [f"<think>{wrong.thought} {BACKTRACK}{right.text.removeprefix(path).lstrip()}"]
@@ -327,7 +328,8 @@ def to_multi_turn(text, max_crops=4, later=0.3, rng=random):
     `later` the first two calls change places, so that going on after a miss is seen too. A chain
     without points or answer stays as it is."""
     turn = parse_turn(text)
-    steps, thought = [], []                      # thought: sentences since the last step
+    steps = []
+    thought = []                                 # sentences since the last step
     for sentence in SENTENCE_GAP.split(turn.thought):
         thought.append(sentence)
         shown = [point for _, point in steps]
@@ -373,7 +375,8 @@ def replay_recording(policy, dialogue, question, recording):
             for message in recording.messages[:first]]
     trace = dialogue.start(policy, question, 1)[0]
     trace.prompt = policy.prompt(chat, trace.prompt.pictures)
-    frame, crops = trace.frames[0], list(recording.crops)
+    frame = trace.frames[0]
+    crops = list(recording.crops)
     for message in recording.messages[first:]:
         text = policy.clean(message["content"])
         if message["role"] == "assistant":
@@ -699,8 +702,10 @@ def tile_truths(rng):
     truths = []
     for top in range(0, SEEN, TILE):
         for left in range(0, SEEN, TILE):
-            colour, pattern = rng.choice(list(COLOURS)), rng.choice(list(PATTERNS))
-            y, x = rng.randrange(0, BLOCK, step), rng.randrange(0, BLOCK, step)
+            colour = rng.choice(list(COLOURS))
+            pattern = rng.choice(list(PATTERNS))
+            y = rng.randrange(0, BLOCK, step)
+            x = rng.randrange(0, BLOCK, step)
             face = CARDS[colour, pattern][y:y + TILE, x:x + TILE]
             image[top:top + TILE, left:left + TILE] = face
             truths.append(face_truth(colour, pattern))
@@ -711,7 +716,8 @@ def cell_truths(rng):
     """-> an overview, and of each of its tokens the numbers of its CLASSES; the pattern cannot be
     seen in it."""
     scene = mixed_scene(rng)
-    seen, truths = [], []
+    seen = []
+    truths = []
     for card in scene.cells():
         if card is None:
             truths.append(NO_CARD)
@@ -760,7 +766,8 @@ def train_tower(policy, seed, *, steps, log=print):
         kinds = [tile_truths] * 4 + [crop_truths] * 4 + [cell_truths] * 8
         if step >= steps // 4:                               # what is left to learn is to count
             kinds = [tile_truths] + [crop_truths] * 2 + [cell_truths] * 13
-        pictures, truths = [], []
+        pictures = []
+        truths = []
         for i in range(rank(), BATCH, world_size()):
             image, truth = kinds[i](random.Random(f"tower {seed} {step} {i}"))
             pictures.append(policy.picture(image))
@@ -837,7 +844,8 @@ def list_kind(share):
 def lesson_read(policy, rng, share=1.0):
     """Read: what is on the card in the crop? Up to four of them in turn."""
     scene = mixed_scene(rng)
-    drawing, lesson = scene.draw(), None
+    drawing = scene.draw()
+    lesson = None
     for card in rng.sample(scene.cards, min(4, len(scene.cards))):
         point = card.x + rng.randint(-16, 16), card.y + rng.randint(-16, 16)
         crop = zoom(drawing, point, SEEN // 2, SEEN)
@@ -859,15 +867,18 @@ def lesson_dialogue(policy, rng, share=1.0):
     zoom call goes astray its point is not learned: the base learns to say that nothing is there."""
     instructed = rng.random() < INSTRUCTED
     before, after = SHOW if instructed else QUESTION
-    colour, count = rng.choice(list(COLOURS)), rng.choice((1, 2, 3, 3))
+    colour = rng.choice(list(COLOURS))
+    count = rng.choice((1, 2, 3, 3))
     scene = patterned(rng, colour, count)
-    drawing, candidates = scene.draw(), scene.candidates
+    drawing = scene.draw()
+    candidates = scene.candidates
     lesson = Lesson(policy, TINY_PROMPTS["zoom"], f"{before} {colour}{after}", overview(scene))
     if not instructed and rng.random() < GUESSES:
         lesson.write(TINY.forced_answer, learned=False)
         lesson.write(f"{rng.choice(ANSWERS)}</answer>")
         return lesson.end_turn()
-    number, thought = 0, ""
+    number = 0
+    thought = ""
     for turn in range(4):
         astray = rng.random() < ASTRAY
         if astray:
@@ -959,7 +970,8 @@ def exam(policy, seed, n=1024):
     says PATTERN: thoughts after a crop of such a card that name its pattern; target 1, 2, 3: first,
     second and third zoom calls that lie on the first, second and third candidate; lists: the
     probability with which all cards of a scene are listed without a mistake."""
-    questions, seeds = [], []
+    questions = []
+    seeds = []
     for i in range(rank(), n, world_size()):
         seeds.append(f"exam {seed} {i}")
         scene = patterned(random.Random(seeds[-1]))
@@ -982,7 +994,8 @@ def exam(policy, seed, n=1024):
 
 def examine(trace):
     """The marks of a dialogue of the instructed kind, [(part of the exam, right or wrong)]."""
-    scene, frame = trace.question.scene, trace.frames[0]
+    scene = trace.question.scene
+    frame = trace.frames[0]
     marks = []
     for turn, after in pairwise(trace.turns):
         if turn.crop and not after.forced and scene.face_in(turn.crop) != NOTHING:
@@ -1013,7 +1026,8 @@ def make_optimizers(policy, kind, lr, adamw_lr=None, parameters=None):
     if kind == "adamw":
         return [adamw(parameters, lr=lr, weight_decay=0.01)]
     names = {id(p): name for name, p in policy.model.named_parameters()}
-    hidden, rest = [], []
+    hidden = []
+    rest = []
     for p in parameters:
         outer = p.ndim != 2 or re.search("embed_tokens|lm_head", names[id(p)])
         (rest if outer else hidden).append(p)
@@ -1053,7 +1067,8 @@ class Muon(torch.optim.Optimizer):
 
     def step_together(self, params, group):
         """params: matrices of one shape, (rows, columns)."""
-        grads, momenta = [], []
+        grads = []
+        momenta = []
         for p in params:
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 1 - group["momentum"])
@@ -1097,7 +1112,8 @@ class RoundedAdamW(torch.optim.Optimizer):
                     self.update(p, number, **group)
 
     def update(self, p, number, lr, betas, weight_decay, **_):
-        state, (b1, b2) = self.state[p], betas
+        state = self.state[p]
+        b1, b2 = betas
         if not state:
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
@@ -1252,6 +1268,9 @@ def warm_start(config, log):
         return base
     started = time.time()
     chains = make_traces(config, base, out, log)
+    if config.export and isinstance(chains[0][1], Recording):
+        raise UserError(f"--export {config.export}: {config.traces} is in the release's form "
+                        "already")
     policy = load_trainable(config, base)
     dialogue = make_dialogue(config, base, policy)
     traces = usable(traces_of(policy, dialogue, chains), log)
