@@ -157,9 +157,9 @@ def search(policy, questions, dialogue, seeds, sampling, *, simulations=8, width
         rewards = [(leaf, is_correct(leaf.trace)) for leaf in ended]    # it counts again
 
         # Expand: the first steps of some continuations become the leaf's children.
-        found = continue_from(policy, dialogue, [leaf.trace for leaf in leaves], width, sampling)
+        groups = continue_from(policy, dialogue, [leaf.trace for leaf in leaves], width, sampling)
         new = []
-        for leaf, traces in zip(leaves, found, strict=True):
+        for leaf, traces in zip(leaves, groups, strict=True):
             leaf.rollouts += traces
             for trace in traces:
                 child = expand(policy, leaf, trace, min_distance, depth)
@@ -167,9 +167,9 @@ def search(policy, questions, dialogue, seeds, sampling, *, simulations=8, width
             new += [child for child in leaf.children if not child.trace.ended]
 
         # Simulate: more rollouts from each child.
-        found = continue_from(policy, dialogue, [child.trace for child in new], rollouts - 1,
-                              sampling)
-        for child, traces in zip(new, found, strict=True):
+        groups = continue_from(policy, dialogue, [child.trace for child in new], rollouts - 1,
+                               sampling)
+        for child, traces in zip(new, groups, strict=True):
             child.rollouts += traces
             rewards += [(child, is_correct(trace)) for trace in traces]
 
@@ -237,8 +237,8 @@ def first_step_end(policy, trace, begin):
         text = policy.decode(trace.ids[begin:end])
         if "</think>" in text:
             break
-        found = step.search(text)
-        if found and (found.end() < len(text) or text.endswith(").")):
+        match = step.search(text)
+        if match and (match.end() < len(text) or text.endswith(").")):
             return end
     return len(trace.ids)
 
@@ -454,15 +454,15 @@ def read_traces(path, questions, image_root=""):
 def read_recording(row, roots, where):
     """A row of the release -> (Question, Recording). Raises what a bad row raises."""
     images = row["images"]
-    spoken = [message for message in row["messages"] if message["role"] != "system"]
-    places = [message["content"].count("<image>") for message in spoken[::2]]
-    roles = [message["role"] for message in spoken]
+    talk = [message for message in row["messages"] if message["role"] != "system"]
+    places = [message["content"].count("<image>") for message in talk[::2]]
+    roles = [message["role"] for message in talk]
     if roles != ["user", "assistant"] * (len(roles) // 2) or sum(places) != len(images):
         raise ValueError("the roles must be user, assistant, user, ..., assistant, and the user's "
                          "messages must have one <image> for each image")
     root = next((root for root in roots if (root / images[0]).exists()), roots[-1])
     images = [root / name for name in images]
-    text = spoken[0]["content"].replace("<image>", "").strip()
+    text = talk[0]["content"].replace("<image>", "").strip()
     scored = scored_by(text, row["gt_answer"])
     question = Question(text, images[:places[0]], id=where, where=where, **scored)
     return question, Recording(row["messages"], images[places[0]:])
@@ -1224,17 +1224,17 @@ def make_traces(config, base, out, log):
     dialogue = make_dialogue(config, base, teacher)
     if config.mode == "zoom":
         dialogue.mode = config.search_mode
-    found = []
+    by_question = []
     for first in range(0, len(questions), TREES * world_size()):
         block = range(first, min(first + TREES * world_size(), len(questions)))
         mine = block[rank()::world_size()]
         roots = search(teacher, [questions[i] for i in mine], dialogue,
                        [f"search {config.seed} {i}" for i in mine], config.sampling(),
                        simulations=config.simulations, log=log)
-        found += gather_shares([linearise(root) for root in roots])
+        by_question += gather_shares([linearise(root) for root in roots])
     rng = random.Random(f"chains {config.seed}")
     chains = []
-    for question, own in zip(questions, found, strict=True):
+    for question, own in zip(questions, by_question, strict=True):
         chains += [(question, chain) for chain in rng.sample(own, min(config.chains, len(own)))]
     if not chains:
         raise UserError(f"the search found no right trace in {len(questions)} questions; give a "

@@ -17,7 +17,7 @@ import train_sft as sft
 from evaluate import BACKGROUND, BLOCK, COLOURS, CONTRAST, PATTERNS, Scene, toy_search
 from model import UserError, load
 from reward import is_correct, score
-from rollout import Dialogue, Question, format_call, format_point, parse_turn
+from rollout import Config, Dialogue, Question, format_call, format_point, parse_turn
 from train_sft import (
     BACKTRACK,
     Muon,
@@ -154,7 +154,7 @@ def test_continuing_from_a_path_gives_complete_traces(policy, question):
 
 
 def test_search_counts_every_rollout(policy):
-    """Guards the search as a whole: visits add up, children are at most `width`, the value is the
+    """Guards all parts together: visits add up, children are at most `width`, the value is the
     mean reward, and a window that a tree shows twice is one picture."""
     questions = [toy_search("train", 0, i) for i in range(3)]
     roots = search(policy, questions, Dialogue(), range(3), SAMPLING, simulations=2, width=3,
@@ -166,6 +166,25 @@ def test_search_counts_every_rollout(policy):
             assert all(child.parent is node for child in node.children)
             assert node.trace.crops is root.trace.crops
             assert node.depth == (node.parent.depth + 1 if node.parent else 0)
+
+
+def test_trees_are_searched_some_at_a_time(policy, tiny_folder, monkeypatch, tmp_path):
+    """Guards memory: no more than TREES trees are alive at once; each question keeps its own seed
+    and chains, in the questions' order."""
+    searched = []
+
+    def search_some(policy, questions, dialogue, seeds, sampling, **more):
+        searched.append(list(zip([question.id for question in questions], seeds, strict=True)))
+        return questions
+    monkeypatch.setattr(sft, "TREES", 2)
+    monkeypatch.setattr(sft, "search", search_some)
+    monkeypatch.setattr(sft, "linearise", lambda question: [[answer(question.id)]])
+    config = Config(search_questions=5, seed=3)
+    chains = sft.make_traces(config, tiny_folder, tmp_path, lambda line: None)
+    assert [len(block) for block in searched] == [2, 2, 1]
+    assert sum(searched, []) == [(f"train-3-{i}", f"search 3 {i}") for i in range(5)]
+    assert [turns for _, turns in chains] == [[answer(f"train-3-{i}")] for i in range(5)]
+    assert read_traces(tmp_path / "search.jsonl", [question for question, _ in chains]) == chains
 
 
 # -------------------------------------------------------------------------------------- linearising
