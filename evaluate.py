@@ -8,11 +8,12 @@ Out: accuracy with its interval, with and without the tool, the behaviours that 
     python evaluate.py --model runs/toy-search-zoom/rl --task toy-search
     python evaluate.py --model runs/toy-search-zoom/rl --image my.png --question "..." --save a.png
 
-The synthetic task `toy-search` is V*Bench's idea in miniature. Of 4 to 6 coloured cards, 1 to 3 have
-the colour that is asked about (the candidates), and exactly one of these bears a pattern. Which one
-it is, and which pattern, cannot be known from the model input: each pattern has a mean of zero over
-every block of 4x4 px, the cards' edges lie on block edges, and the policy gets the means of the
-blocks. So it has to zoom into a candidate, see whether it is plain, and zoom into the next.
+The synthetic task `toy-search` is V*Bench's idea in miniature. Of 4 to 6 coloured cards, 1 to 3
+have the colour that is asked about (the candidates), and exactly one of these bears a pattern.
+Which one it is, and which pattern, cannot be known from the model input: each pattern has a mean
+of zero over every block of 4x4 px, the cards' edges lie on block edges, and the policy gets the
+means of the blocks. So it has to zoom into a candidate, see whether it is plain, and zoom into the
+next.
 """
 import ast
 import base64
@@ -23,19 +24,31 @@ import random
 import re
 import string
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from model import Policy, UserError, gather, load, rank, world_size, write_text
-from reward import (USAGE, Action, distinct_crops, in_region, option_text, parse_action, score)
-from rollout import (MAX_IMAGE_PIXELS, OVERLONG, Config, Question, crop_box, describe_config,
-                     draw_trace, make_config, make_dialogue, parse_points, read_image, rollout, run)
+from reward import USAGE, Action, distinct_crops, in_region, option_text, parse_action, score
+from rollout import (
+    OVERLONG,
+    Config,
+    Question,
+    crop_box,
+    describe_config,
+    draw_trace,
+    make_config,
+    make_dialogue,
+    parse_points,
+    read_image,
+    rollout,
+    run,
+)
 
 # -------------------------------------------------------------------------------- synthetic scenes
 
@@ -43,19 +56,19 @@ BLOCK = 4                  # px of the drawing that become one px of the model i
 SIDE = 256                 # px, width and height of the drawing
 CELL, CARD = 64, 40        # px: the cards lie in a 4x4 grid of cells, each moved by one of JITTER
 JITTER = (-12, 0, 12)      # px, in x and in y
-READABLE = 12              # px of a card in a crop, in x and in y, that are enough to read its pattern
+READABLE = 12              # px of a card, in x and in y, in which its pattern can be read
 COLOURS = {"red": (190, 50, 50), "green": (50, 170, 70), "blue": (60, 80, 200),
            "yellow": (200, 190, 50), "purple": (150, 50, 180), "cyan": (60, 180, 190)}
 CONTRAST = 36
-ROW, COLUMN = np.mgrid[:BLOCK, :BLOCK]
-PATTERNS = {               # added to a card's colour, times CONTRAST; each block sums to zero
-    "plain": np.zeros((BLOCK, BLOCK)),
-    "horizontal": np.where(ROW < 2, 1.0, -1.0),
-    "vertical": np.where(COLUMN < 2, 1.0, -1.0),
-    "checked": np.where((ROW < 2) == (COLUMN < 2), 1.0, -1.0),
-    "rising": np.where((ROW + COLUMN) % 4 < 2, 1.0, -1.0),
-    "falling": np.where((ROW - COLUMN) % 4 < 2, 1.0, -1.0),
-    "dotted": np.where((ROW % 3 > 0) & (COLUMN % 3 > 0), 1.5, -0.5),
+LEVELS = {"0": 0.0, "+": 1.0, "-": -1.0, "#": 1.5, ".": -0.5}
+PATTERNS = {               # a block of each, row by row, with a mean of zero
+    "plain": "0000" "0000" "0000" "0000",
+    "horizontal": "++++" "++++" "----" "----",
+    "vertical": "++--" "++--" "++--" "++--",
+    "checked": "++--" "++--" "--++" "--++",
+    "rising": "++--" "+--+" "--++" "-++-",
+    "falling": "++--" "-++-" "--++" "+--+",
+    "dotted": "...." ".##." ".##." "....",
 }
 ANSWERS = tuple(pattern for pattern in PATTERNS if pattern != "plain")
 NOTHING = "nothing"        # said of a crop that shows no candidate
@@ -63,21 +76,22 @@ QUESTION = ("One", " card bears a pattern. Which?")     # the colour stands betw
 
 
 def draw_background():
-    """Red rises to the right and green downwards, in steps of a block: each patch tells its place."""
+    """Red rises to the right, green downwards, in steps of a block: a patch tells its place."""
     ramp = np.round(np.linspace(-60, 60, SIDE // BLOCK)).repeat(BLOCK)
     image = np.full((SIDE, SIDE, 3), 127.0)
-    image[..., 0] += ramp[None, :]
+    image[..., 0] += ramp
     image[..., 1] += ramp[:, None]
     return image.astype(np.uint8)
 
 
 def draw_card(colour, pattern):
-    tile = np.tile(PATTERNS[pattern], (CARD // BLOCK, CARD // BLOCK))
-    return (np.array(COLOURS[colour]) + CONTRAST * tile[..., None]).astype(np.uint8)
+    block = np.array([LEVELS[level] for level in PATTERNS[pattern]]).reshape(BLOCK, BLOCK, 1)
+    tile = np.tile(block, (CARD // BLOCK, CARD // BLOCK, 1))
+    return (COLOURS[colour] + CONTRAST * tile).astype(np.uint8)
 
 
 BACKGROUND = draw_background()
-CARDS = {(colour, pattern): draw_card(colour, pattern) for colour in COLOURS for pattern in PATTERNS}
+CARDS = {face: draw_card(*face) for face in product(COLOURS, PATTERNS)}
 
 
 @dataclass(frozen=True)
@@ -189,8 +203,8 @@ TOYS = {"toy-search": toy_search}
 
 
 def random_zoom_accuracy(questions, dialogue, zoom_calls, seed=0):
-    """The random-zoom baseline: the accuracy of a player who zooms at random points, knows the answer
-    where a crop shows it, and else guesses one of ANSWERS."""
+    """The random-zoom baseline: the accuracy of a player who zooms at random points, knows the
+    answer where a crop shows it, and else guesses one of ANSWERS."""
     rng, right = random.Random(seed), 0.0
     for question in questions:
         points = [(rng.randrange(SIDE), rng.randrange(SIDE)) for _ in range(zoom_calls)]
@@ -232,9 +246,9 @@ def hint_for(kind, text):
 
 
 def parse_options(text):
-    """The options' texts in the order of their letters: "Which?\\nA. left\\nB. No" -> ("left", "No").
+    """The options' texts in the order of their letters, or ().
 
-    A text without options has none, ()."""
+    "Which?\\nA. Yes, left\\nB. No" -> ("Yes, left", "No")"""
     text = text.rpartition("Answer Choices:")[2]
     for pattern in OPTIONS:
         options = pattern.findall(text)
@@ -247,12 +261,11 @@ def parse_options(text):
 
 def as_box(values, limit=10**6):
     """Corners (x1, y1, x2, y2), checked. limit: 1 for shares of the image's sides."""
-    numbers = len(values) == 4 and all(type(value) in (int, float) for value in values)
-    if not numbers or not (0 <= values[0] <= values[2] <= limit
-                           and 0 <= values[1] <= values[3] <= limit):
+    x1, y1, x2, y2 = values
+    if not (0 <= x1 <= x2 <= limit and 0 <= y1 <= y2 <= limit):
         unit = "[0, 1]" if limit == 1 else "px"
         raise Unusable(f"{list(values)} are not the corners of a box in {unit}")
-    return tuple(values)
+    return x1, y1, x2, y2
 
 
 def scored_by(text, answer, label=False):
@@ -290,8 +303,8 @@ def scored_by(text, answer, label=False):
 
 # ------------------------------------------------------------------------------- data sets: formats
 
-# A reader makes a Question of a row. The names of images are still those of the row. An answer that
-# needs the image's size is a function of it. Sources: the data cards and the evaluation code of each.
+# A reader makes a Question of a row, with the row's own names of images. An answer that needs the
+# image's size is a function of it. Sources: the data cards and the evaluation code of each.
 
 FACET = " | "    # between the parts of a category, "mobile | text": scores are given by each part
 PLATFORMS = {"ios": "mobile", "android": "mobile", "windows": "desktop", "macos": "desktop"}
@@ -301,18 +314,15 @@ CATEGORY = re.compile(r"^(?:val|test)_(\S+)_\d+ |(direct_attributes|relative_pos
 
 
 def read_conversation(row):
-    """ViGoRL, evaluation and search: the first thing said is the question, then comes the answer."""
+    """ViGoRL, evaluation and search: the first value is the question, the second its answer."""
     turns = row["conversations"]
     said = turns["value"] if isinstance(turns, dict) else [turn["value"] for turn in turns]
     if isinstance(said[0], list):
         said = said[0]
     text, answer = said[:2]
-    images = row.get("image")
-    if isinstance(images, str):
-        images = [images]
-    found = CATEGORY.search(f"{row.get('id')} {images}")
+    found = CATEGORY.search(f"{row.get('id')} {row.get('image')}")
     category = (found[1] or found[2]) if found else ""
-    return Question(text, images, category=category, **scored_by(text, answer))
+    return Question(text, row.get("image"), category=category, **scored_by(text, answer))
 
 
 def read_sft(row):
@@ -329,7 +339,7 @@ def read_problem(row, answer):
 
 
 def read_vstar(row):
-    return Question(row["text"], [row["image"]], category=row["category"],
+    return Question(row["text"], row["image"], category=row["category"],
                     **scored_by(row["text"], row["label"], label=True))
 
 
@@ -337,20 +347,18 @@ def read_robospatial(row):
     """Yes or no; in the category "context" a polygon in [0, 1], and a question that asks for points
     in [0, 1], too: that sentence is left out, for points are in px here."""
     text, answer = ASKS_FOR_SHARES.sub("", row["question"]), row["answer"]
-    if answer[:1] not in ("[", "("):
-        return Question(text, [row["img"]], category=row["category"], **scored_by(text, answer))
-    corners = ast.literal_eval(answer)
-    if len(corners) < 3 or not all(0 <= x <= 1 and 0 <= y <= 1 for x, y in corners):
+    if answer[0] not in "[(":
+        return Question(text, row["img"], category=row["category"], **scored_by(text, answer))
+    corners = np.array(ast.literal_eval(answer))
+    if len(corners) < 3 or corners.min() < 0 or corners.max() > 1:
         raise Unusable("its answer is no polygon in [0, 1]")
-
-    def polygon(size):
-        return tuple((x * size[0], y * size[1]) for x, y in corners)
-    return Question(text, [row["img"]], polygon, "point", category=row["category"])
+    return Question(text, row["img"], lambda size: (corners * size).tolist(), "point",
+                    category=row["category"])
 
 
 def read_element(row, answer, *category):
     """An element of a screen, asked for in the words of ViGoRL's own rows."""
-    return Question(f"Description: {row['instruction']}", [row["img_filename"]], answer, "point",
+    return Question(f"Description: {row['instruction']}", row["img_filename"], answer, "point",
                     category=FACET.join(category))
 
 
@@ -368,21 +376,18 @@ def read_screenspot_pro(row):
 
 def read_os_atlas(row):
     """bbox: x1, y1, x2, y2 in [0, 1]."""
-    x1, y1, x2, y2 = as_box(row["bbox"], limit=1)
-
-    def box(size):
-        return x1 * size[0], y1 * size[1], x2 * size[0], y2 * size[1]
-    return read_element(row, box)
+    box = np.array(as_box(row["bbox"], limit=1))
+    return read_element(row, lambda size: tuple((box * [*size, *size]).tolist()))
 
 
 def read_hr_bench(row):
     """The image is in the row, in base64; it is decoded when it is needed."""
-    choices = tuple(row[letter] for letter in "ABCD")
     if row["answer"] not in ("A", "B", "C", "D"):
         raise Unusable(f"its answer, {row['answer']}, is none of its 4 options")
-    options = [f"({letter}) {choice}" for letter, choice in zip("ABCD", choices, strict=True)]
-    images = [partial(embedded_image, row["image"])] if row["image"] else []
-    return Question("\n".join([row["question"], *options]), images, row["answer"], "choice", choices,
+    lines = [row["question"], *(f"({letter}) {row[letter]}" for letter in "ABCD")]
+    image = row["image"] and partial(embedded_image, row["image"])
+    return Question("\n".join(lines), image, row["answer"], "choice",
+                    tuple(row[letter] for letter in "ABCD"),
                     category=f"{row['category']}{FACET}cycle {row['cycle_category']}")
 
 
@@ -395,7 +400,7 @@ def embedded_image(text, where):
 
 
 # A file has the format of its first row that has all the fields of one. The format says what the
-# numbers of a box mean, never the numbers. family: of the settings; none: it depends on the answers.
+# numbers of a box mean, never the numbers. family: of the settings; "": it depends on the answers.
 FORMATS = (    # name, family, fields, reader
     ("ViGoRL SFT", "", ("messages", "images"), read_sft),
     ("ViGoRL evaluation or search", "", ("conversations",), read_conversation),
@@ -428,15 +433,17 @@ def make_question(read, row, number, where):
     try:
         question = read(row)
         question.text = question.text.replace("<image>", "").strip()
+    except Unusable:
+        raise
     except KeyError as error:
         raise Unusable(f"it has no field {error}") from None
-    except (AttributeError, IndexError, RecursionError, StopIteration, SyntaxError, TypeError,
-            ValueError) as error:
+    except Exception as error:                         # a foreign file may hold anything
         raise Unusable("its fields do not hold what they should "
                        f"({type(error).__name__}: {error})") from None
-    images = question.images
-    if not isinstance(images, list) or not images or not all(
-            callable(image) or isinstance(image, str) and image for image in images):
+    if not isinstance(question.images, list):
+        question.images = [question.images]
+    known = [callable(image) or image and isinstance(image, str) for image in question.images]
+    if not known or not all(known):
         raise Unusable("it has no image")
     if not question.text:
         raise Unusable("it has no question")
@@ -452,7 +459,6 @@ def make_question(read, row, number, where):
 ROOTS = (".", "images", "../images", "..", "../..")    # of images, from the file's folder
 
 
-@dataclass
 class QuestionFile:
     """The questions of a file, in memory; their images are read when they are needed."""
     format: str
@@ -465,25 +471,23 @@ class QuestionFile:
 
     def __getitem__(self, index):
         question = self.questions[index]
-        answer = question.answer
-        if callable(answer):
-            answer = answer(image_size(question.images[0], question.where))
-        return replace(question, answer=answer)
+        if not callable(question.answer):
+            return question
+        upright = question.load_one(question.images[0])    # boxes are of the image as it is loaded
+        return replace(question, answer=question.answer(upright.size))
 
     def part(self, n):
         """`n` questions at most, spread evenly, for files are often sorted."""
-        total = len(self)
-        if n >= total:
-            return self
+        total, n = len(self), min(n, len(self))
         return replace(self, questions=[self.questions[i * total // n] for i in range(n)])
 
 
 def read_questions(path, image_root=""):
-    """A file in one of the FORMATS, or a folder of .json files, -> QuestionFile. Raises UserError."""
+    """A file in one of the FORMATS, or a folder of .json files -> QuestionFile."""
     path = Path(path)
     if not path.is_dir() and path.suffix not in (".jsonl", ".json", ".tsv"):
-        raise UserError(f"{path}: not a .jsonl, .json or .tsv file, nor a folder of .json files. (SAT "
-                        "and BLINK, which are parquet: take the .jsonl files of the ViGoRL release.)")
+        raise UserError(f"{path}: not a .jsonl, .json or .tsv file, nor a folder of .json files. "
+                        "(SAT and BLINK: take the .jsonl files of the ViGoRL release.)")
     files = [path]
     if path.is_dir():
         files = sorted(path.glob("annotations/*.json")) or sorted(path.glob("*.json"))
@@ -511,28 +515,29 @@ def read_questions(path, image_root=""):
 
 
 def read_rows(path):
-    """Yields (number, row) of JSON lines, of a JSON list, or of tab-separated lines with a header."""
-    number = 1
+    """Yields (number, row) of JSON lines, a JSON list, or tab-separated lines with a header."""
+    number = 0
     try:
-        if path.suffix == ".tsv":
-            csv.field_size_limit(2**31 - 1)            # a cell may be an image
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                for number, row in enumerate(csv.DictReader(file, delimiter="\t"), 1):
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = parse_rows(file, path.suffix)
+            for number, row in enumerate(rows, 1):
+                if row is not None:
                     yield number, row
-            return
-        text = path.read_text(encoding="utf-8-sig")
-        if text.lstrip().startswith("["):
-            yield from enumerate(json.loads(text), 1)
-            return
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield number, json.loads(line)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the path of a data file") from None
     except (ValueError, RecursionError, csv.Error) as error:
-        line = number + getattr(error, "lineno", 1) - 1
-        raise UserError(f"{path}:{line}: cannot be read ({getattr(error, 'msg', error)}); repair or "
-                        "remove it") from None
+        line, why = number + getattr(error, "lineno", 1), getattr(error, "msg", error)
+        raise UserError(f"{path}:{line}: cannot be read ({why}); repair or remove it") from None
+
+
+def parse_rows(file, suffix):
+    if suffix == ".tsv":
+        csv.field_size_limit(2**31 - 1)                # a cell may be an image
+        return csv.DictReader(file, delimiter="\t")
+    text = file.read()
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return (json.loads(line.strip() or "null") for line in text.split("\n"))
 
 
 def find_root(question, folder, image_root):
@@ -547,36 +552,23 @@ def find_root(question, folder, image_root):
                     "folder that its path starts from")
 
 
-def image_size(path, where):
-    """(width, height) in px of an image as `read_image` turns it; of most, only the header is read."""
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height <= MAX_IMAGE_PIXELS:
-                turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-                return image.size[::-1] if turned else image.size
-    except (OSError, SyntaxError, ValueError):
-        pass
-    return read_image(path, where).size                # says what is wrong
-
-
 @lru_cache
 def open_file(path, image_root="", n=None):
     """The QuestionFile at a path, read once. n: questions at most."""
     if n:
         return open_file(path, image_root).part(n)
     file = read_questions(path, image_root)
-    skipped = ""
+    print(f"{path}: {file.format}, {len(file)} questions")
     if file.skipped:
-        skipped = f"; {len(file.skipped)} rows cannot be used, the first: {file.skipped[0]}"
-    print(f"{path}: {file.format}, {len(file)} questions{skipped}")
+        print(f"{len(file.skipped)} rows cannot be used, the first: {file.skipped[0]}")
     return file
 
 
 def questions_of(config, split, n, first=0):
     """`n` questions of the task, from number `first` on. -> list of Questions
 
-    Of a file, in an order that the seed decides, a tenth is held out as the split "test"; the others
-    come again after the last."""
+    Of a file, in an order that the seed decides, a tenth is held out as the split "test"; the
+    others come again after the last."""
     if config.task in TOYS:
         return [TOYS[config.task](split, config.seed, index) for index in range(first, first + n)]
     file = open_file(config.task, config.image_root)
@@ -601,43 +593,52 @@ def shuffled(n, seed):
 QUESTIONS_A_BLOCK = 64
 
 
-@dataclass
 class Record:
     """What an evaluation keeps of a trace.
 
-    index: the question's number. tool: whether there were zoom calls. correct: by our own rule;
-    official: by that of the public code. hits: of each zoom call, whether its point lies on what was
-    asked for; thoughts: of each thought behind a crop, whether it is true of it; both empty where
-    that is not known. crops: zoom calls answered; distinct: those at different places. vote: the
-    normalised answer. ended: see `rollout.Trace`. seconds: the trace's share of its block's time."""
+    index: the question's number. tool: whether there were zoom calls. vote: the normalised answer.
+    ended: see `rollout.Trace`. hits: of each zoom call, whether its point lies on what was asked
+    for; thoughts: of each thought behind a crop, whether it is true of it; both empty where that is
+    not known. seconds: the trace's share of its block's time. The others: see Report."""
     index: int
     tool: bool
     id: str
     category: str
-    correct: bool
-    official: bool
-    format: bool
-    hits: list
-    thoughts: list
-    crops: int
-    distinct: int
-    behaviours: dict
+    text: str
     answer: str | None
     vote: str
     ended: str
-    text: str
+    correct: bool
+    official: bool
+    format: bool
+    crops: int
+    several_crops: bool
+    overlong: bool
+    regions: int
+    subgoals: int
+    verifications: int
+    backtracks: int
+    hits: list
+    thoughts: list
     seconds: float = 0.0
 
 
 def record_of(index, trace, tool=True):
     """The Record of a finished trace."""
     scored, question = score(trace), trace.question
-    correct = bool(scored.correct)
     return Record(
-        index, tool, question.id, question.category, correct, official_rule(trace, correct),
-        bool(scored.format), targets_hit(trace), true_thoughts(trace), scored.zoom_calls,
-        distinct_crops(trace.zoom_points, REGION_RADIUS), behaviours(trace), trace.answer,
-        option_text(trace.answer or "", question.choices), trace.ended, trace.text())
+        index, tool, question.id, question.category, trace.text(), trace.answer,
+        vote=option_text(trace.answer or "", question.choices),
+        ended=trace.ended,
+        correct=bool(scored.correct),
+        official=official_rule(trace, bool(scored.correct)),
+        format=bool(scored.format),
+        crops=scored.zoom_calls,
+        several_crops=distinct_crops(trace.zoom_points, SAME_PLACE) > 1,
+        overlong=trace.ended in OVERLONG,
+        hits=targets_hit(trace),
+        thoughts=true_thoughts(trace),
+        **behaviours(trace))
 
 
 def targets_hit(trace):
@@ -679,34 +680,30 @@ def evaluate(policy, questions, dialogue, seed=0, *, samples=1, answered=(), pat
     blocks += [[]] * (-len(blocks) % world_size())         # as many for each process
     if log and earlier:
         log(f"{len(earlier)} of {len(questions)} questions were answered before")
-    started = time.time()
     for block in blocks[rank()::world_size()]:
-        mine = answer_block(policy, questions, block, dialogue, seed, samples, **sampling)
-        new = [records for share in gather(mine) for records in share]
+        mine = answer_block(policy, questions, block, dialogue, seed, samples, sampling)
+        new = sum(gather(mine), [])
         if path and rank() == 0:
-            lines = [json.dumps([vars(record) for record in records]) for records in new]
+            lines = [json.dumps([vars(record) for record in records]) + "\n" for records in new]
             with open(path, "a") as file:
-                file.write("\n".join([*lines, ""]))
+                file.write("".join(lines))
         done += new
         if log:
-            speed = (len(done) - len(earlier)) / (time.time() - started)
-            log(f"{len(done)}/{len(questions)} questions, "
-                f"accuracy {mean(record.correct for records in done for record in records):.3f}, "
-                f"{(len(questions) - len(done)) / speed:.0f} s left")
+            accuracy = mean(record.correct for records in done for record in records)
+            log(f"{len(done)}/{len(questions)} questions, accuracy {accuracy:.3f}")
     return report(done)
 
 
-def answer_block(policy, questions, block, dialogue, seed, samples, **sampling):
+def answer_block(policy, questions, block, dialogue, seed, samples, sampling):
     """Answers the questions with the numbers in `block`. -> for each, the Records of its samples"""
     started, answered = time.time(), []
     asked = [questions[number] for number in block]
     seeds = [f"evaluation {seed} {number}" for number in block]
     for traces in rollout(policy, asked, dialogue, samples, seeds, **sampling):
-        index = block[asked.index(traces[0].question)]
-        answered.append([record_of(index, trace, dialogue.tool) for trace in traces])
-    for records in answered:
-        for record in records:
-            record.seconds = (time.time() - started) / len(block) / samples
+        number = block[asked.index(traces[0].question)]
+        answered.append([record_of(number, trace, dialogue.tool) for trace in traces])
+    for record in sum(answered, []):
+        record.seconds = (time.time() - started) / len(block) / samples
     return answered
 
 
@@ -718,7 +715,6 @@ def read_records(path, settings):
     the first process reads and writes."""
     if rank():
         return gather(None)[0]
-    settings = json.loads(json.dumps(settings))
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -729,13 +725,13 @@ def read_records(path, settings):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give another --json FILE") from None
     except (ValueError, TypeError):
-        raise UserError(f"{path}: no answers of an evaluation; move it away, or give another --json "
-                        "FILE") from None
+        raise UserError(f"{path}: no answers of an evaluation; move it away, or give another "
+                        "--json FILE") from None
     other = [f"{name} {earlier.get(name)}" for name in {**earlier, **settings}
              if earlier.get(name) != settings.get(name)]
     if other:
-        raise UserError(f"{path} has answers with {', '.join(other)}; go on with the same settings, "
-                        "move it away, or give another --json FILE")
+        raise UserError(f"{path} has answers with {', '.join(other)}; go on with the same, move "
+                        "it away, or give another --json FILE")
     write_text(path, "\n".join([first, *lines, ""]))
     return gather(answered)[0]
 
@@ -747,27 +743,28 @@ PUNCTUATION = str.maketrans("", "", string.punctuation + " ")
 
 
 def official_rule(trace, correct):
-    """Whether the answer is right by the public code's rule, where it differs from ours (`correct`).
+    """Whether the answer is right by the public code's rule. correct: by our own.
 
     RoboSpatial-Home's own: a prefix will do for yes or no, and the first of several points counts.
-    Answers in words, ViGoRL's evaluation: without punctuation, blanks and capitals, the true answer
-    is a part of the answer. So "left or right" is right for "right", and "(B) red" for "B"."""
+    Answers in words, as in ViGoRL's evaluation: without punctuation, blanks and capitals, the truth
+    is a part of the answer. So "left or right" is right for "right", and "blue" for "B"."""
     question, answer = trace.question, trace.answer or ""
-    if question.kind == "point" and question.category in ROBOSPATIAL:
-        points = [trace.frames[0].to_original(point) for point in parse_points(answer)[:1]]
-        return any(in_region(point, question.answer) for point in points)
+    own = question.category in ROBOSPATIAL
+    if question.kind == "point" and own:
+        points = [trace.frames[0].to_original(point) for point in parse_points(answer)]
+        return bool(points) and in_region(points[0], question.answer)
     if question.kind not in ("choice", "string"):
         return correct
-    if question.category in ROBOSPATIAL:
+    if own:
         return answer.strip().casefold().startswith(question.answer.casefold())
-    truth, said = (text.translate(PUNCTUATION).strip().lower() for text in (question.answer, answer))
-    return truth in said
+    truth = question.answer.translate(PUNCTUATION).strip().lower()
+    return truth in answer.translate(PUNCTUATION).strip().lower()
 
 
-# The behaviours that the paper counts in traces, there by GPT-4o, here by rules. Of `regions`, points
-# are counted, in thoughts and zoom calls, but once within REGION_RADIUS; of the others, sentences
-# with such a phrase. Going back to a region after another one is a verification, too.
-REGION_RADIUS = 10    # px of the model input
+# The behaviours that the paper counts in traces: there by GPT-4o, here by rules. `regions` counts
+# the points in thoughts and zoom calls, but those at one place once; the others count such phrases.
+# To go back to a place after another one is a verification, too.
+SAME_PLACE = 10    # px of the model input; points that are nearer to each other are at one place
 PHRASES = {
     "subgoals": "first|next|then|let me|let's|need to|I will|I'll",
     "verifications": "check|checking|verify|confirm|confirms|make sure|indeed",
@@ -777,52 +774,49 @@ PHRASES = {
 
 def behaviours(trace):
     """How often each behaviour occurs in a trace, of one turn or several. -> {name: count}"""
-    points = [point for turn in trace.turns for point in (*turn.points, turn.call)]
-    regions, returns, last = [], 0, None
-    for point in points:
-        if point is None or not trace.in_image(point):
-            continue
-        near = [region for region in regions if math.dist(region, point) < REGION_RADIUS]
-        if not near:
-            regions.append(point)
-        elif near[0] != last:
-            returns += 1
-        last = near[0] if near else point
+    points = [point for turn in trace.turns for point in (*turn.points, turn.call) if point]
+    points = [point for point in points if trace.in_image(point)]
     text = " ".join(turn.thought for turn in trace.turns)
-    counts = {"regions": len(regions)}
-    for name, phrases in PHRASES.items():
-        pattern = re.compile(rf"\b({phrases})\b", re.I)
-        counts[name] = sum(bool(pattern.search(sentence)) for sentence in re.split("[.!?]", text))
-    counts["verifications"] += returns
-    return counts
+    counts = {name: len(re.findall(rf"\b({phrases})\b", text, re.I))
+              for name, phrases in PHRASES.items()}
+    for number, point in enumerate(points):
+        near = [math.dist(point, other) < SAME_PLACE for other in points[:number]]
+        if any(near) and not near[-1]:
+            counts["verifications"] += 1
+    return {"regions": distinct_crops(points, SAME_PLACE), **counts}
 
 
-@dataclass
 class Report:
     """The figures of an evaluation.
 
     accuracy: share of right answers; ci95: bounds of its 95 % interval; majority: accuracy of the
-    answer that most samples of a question give. official: accuracy by the public code's rule; by: by
-    category; benchmarks: scores as the benchmarks define them. format: share of well-formed traces.
-    on_target: share of zoom calls at what was asked for; true_thoughts: share of the thoughts behind
-    a crop that say what it shows; None where that is not known. crops: zoom calls a trace.
-    several_crops: share of traces with crops of different places. overlong: share out of tokens or
-    zoom calls. behaviours: means a trace. minutes: of all processes and runs together."""
+    answer that most samples of a question give. on_target: share of zoom calls at what was asked
+    for; true_thoughts: share of the thoughts behind a crop that say what it shows; None where that
+    is not known. minutes: of all processes and runs together. by: accuracy by category; benchmarks:
+    scores as the benchmarks define them. Means over traces: official (right by the public code's
+    rule), format (well-formed), crops (zoom calls answered), several_crops (of different places),
+    overlong (out of tokens or zoom calls), and the behaviours."""
     n: int
     accuracy: float
     ci95: tuple[float, float]
     majority: float
-    official: float
-    format: float
     on_target: float | None
     true_thoughts: float | None
-    crops: float
-    several_crops: float
-    overlong: float
-    behaviours: dict
     minutes: float
     by: dict
     benchmarks: dict
+    official: float
+    format: float
+    crops: float
+    several_crops: float
+    overlong: float
+    regions: float
+    subgoals: float
+    verifications: float
+    backtracks: float
+
+
+MEANS = [field.name for field in fields(Report)][9:]
 
 
 def mean(values, empty=0.0):
@@ -833,17 +827,16 @@ def mean(values, empty=0.0):
 def interval(shares, z=1.96):
     """95 % interval of the mean of some questions' shares of right samples.
 
-    A question's samples are one cluster: the interval is the normal approximation over questions.
-    Where each share is 0 or 1 (one sample, for instance) it is Wilson's."""
-    n = len(shares)
+    The samples of a question are one cluster: it is the normal approximation over questions, and
+    where each share is 0 or 1 (one sample, for instance) Wilson's."""
+    n, p = len(shares), mean(shares)
     if not n:
         return 0.0, 1.0
-    p = mean(shares)
     if set(shares) <= {0, 1}:
-        centre, shrink = p + z * z / (2 * n), 1 + z * z / n
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (centre - half) / shrink, (centre + half) / shrink
-    half = z * math.sqrt(sum((share - p)**2 for share in shares) / max(1, n - 1) / n)
+        scale, middle = 1 + z**2 / n, p + z**2 / n / 2
+        half = z * math.sqrt(p * (1 - p) / n + (z / n / 2)**2)
+        return (middle - half) / scale, (middle + half) / scale
+    half = z * float(np.std(shares)) / math.sqrt(max(1, n - 1))
     return max(0.0, p - half), min(1.0, p + half)
 
 
@@ -857,38 +850,31 @@ def majority_right(records):
 def report(answered):
     """For each question, the Records of its samples -> Report."""
     answered = sorted(answered, key=lambda records: records[0].index)
-    records = [record for group in answered for record in group]
-    shares = [mean(record.correct for record in group) for group in answered]
-    by, benchmarks = summarise((group[0].category, mean(map(benchmark_right, group)))
-                               for group in answered)
+    records = sum(answered, [])
+    shares = [mean(record.correct for record in samples) for samples in answered]
+    by, benchmarks = summarise((record.category, benchmark_right(record)) for record in records)
+    means = {name: mean(getattr(record, name) for record in records) for name in MEANS}
     return Report(
         n=len(answered),
         accuracy=mean(shares),
         ci95=interval(shares),
-        majority=mean(majority_right(group) for group in answered),
-        official=mean(record.official for record in records),
-        format=mean(record.format for record in records),
-        on_target=mean((hit for record in records for hit in record.hits), None),
-        true_thoughts=mean((true for record in records for true in record.thoughts), None),
-        crops=mean(record.crops for record in records),
-        several_crops=mean(record.distinct > 1 for record in records),
-        overlong=mean(record.ended in OVERLONG for record in records),
-        behaviours={name: mean(record.behaviours[name] for record in records)
-                    for name in ("regions", *PHRASES)},
+        majority=mean(majority_right(samples) for samples in answered),
+        on_target=mean(sum((record.hits for record in records), []), None),
+        true_thoughts=mean(sum((record.thoughts for record in records), []), None),
         minutes=sum(record.seconds for record in records) / 60,
-        by=by,
-        benchmarks=benchmarks)
+        by=by, benchmarks=benchmarks, **means)
 
 
 def benchmark_right(record):
-    """Whether a trace is right by the rule of its benchmark; RoboSpatial-Home's alone is not ours."""
+    """Whether a trace is right by its benchmark's rule: ours, but for RoboSpatial-Home."""
     return record.official if record.category in ROBOSPATIAL else record.correct
 
 
-BLINK = ("Art_Style Counting Forensic_Detection Functional_Correspondence IQ_Test Jigsaw "
-         "Multi-view_Reasoning Object_Localization Relative_Depth Relative_Reflectance "
-         "Semantic_Correspondence Spatial_Relation Visual_Correspondence Visual_Similarity").split()
-BENCHMARKS = (    # name, categories, and whether their questions are pooled or their accuracies averaged
+BLINK = ("Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test",
+         "Jigsaw", "Multi-view_Reasoning", "Object_Localization", "Relative_Depth",
+         "Relative_Reflectance", "Semantic_Correspondence", "Spatial_Relation",
+         "Visual_Correspondence", "Visual_Similarity")
+BENCHMARKS = (    # name, categories, whether accuracies are averaged or questions pooled
     ("BLINK, mean of sub-tasks", BLINK, "mean"),
     ("BLINK, mean of the spatial three",
      ("Multi-view_Reasoning", "Relative_Depth", "Spatial_Relation"), "mean"),
@@ -898,23 +884,21 @@ BENCHMARKS = (    # name, categories, and whether their questions are pooled or 
 
 
 def summarise(results):
-    """(category, share of right samples) of each question -> the figures by category and by its
-    parts, and the scores of BENCHMARKS whose categories are among them; each {name: {accuracy, n}}.
+    """(category, right or not) of each trace -> accuracies by category and by its parts, and the
+    scores of BENCHMARKS whose categories are among them; each {name: {"accuracy", "n"}}.
 
     The scores of V*Bench, ScreenSpot and ScreenSpot-Pro are the accuracy over all questions."""
-    groups = {}
-    for category, share in results:
+    groups, benchmarks = {}, {}
+    for category, right in results:
         for name in {category, *category.split(FACET)} - {""}:
-            groups.setdefault(name, []).append(share)
-    by = {name: {"accuracy": mean(shares), "n": len(shares)} for name, shares in sorted(groups.items())}
-    benchmarks = {}
+            groups.setdefault(name, []).append(right)
     for name, categories, how in BENCHMARKS:
         present = [groups[category] for category in categories if category in groups]
-        if len(present) < 2:
-            continue
-        pooled = [share for shares in present for share in shares]
+        pooled = sum(present, [])
         accuracy = mean(pooled) if how == "pooled" else mean(map(mean, present))
-        benchmarks[name] = {"accuracy": accuracy, "n": len(pooled)}
+        if len(present) > 1:
+            benchmarks[name] = {"accuracy": accuracy, "n": len(pooled)}
+    by = {name: {"accuracy": mean(groups[name]), "n": len(groups[name])} for name in sorted(groups)}
     return by, benchmarks
 
 
@@ -923,28 +907,24 @@ HEADS = ["", "accuracy", "95 %", "without tool", "format", "on target", "true th
 
 
 def cells(name, figures, no_tool=None):
-    """A row of a table under HEADS, of one or two Reports: with, and if it was evaluated without, the
-    tool."""
-    low, high = figures.ci95
-    shares = [no_tool and no_tool.accuracy, figures.format, figures.on_target, figures.true_thoughts]
-    return [name, f"{figures.accuracy:.3f}", f"{low:.3f}-{high:.3f}",
-            *("-" if share is None else f"{share:.3f}" for share in shares),
-            f"{figures.crops:.2f}", f"{figures.several_crops:.3f}", f"{figures.overlong:.3f}"]
+    """A row of a table under HEADS. no_tool: the Report without the tool, if there is one."""
+    def share(value):
+        return "-" if value is None else f"{value:.3f}"
+    return [name, share(figures.accuracy), "{:.3f}-{:.3f}".format(*figures.ci95),
+            share(no_tool and no_tool.accuracy), share(figures.format), share(figures.on_target),
+            share(figures.true_thoughts), f"{figures.crops:.2f}", share(figures.several_crops),
+            share(figures.overlong)]
 
 
 def table(rows):
     """Lists of cells -> aligned lines, the first column to the left and the others to the right."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        line = first.ljust(widths[0])
-        for cell, width in zip(others, widths[1:], strict=True):
-            line += "  " + str(cell).rjust(width)
-        lines.append(line)
-    return "\n".join(lines)
+    rows = [[str(cell) for cell in row] for row in rows]
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, widths)])
+                     for name, *cells in rows)
 
 
-# --------------------------------------------------------------------------------------- a web agent
+# -------------------------------------------------------------------------------------- a web agent
 
 MAX_ELEMENTS, MAX_INTENT, MAX_ACTION = 12_000, 4_000, 300    # characters of each in a question
 MAX_HISTORY = 30                                             # previous actions, the latest
@@ -954,42 +934,33 @@ def web_question(trajectory, intent, meta_data, images=None):
     """A state of VisualWebArena -> Question of kind "action", without an answer.
 
     trajectory: states and actions in turn, a state last: {"observation": {"image": uint8 array
-    (height, width, 3 or 4) or PIL image, "text": the page's elements}, "info": {"page": with a url,
-    or "url": text}}. meta_data: {"action_history": texts}. images: PIL images of the intent's. What
-    is too long is shortened. Raises UserError where there is no screenshot."""
-    state = trajectory[-1] if trajectory else {}
-    observation, info = state.get("observation"), state.get("info") or {}
-    if not isinstance(observation, dict) or observation.get("image") is None:
-        raise UserError("the trajectory does not end with a state that has a screenshot, "
-                        "observation['image']; run VisualWebArena with --observation_type image_som")
-    history = [" ".join(str(action).split())[:MAX_ACTION]
-               for action in (meta_data or {}).get("action_history", [])]
+    (height, width, 3 or 4), "text": the page's elements}, "info": {"page": with a url, or "url":
+    text}}. meta_data: {"action_history": texts}. images: PIL images of the intent's. What is too
+    long is shortened. Raises UserError where there is no screenshot."""
+    try:
+        state = trajectory[-1]
+        observation, info = state["observation"], state.get("info") or {}
+        screen = Image.fromarray(np.asarray(observation["image"])).convert("RGB")
+        screen.getpixel((0, 0))                        # it has pixels
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError("the trajectory does not end with a state that has a screenshot, a uint8 "
+                        f"array (height, width, 3 or 4) as observation['image'] ({error!r}); run "
+                        "VisualWebArena with --observation_type image_som") from None
+    images = [screen, *(image.convert("RGB") for image in images or [])]
+    history = [" ".join(str(action).split()) for action in meta_data.get("action_history", [])]
     history = [action for action in history if action != "None"]    # an empty history has a "None"
-    lines = [f"{i}. {action}" for i, action in enumerate(history[-MAX_HISTORY:], 1)]
+    lines = [f"{i}. {action[:MAX_ACTION]}" for i, action in enumerate(history[-MAX_HISTORY:], 1)]
     parts = [f"OBJECTIVE: {shorten(intent, MAX_INTENT)}",
              "PREVIOUS ACTIONS:\n" + ("\n".join(lines) or "none")]
     url = info.get("url") or getattr(info.get("page"), "url", "")
+    elements = str(observation.get("text") or "").strip()
     if url:
         parts.append(f"URL: {url}"[:MAX_ACTION])
-    elements = str(observation.get("text") or "").strip()
     if elements:
         parts.append(f"ELEMENTS:\n{shorten(elements, MAX_ELEMENTS)}")
-    if images:
-        parts.append(f"The first image is the page; {len(images)} more belong to the objective.")
-    pictures = [as_image(observation["image"]), *(images or [])]
-    return Question("\n\n".join(parts), [picture.convert("RGB") for picture in pictures], "", "action",
-                    hint=hint_for("action", ""))
-
-
-def as_image(screen):
-    try:
-        image = screen if isinstance(screen, Image.Image) else Image.fromarray(screen)
-        if not all(image.size):
-            raise ValueError("it is empty")
-        return image
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"observation['image'] is no image ({error}); give a uint8 array (height, "
-                        "width, 3 or 4)") from None
+    if len(images) > 1:
+        parts.append("The first image is the page; the others belong to the objective.")
+    return Question("\n\n".join(parts), images, "", "action", hint=hint_for("action", ""))
 
 
 def shorten(text, most):
@@ -1004,9 +975,9 @@ class WebAgent:
     """A policy behind the interface of VisualWebArena's agents. An answer is parsed, never run, and
     handed on as text.
 
-    policy: a Policy, or a checkpoint's path or hub id. tries: how often an action is asked for, each
-    time with other random numbers, until one can be used. settings: flags that the scripts share,
-    such as temperature=0.5; the others are those of the family "web"."""
+    policy: a Policy, or a checkpoint's path or hub id. tries: how often an action is asked for,
+    each time with other random numbers, until one can be used. settings: flags that the scripts
+    share, such as temperature=0.5; the others are those of the family "web"."""
 
     def __init__(self, policy, mode="zoom", tries=3, **settings):
         self.config = make_config({"mode": mode, **settings}, "web", "evaluate")
@@ -1027,8 +998,8 @@ class WebAgent:
     def next_action(self, trajectory, intent, meta_data, images=None, output_response=False):
         """See `web_question` for what comes in. -> one action, such as "click [12]"
 
-        Where no try gives one it is "stop [...]", with the reason. output_response: print the traces.
-        Raises UserError where there is no screenshot."""
+        Where no try gives one it is "stop [...]", with the reason. output_response: print the
+        traces. Raises UserError where there is no screenshot."""
         question = web_question(trajectory, intent, meta_data, images)
         sampling = self.config.sampling()
         for _ in range(self.tries):
@@ -1038,18 +1009,21 @@ class WebAgent:
             if output_response:
                 print(trace.text(), flush=True)
             try:
-                return str(usable_action(trace.answer or ""))
+                action = parse_action(trace.answer or "")
+                if action.text.strip() or action.name not in ("type", "press", "goto"):
+                    return str(action)
+                why = f"there is nothing to {action.name}"
             except ValueError as error:
-                why = error
-            sampling["temperature"] = sampling["temperature"] or 1.0    # another answer than the last
+                why = str(error)
+            sampling["temperature"] = sampling["temperature"] or 1.0    # else it would say the same
         return str(Action("stop", text=f"no usable action in {self.tries} tries: {why}"))
 
     def answer_json(self, message, images):
         """`next_action` for an environment in another process, which is not trusted.
 
-        message: bytes, a JSON object with "intent", "action_history", "text" (the page's elements),
-        "url", and "reset" where a new task begins. images: PNG files as bytes, the screenshot first.
-        -> bytes, a JSON object with the "action", or with an "error" that says what was wrong"""
+        elements), "url", and "reset": true at the start of a task. images: PNG files as bytes, the
+        elements), "url", and "reset": true where a new task begins. images: PNG files as bytes, the
+        screenshot first. -> bytes, a JSON object with the "action", or with an "error"."""
         try:
             request = json.loads(message)
             screen, *others = [read_image(image) for image in images]
@@ -1058,20 +1032,12 @@ class WebAgent:
             observation = {"image": screen, "text": request.get("text")}
             state = {"observation": observation, "info": {"url": request.get("url")}}
             reply = {"action": self.next_action([state], str(request["intent"]), request, others)}
-        except (UserError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            reply = {"error": f"{type(error).__name__}: {error}"}
+        except Exception as error:                     # a foreign message may hold anything
+            reply = {"error": repr(error)}
         return json.dumps(reply).encode()
 
 
-def usable_action(text):
-    """`parse_action`, but refuses to type, press or go to nothing. Raises ValueError."""
-    action = parse_action(text)
-    if action.name in ("type", "press", "goto") and not action.text.strip():
-        raise ValueError(f"there is nothing to {action.name}")
-    return action
-
-
-# ---------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 def family_of(config):
     """The family of a task: by its format; for the release's, by how the first answer is scored."""
@@ -1079,11 +1045,9 @@ def family_of(config):
         return config.family or "drawn"
     file = open_file(config.task, config.image_root)
     first = file.questions[0]
-    if file.family:
-        return file.family
-    if first.kind in ("point", "action"):
-        return {"point": "gui", "action": "web"}[first.kind]
-    return "search" if first.answer in tuple(LETTERS) else "spatial"
+    in_words = "search" if first.answer in tuple(LETTERS) else "spatial"
+    by_answer = {"point": "gui", "action": "web"}.get(first.kind, in_words)
+    return file.family or by_answer
 
 
 def configure(given, script):
@@ -1097,8 +1061,8 @@ def configure(given, script):
 def main(given):
     config = configure(given, "evaluate")
     if not config.model:
-        raise UserError("--model PATH is needed: a checkpoint folder, such as runs/toy-search-zoom/rl, "
-                        "or a hub id")
+        raise UserError("--model PATH is needed: a hub id or a checkpoint folder, such as "
+                        "runs/toy-search-zoom/rl")
     if bool(config.image) != bool(config.question):
         raise UserError("--image and --question go together")
     if not 0 < config.top_p <= 1:
@@ -1119,7 +1083,8 @@ def show_trace(policy, dialogue, config, question, seed):
     """Prints a trace, and draws it to --save."""
     trace, = next(rollout(policy, [question], dialogue, 1, [seed], **config.sampling()))
     print(trace.text())
-    print(f"-> {trace.answer or 'no answer'} ({trace.ended}; {len(trace.zoom_points)} zoom calls)\n")
+    answer, zoom_calls = trace.answer or "no answer", len(trace.zoom_points)
+    print(f"-> {answer} ({trace.ended}; {zoom_calls} zoom calls)\n")
     if config.save:
         draw_trace(trace).save(config.save)
 
@@ -1137,21 +1102,20 @@ def evaluate_task(policy, dialogue, config):
         answered = read_records(path, settings_of(config, dialogue, len(questions)))
     if rank() == 0:
         show_trace(policy, dialogue, config, questions[0], f"evaluation {config.seed} 0")
-
-    def run_with(dialogue, log):
-        return evaluate(policy, questions, dialogue, config.seed, samples=config.samples,
-                        answered=answered, path=path, log=log, **config.sampling())
-    figures, no_tool = run_with(dialogue, print), None
+    run_with = partial(evaluate, policy, questions, seed=config.seed, samples=config.samples,
+                       answered=answered, path=path, **config.sampling())
+    figures, no_tool = run_with(dialogue, log=print), None
     if config.mode == "zoom" and config.tool:
-        no_tool = run_with(replace(dialogue, tool=False), partial(print, "without tool:"))
+        no_tool = run_with(replace(dialogue, tool=False), log=partial(print, "without tool:"))
     print_report(config, figures, no_tool)
     if config.task in TOYS:
-        baseline = [random_zoom_accuracy(questions, dialogue, n) for n in (0, 1, 4)]
-        print("random-zoom baseline, 0 / 1 / 4 zoom calls: {:.3f} / {:.3f} / {:.3f}".format(*baseline))
+        for zoom_calls in (0, 1, 4):
+            accuracy = random_zoom_accuracy(questions, dialogue, zoom_calls)
+            print(f"random-zoom baseline, {zoom_calls} zoom calls: {accuracy:.3f}")
     if config.json and rank() == 0:
         summary = vars(figures)
         if no_tool or not config.tool:
-            summary = summary | {"accuracy_no_tool": (no_tool or figures).accuracy}
+            summary["accuracy_no_tool"] = (no_tool or figures).accuracy
         write_text(config.json, json.dumps(summary, indent=1) + "\n")
 
 
@@ -1163,17 +1127,14 @@ def settings_of(config, dialogue, n):
 
 
 def print_report(config, figures, no_tool):
-    rows = [[*HEADS, "official", "n"],
-            [*cells(Path(config.task).stem, figures, no_tool), f"{figures.official:.3f}", figures.n]]
-    without = no_tool and no_tool.by | no_tool.benchmarks
-    for name, score in (figures.by | figures.benchmarks).items():
-        accuracy = f"{without[name]['accuracy']:.3f}" if no_tool else "-"
-        rows.append([f"  {name}", f"{score['accuracy']:.3f}", "", accuracy, *[""] * 7, score["n"]])
-    print(table(rows))
+    row = cells(Path(config.task).stem, figures, no_tool)
+    print(table([[*HEADS, "official", "n"], [*row, f"{figures.official:.3f}", figures.n]]))
+    for name, group in (figures.by | figures.benchmarks).items():
+        print(f"  {name}: accuracy {group['accuracy']:.3f}, n {group['n']}")
     if config.samples > 1:
-        print(f"majority vote of {config.samples} samples: {figures.majority:.3f}")
-    print("a trace: " + ", ".join(f"{name} {n:.2f}" for name, n in figures.behaviours.items()))
+        print(f"majority vote of {config.samples} samples: accuracy {figures.majority:.3f}")
+    print("a trace:", *(f"{name} {getattr(figures, name):.2f} " for name in ("regions", *PHRASES)))
 
 
 if __name__ == "__main__":
-    run("evaluate", "Evaluate a checkpoint on a task, or ask it one question about one image.", main)
+    run("evaluate", "Evaluate a checkpoint on a task, or ask it about an image.", main)
