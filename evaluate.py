@@ -459,6 +459,7 @@ def make_question(read, row, number, where):
 ROOTS = (".", "images", "../images", "..", "../..")    # of images, from the file's folder
 
 
+@dataclass
 class QuestionFile:
     """The questions of a file, in memory; their images are read when they are needed."""
     format: str
@@ -593,6 +594,7 @@ def shuffled(n, seed):
 QUESTIONS_A_BLOCK = 64
 
 
+@dataclass
 class Record:
     """What an evaluation keeps of a trace.
 
@@ -786,6 +788,7 @@ def behaviours(trace):
     return {"regions": distinct_crops(points, SAME_PLACE), **counts}
 
 
+@dataclass
 class Report:
     """The figures of an evaluation.
 
