@@ -865,6 +865,12 @@ def shard_like(x, parameter):
     return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
+@dataclass
+class MicroBatch:
+    groups: list
+    weight: float = 1.0
+
+
 def micro_batches(groups, tokens, spare=None):
     """Splits groups of Sequences into batches of at most `tokens` tokens (one group at least),
     those of like length together. -> [(batch, 1.0)]
@@ -881,10 +887,10 @@ def micro_batches(groups, tokens, spare=None):
             batches.append([])
             room = tokens - size(group)
         batches[-1].append(group)
-    counted = [(batch, 1.0) for batch in batches]
+    weighted = [MicroBatch(batch) for batch in batches]
     if spare is None:
-        return counted
-    return counted + [(spare, 0.0)] * (max(gather(len(batches))) - len(batches))
+        return weighted
+    return weighted + [MicroBatch(spare, 0.0)] * (max(gather(len(batches))) - len(batches))
 
 
 def average_gradients(parameters):

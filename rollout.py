@@ -1,4 +1,4 @@
-"""The dialogue: settings, questions, coordinates, the zoom tool, several turns, many traces at once.
+"""The dialogue: settings, questions, coordinates, the zoom tool, turns, many traces at once.
 
 In:  questions about images. Out: `Trace`s: which tokens the policy sampled, where it pointed, what
 it was shown, how it ended.
@@ -8,12 +8,12 @@ Four modes, as in the paper: `direct` (an answer only), `think` (a thought, then
 zoom call, answered by a crop, ..., the answer).
 
 There are two systems of coordinates. The policy reads and writes pixels of the model input, the
-image after the image processor's resize. Files, boxes and crops are in pixels of the original image.
-`Frame` converts, and nothing else does.
+image after the image processor's resize. Files, boxes and crops are in pixels of the original
+image. `Frame` converts, and nothing else does.
 
-Departures from the public code: crops are cut from the original, so that a zoom adds detail; a window
-at the border is moved inside, never stretched; bad calls and points outside are answered in words;
-what is injected is known by construction.
+Departures from the public code: crops are cut from the original, so that a zoom adds detail; a
+window at the border is moved inside, never stretched; bad calls and points outside are answered in
+words; what is injected is known by construction.
 """
 import argparse
 import inspect
@@ -29,6 +29,8 @@ import textwrap
 import threading
 import time
 import traceback
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -114,7 +116,7 @@ class Config:
     kl: float = 0.05                   # coefficient of the KL penalty to the SFT model; 0: none
     clip_norm: float = 1.0             # norm to which gradients are clipped
     diversity: float = 0.0             # bonus of a further distinct crop; fades out by half-time
-    overlong: Literal["mask", "zero"] = "zero"    # traces out of tokens or calls: unused, or reward 0
+    overlong: Literal["mask", "zero"] = "zero"    # truncated and forced traces: unused, or reward 0
     scale_by_std: bool = True          # divide advantages by the group's standard deviation
     eval_n: int = 1024                 # held-out questions of the final table
     eval_task: str = ""                # file of these questions (a tenth of --task is held out)
@@ -143,8 +145,8 @@ class Config:
         return {name: getattr(self, name) for name in names}
 
 
-# What differs from Config's defaults (paper, appendix; evaluation: the authors' scripts), in the order
-# in which it counts. response_tokens: the paper's 2,048 sampled ones, and room for four crops.
+# What differs from Config's defaults (paper, appendix; evaluation: the authors' scripts); a later
+# one counts more. response_tokens: the paper's 2,048 sampled ones, and room for four crops.
 GUI = dict(max_pixels=4_194_304, response_tokens=3072, crop_half=50, crop_size=384, crop_dot=True)
 PRESETS = {
     "real": dict(turn_tokens=1024, response_tokens=4608, cache_tokens=262_144,
@@ -170,9 +172,11 @@ def presets_of(config, family, script):
     """The names of the PRESETS that go with a task of a family and a policy."""
     turns = "several turns" if config.mode == "zoom" else "single turn"
     names = ["real", family, turns] if family != "drawn" else []
-    if script == "evaluate":
-        return [*names, *(f"evaluation, {name}" for name in names), "evaluation" * (family != "drawn")]
-    return [*names, "model", f"model, {turns}"] if config.model else names
+    if script == "evaluate" and names:
+        return [*names, "evaluation", *(f"evaluation, {name}" for name in names)]
+    if script != "evaluate" and config.model:
+        return [*names, "model", f"model, {turns}"]
+    return names
 
 
 def make_config(given, family, script):
@@ -262,7 +266,7 @@ def describe_config(config, script):
 
 # ---------------------------------------------------------------------------------------- questions
 
-MAX_IMAGE_PIXELS = 2**27    # of a file, refused before it is decoded: 134 million, 384 MiB in memory
+MAX_IMAGE_PIXELS = 2**27    # of a file, refused before it is decoded: 384 MiB in memory
 Image.MAX_IMAGE_PIXELS = None    # our own check, below, is an error and not a warning
 
 
@@ -272,10 +276,10 @@ class Question:
 
     images: PIL images, paths, or functions without arguments that return PIL images; they are read
     when they are needed. answer: text for kind "choice", "string" and "action"; a box
-    (x1, y1, x2, y2) or a polygon ((x, y), ...) in px of the original image for "point". choices: the
-    options' texts in the order of their letters. hint: what the answer shall look like, where the
-    text does not say it. scene: what is drawn where, of a synthetic image. where: file and row, for
-    messages."""
+    (x1, y1, x2, y2) or a polygon ((x, y), ...) in px of the original image for "point". choices:
+    the options' texts in the order of their letters. hint: what the answer shall look like, where
+    the text does not say it. scene: what is drawn where, of a synthetic image. where: file and row,
+    for messages."""
     text: str
     images: list
     answer: object
@@ -286,10 +290,16 @@ class Question:
     category: str = ""
     scene: object = None
     where: str = ""
+    loaded: list | None = None
 
     def load(self):
-        """-> the images, RGB."""
-        return [self.load_one(image) for image in self.images]
+        """-> the images, RGB. They are kept until `release`: each zoom call needs them again."""
+        if self.loaded is None:
+            self.loaded = [self.load_one(image) for image in self.images]
+        return self.loaded
+
+    def release(self):
+        self.loaded = None
 
     def load_one(self, image):
         if isinstance(image, (str, Path)):
@@ -307,8 +317,8 @@ def read_image(source, where=""):
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = image.size
             if width * height > MAX_IMAGE_PIXELS:
-                raise UserError(f"{name}: {width}x{height} px is more than {MAX_IMAGE_PIXELS:,} px; "
-                                "scale it down first")
+                raise UserError(f"{name}: {width}x{height} px is more than {MAX_IMAGE_PIXELS:,} "
+                                "px; scale it down first")
             if max(width, height) > 200 * min(width, height):
                 raise UserError(f"{name}: {width}x{height} px is too thin; the model takes at most "
                                 "200:1")
@@ -340,7 +350,7 @@ def format_point(point):
 
 @dataclass(frozen=True)
 class Frame:
-    """The sizes (width, height) in px of one image: as the model gets it, and as it is in the file."""
+    """The sizes (width, height) in px of an image: of the model input, and of the original."""
     input_size: tuple[int, int]
     original_size: tuple[int, int]
 
@@ -480,6 +490,8 @@ class Trace(Sequence):
     prefix: str = ""                  # text of the current turn that was written for the policy
     must_answer: bool = False         # the zoom calls ran out, or there is no tool
     crops: dict = field(default_factory=dict)    # Pictures by window, of all traces of the question
+    score: object = None              # a reward.Score, once it is scored
+    advantage: float = 0.0            # relative to its group
 
     @property
     def answer(self):
@@ -509,20 +521,24 @@ class Trace(Sequence):
 # ------------------------------------------------------------------------------------- the dialogue
 
 SYSTEM_PROMPTS = {
-    "direct": "Answer the question about the image. Write nothing but <answer> your answer </answer>.",
-    "think": "Answer the question about the image. First reason, step by step, between <think> and "
-             "</think>; then write <answer> your answer </answer>.",
-    "grounded": "Answer the question about the image. First reason between <think> and </think>, in "
-                "three to seven steps. Each step is a sentence about one place in the image and ends "
-                "with that place as a point (x, y), in pixels from the top left corner. Look again "
-                "where a step turns out to be wrong. Then write <answer> your answer </answer>.",
-    "zoom": "Answer the question about the image. You may look closer before you answer. In every "
-            "turn, first write a thought between <think> and </think> that names the place it is "
-            "about as a point (x, y), in pixels of the first image from its top left corner. Then "
-            "either look at a place with <tool_call>\n{\"name\": \"search_coordinate\", "
-            "\"arguments\": {\"coordinate\": [x, y]}}\n</tool_call>, which shows you a close-up of it, "
-            "or finish with <answer> your answer </answer>. Look elsewhere when a close-up does not "
-            "show what you need.",
+    "direct":
+        "Answer the question about the image. Write nothing but <answer> your answer </answer>.",
+    "think":
+        "Answer the question about the image. First reason, step by step, between <think> and "
+        "</think>; then write <answer> your answer </answer>.",
+    "grounded":
+        "Answer the question about the image. First reason between <think> and </think>, in three "
+        "to seven steps. Each step is a sentence about one place in the image and ends with that "
+        "place as a point (x, y), in pixels from the top left corner. Look again where a step "
+        "turns out to be wrong. Then write <answer> your answer </answer>.",
+    "zoom":
+        "Answer the question about the image. You may look closer before you answer. In every "
+        "turn, first write a thought between <think> and </think> that names the place it is about "
+        "as a point (x, y), in pixels of the first image from its top left corner. Then either "
+        "look at a place with <tool_call>\n"
+        '{"name": "search_coordinate", "arguments": {"coordinate": [x, y]}}\n'
+        "</tool_call>, which shows you a close-up of it, or finish with <answer> your answer "
+        "</answer>. Look elsewhere when a close-up does not show what you need.",
 }
 
 
@@ -537,8 +553,8 @@ class Dialogue:
     before_dotted: instead of before_crop, where the crop has a dot. no_calls_left: the observation
     after the last call. forced_answer: then written for the policy, as the beginning of its turn.
     hints: say what an answer shall look like where the question does not. coordinates: of the model
-    input ("input"), or, as in the public code, of the image scaled to at most max_pixels, before its
-    sides are rounded to whole tokens ("unrounded")."""
+    input ("input"), or, as in the public code, of the image scaled to at most max_pixels, before
+    its sides are rounded to whole tokens ("unrounded")."""
     mode: str = "zoom"
     tool: bool = True
     system_prompts: dict = field(default_factory=lambda: dict(SYSTEM_PROMPTS))
@@ -578,8 +594,8 @@ class Dialogue:
         return chunk, frames
 
     def start(self, policy, question, group, seed=0):
-        """`group` empty Traces of a question, sharing one prompt; number i samples by random numbers
-        from `seed` and i."""
+        """`group` empty Traces of a question, sharing one prompt; number i samples by random
+        numbers from `seed` and i."""
         prompt, frames = self.prompt(policy, question)
         prefix, crops = "" if self.tool else self.forced_answer, {}
         return [Trace(prompt, rng=random.Random(f"{seed} {i}"), question=question, mode=self.mode,
@@ -641,7 +657,8 @@ class Dialogue:
             part, pictures = {"type": "text", "text": shown}, []
         else:
             part, pictures = {"type": "image"}, [shown]
-        content = [{"type": "text", "text": before}, part, {"type": "text", "text": self.after_crop}]
+        after = {"type": "text", "text": self.after_crop}
+        content = [{"type": "text", "text": before}, part, after]
         chunk = policy.reply(content, pictures)
         chunk.ids += policy.encode(trace.prefix)
         trace.turn_starts.append(len(trace.ids) + len(chunk.ids))
@@ -691,9 +708,23 @@ def rollout(policy, questions, dialogue, group, seeds, **sampling):
     questions: an iterable, read as there is room for more. seeds: one for each (anything that
     prints), from which alone its random numbers follow, whatever runs beside it and in how many
     processes. sampling: see `model.Engine`."""
-    groups = (dialogue.start(policy, question, group, seed)
-              for question, seed in zip(questions, seeds, strict=False))
-    yield from continue_traces(policy, groups, dialogue, **sampling)
+    with ThreadPoolExecutor(READ_AHEAD) as threads:
+        groups = start_ahead(threads, policy, questions, dialogue, group, seeds)
+        yield from continue_traces(policy, groups, dialogue, **sampling)
+
+
+READ_AHEAD = 4          # questions whose images are read by threads while the model works
+
+
+def start_ahead(threads, policy, questions, dialogue, group, seeds):
+    """Yields the empty Traces of each question; those of the next ones are on their way."""
+    waiting = deque()
+    for question, seed in zip(questions, seeds, strict=False):
+        waiting.append(threads.submit(dialogue.start, policy, question, group, seed))
+        if len(waiting) > READ_AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def continue_traces(policy, groups, dialogue, **sampling):
@@ -703,6 +734,7 @@ def continue_traces(policy, groups, dialogue, **sampling):
     for traces in Engine(policy, **sampling).run(groups, on_turn):
         for trace in traces:
             trace.ended = trace.ended or "truncated"     # there was no room for the observation
+        traces[0].question.release()
         yield traces
 
 
@@ -783,7 +815,7 @@ def leave(message, code):
 
 
 def processes_to_start(given):
-    """The number of processes that the command line asks for; 1: this one alone. Raises UserError."""
+    """The number of processes that the command line asks for; 1: this one alone."""
     asked = given.get("processes")
     if asked is not None and asked < 1:
         raise UserError("--processes must be at least 1")
@@ -839,7 +871,7 @@ def join_processes():
             backend = "nccl"
         dist.init_process_group(backend, timeout=timedelta(hours=4))
     if rank():
-        sys.stdout = open(os.devnull, "w")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def end_with(parent):

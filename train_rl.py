@@ -1,18 +1,20 @@
 """GRPO by hand, and the whole job: `python train_rl.py` goes from nothing to a trained policy.
 
-In:  a task and a checkpoint (by default everything before it is made: the tiny base, tree search, supervised fine-tuning).
-Out: a run folder: config.json, log.jsonl (a line a step), traces.jsonl (sampled traces with their rewards), the checkpoints
-     sft/ and rl/, state.pt (to resume from), summary.json (the final table). The tiny base is in runs/tiny/.
+In:  a task and a checkpoint (by default everything before it is made: the tiny base, tree search,
+     supervised fine-tuning).
+Out: a run folder: args.json, log.jsonl (a line a step), traces.jsonl (sampled traces with their
+     rewards), the checkpoints sft/ and rl/, state.pt (to resume from), summary.json (the final
+     table). The tiny base is in runs/tiny/.
 
-Each process rolls out and learns from its own share of the questions, and all make the same update.
+Each process samples and learns from its own share of the questions, and all make the same update.
 
-Kept of GRPO (DeepSeekMath; as the paper uses it): G traces a question, advantages relative to their group, clipped
-probability ratios (0.2 below, 0.28 above, a second clip at 3 for negative advantages), a KL penalty to the SFT model by the k3
-estimator inside the loss, mean over tokens, one update a batch.
-Changed: one denominator for the whole update, whatever the micro-batches; traces that ran out of tokens, or of looks and had
-to be asked for their answer, earn nothing, or are left out of loss and statistics (Mini-o3's way; --overlong); groups whose
-rewards are all equal teach nothing and are skipped; the probabilities at sampling time are those recorded by the engine, so
-no second pass computes them.
+Kept of GRPO (DeepSeekMath; as the paper uses it): G traces a question, advantages relative to their
+group, clipped probability ratios (0.2 below, 0.28 above, a second clip at 3 for negative
+advantages), a KL penalty to the SFT model by the k3 estimator inside the loss, mean over tokens.
+Changed: one denominator for the whole update, whatever the micro-batches; overlong traces earn
+nothing, or are left out of loss and statistics (Mini-o3's way; --overlong); groups with equal
+rewards teach nothing and are skipped; the log-probabilities at sampling time are those that the
+engine recorded, so no second pass computes them.
 """
 import json
 import math
@@ -22,115 +24,154 @@ from pathlib import Path
 
 import torch
 from torch.utils._pytree import tree_map
+from transformers import AutoModelForImageTextToText
 
-from evaluate import (HEADS, TOYS, blind_accuracy, cells, evaluate, mean, open_file, questions_of, table,
-                      targets_hit, true_thoughts)
-from model import (UserError, full_tensor, gather, gather_shares, is_sharded, load, micro_batches, move_into_place,
-                   rank, shard_like, sum_over_processes, unsharded, world_size, write_text)
-from reward import MULTI_TURN, SINGLE_TURN, Weights, score
+from evaluate import (
+    HEADS,
+    TOYS,
+    blind_accuracy,
+    cells,
+    evaluate,
+    mean,
+    open_file,
+    questions_of,
+    table,
+    targets_hit,
+    true_thoughts,
+)
+from model import (
+    MAX_LOGITS,
+    REPLICATED,
+    UserError,
+    full_tensor,
+    gather,
+    gather_shares,
+    is_sharded,
+    load,
+    micro_batches,
+    move_into_place,
+    rank,
+    read_config,
+    shard_like,
+    sum_over_processes,
+    unsharded,
+    world_size,
+    write_text,
+)
+from reward import MULTI_TURN, SINGLE_TURN, score
 from rollout import OVERLONG, describe_config, make_dialogue, rollout, run
-from train_sft import (configure_training, folder_of, learning_rate, load_trainable, make_optimizers,
-                       optimizer_step, remaining, warm_start)
+from train_sft import (
+    configure_training,
+    folder_of,
+    learning_rate,
+    load_trainable,
+    make_optimizers,
+    optimizer_step,
+    remaining,
+    warm_start,
+)
 
-# ------------------------------------------------------------------------------------------------ the update
-
+# ------------------------------------------------------------------------------ advantages and loss
 
 def group_advantages(rewards, counted, scale):
-    """Advantages of one group: (r - mean) / (std + 1e-6) over the traces that count, 0 for the others.
+    """Advantages of one group: (r - mean) / (std + 1e-6) over the traces that count, 0 for others.
 
-    rewards: list of floats; counted: list of bools; scale False: without the division by std (Dr. GRPO)."""
-    kept = [r for r, c in zip(rewards, counted) if c]
+    rewards: list of floats; counted: list of bools; scale False: not divided by std (Dr. GRPO)."""
+    kept = [r for r, counts in zip(rewards, counted, strict=True) if counts]
     if len(kept) < 2:
         return [0.0] * len(rewards)
-    centre = sum(kept) / len(kept)
-    spread = math.sqrt(sum((r - centre)**2 for r in kept) / len(kept)) + 1e-6 if scale else 1.0
-    return [(r - centre) / spread if c else 0.0 for r, c in zip(rewards, counted)]
+    centre, spread = mean(kept), 1.0
+    if scale:
+        spread = math.sqrt(mean((r - centre)**2 for r in kept)) + 1e-6
+    return [(r - centre) / spread * counts for r, counts in zip(rewards, counted, strict=True)]
 
 
-def advantages_of(scores, complete, config):
-    """Advantages of one group's traces from their Scores. complete: which ended of their own accord; the others are left out
-    of the statistics and get 0 (--overlong mask), or count as traces that earned nothing (--overlong zero)."""
-    if config.overlong == "mask":
-        return group_advantages([s.total for s in scores], complete, config.scale_by_std)
-    rewards = [s.total if ended else 0.0 for s, ended in zip(scores, complete)]
-    return group_advantages(rewards, [True] * len(rewards), config.scale_by_std)
+def set_advantages(traces, config):
+    """Sets the advantage of each scored trace of a group.
+
+    Overlong traces are left out of the statistics and get 0 (--overlong mask), or count as traces
+    that earned nothing (--overlong zero)."""
+    complete = [trace.ended not in OVERLONG for trace in traces]
+    rewards = [trace.score.total for trace in traces]
+    if config.overlong == "zero":
+        rewards = [r * ended for r, ended in zip(rewards, complete, strict=True)]
+        complete = [True] * len(traces)
+    advantages = group_advantages(rewards, complete, config.scale_by_std)
+    for trace, advantage in zip(traces, advantages, strict=True):
+        trace.advantage = advantage
 
 
 def grpo_loss(new, old, ref, advantages, *, kl, clip_low=0.2, clip_high=0.28, dual_clip=3.0):
-    """The summed loss of some tokens, and what to log; all arguments are (N,).
+    """The summed loss of some tokens, and sums to log; all arguments are (N,).
 
-    new, old, ref: log-probabilities under the policy, at sampling time, and under the reference model (None: no penalty).
-    Clipped surrogate: max(-A * ratio, -A * clip(ratio)), for negative A at most -A * dual_clip; penalty: k3 = exp(d) - d - 1
-    with d = ref - new. The caller divides by the number of tokens of the whole update."""
+    new, old, ref: log-probabilities under the policy, at sampling time, and under the reference
+    model (None: no penalty). Clipped surrogate: max(-A * ratio, -A * clip(ratio)), for negative A
+    at most -A * dual_clip; penalty: k3 = exp(d) - d - 1 with d = ref - new. The caller divides by
+    the number of tokens of the whole update."""
     ratio = (new - old).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+    surrogate = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(surrogate, clipped)
     loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
-    off = ((-advantages * clipped) > (-advantages * ratio)).float()          # where the clip decides
-    divergence = torch.zeros_like(new)
+    sums = {"kl": 0.0, "clip": (clipped > surrogate).sum().item(),
+            "drift": (new - old).abs().sum().item()}
     if ref is not None:
         d = ref - new
-        divergence = d.exp() - d - 1
-        loss = loss + kl * divergence
-    return loss.sum(), {"kl": divergence.detach().sum().item(), "clip": off.sum().item()}
+        k3 = d.exp() - d - 1
+        loss = loss + kl * k3
+        sums["kl"] = k3.sum().item()
+    return loss.sum(), sums
 
 
-@torch.no_grad()
-def reference_log_probs(reference, batches, config):
-    """Log-probabilities (N,) of each micro-batch under the reference model, None without one."""
-    if reference is None:
-        return [None] * len(batches)
-    return [reference.log_probs(micro, config.temperature) for micro in batches]
-
+# --------------------------------------------------------------------------------------- the update
 
 def train_step(policy, reference, groups, optimizers, config, factor):
-    """One update on the traces of some groups. -> what to log, of all processes
+    """One update on groups of traces with advantages. -> {name: value} to log, of all processes
 
-    groups: [(traces, advantages)], each process's own, or none where weights are replicated."""
-    spare = None
-    if is_sharded(policy):
-        lists = [traces for traces, _ in groups]
-        spare = [min(lists, key=lambda traces: sum(len(t.ids) for t in traces))[:1]]
-    groups = [(traces, a) for traces, a in groups if any(a)]
-    kept = [([t for t, x in zip(traces, a) if x], [x for x in a if x]) for traces, a in groups]
-    advantage_of = {id(t): x for traces, a in kept for t, x in zip(traces, a)}
-    tokens = int(sum_over_processes([sum(sum(t.sampled) for traces, _ in kept for t in traces)])[0])
-    sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0, "groups_used": len(kept)}
-    if not tokens:
+    groups: this process's share; where weights are sharded, one group at least."""
+    teaching = [[trace for trace in traces if trace.advantage] for traces in groups]
+    teaching = [traces for traces in teaching if traces]
+    own_tokens = sum(sum(trace.sampled) for traces in teaching for trace in traces)
+    tokens = int(sum_over_processes([own_tokens])[0])
+    sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0, "drift": 0.0, "groups_used": len(teaching)}
+    if not tokens:                          # in no process: all groups had equal rewards
         return {**sums, "grad_norm": 0.0, "tokens": 0}
-    batches = micro_batches([traces for traces, _ in kept], config.micro_tokens, spare)
-    references = reference_log_probs(reference, [micro for micro, _ in batches], config)
+
     policy.model.train()
-    for (micro, counts), ref in zip(batches, references):
-        flat = [(trace, log_prob) for traces in micro for trace in traces
-                for log_prob, sampled in zip(trace.log_probs, trace.sampled) if sampled]
-        old = torch.tensor([log_prob for _, log_prob in flat], device=policy.device)
-        advantages = torch.tensor([advantage_of.get(id(trace), 0.0) for trace, _ in flat], device=policy.device)
-        loss, logged = grpo_loss(policy.log_probs(micro, config.temperature), old, ref, advantages, kl=config.kl)
-        (loss * counts * world_size() / tokens).backward()  # gradients are averaged over processes
-        for name, value in {"loss": loss.item(), **logged}.items():
-            sums[name] += value * counts / tokens
+    spare = min(groups, key=total_tokens)[:1] if is_sharded(policy) else None
+    for batch in micro_batches(teaching, config.micro_tokens, spare):
+        old, advantages = token_tensors(batch.groups, policy.device)
+        ref = None
+        if reference is not None:
+            with torch.no_grad():
+                ref = reference.log_probs(batch.groups, config.temperature)
+        new = policy.log_probs(batch.groups, config.temperature)
+        loss, batch_sums = grpo_loss(new, old, ref, advantages, kl=config.kl)
+        # world_size: gradients are averaged over processes, and this is a sum
+        (loss * batch.weight * world_size() / tokens).backward()
+        for name, value in {"loss": loss.item(), **batch_sums}.items():
+            sums[name] += value * batch.weight / tokens
     policy.model.eval()
-    norm = optimizer_step(policy.trainable(), optimizers, factor, config.clip_norm)
-    of_all = dict(zip(sums, sum_over_processes(list(sums.values()))))
-    return {**of_all, "groups_used": int(of_all["groups_used"]), "grad_norm": norm, "tokens": tokens}
+    grad_norm = optimizer_step(policy.trainable(), optimizers, factor, config.clip_norm)
+    totals = dict(zip(sums, sum_over_processes(list(sums.values())), strict=True))
+    return {**totals, "grad_norm": grad_norm, "tokens": tokens}
 
 
-def add_up(updates):
-    """What to log of a step's updates: counts are added, all else is averaged."""
-    counts = ("groups_used", "tokens")
-    return {name: (sum if name in counts else mean)([u[name] for u in updates]) for name in updates[0]}
+def total_tokens(traces):
+    return sum(len(trace.ids) for trace in traces)
 
 
-# ------------------------------------------------------------------------------------------------ the job
+def token_tensors(groups, device):
+    """Log-probabilities at sampling time and advantages of all sampled tokens, each (N,)."""
+    old, advantages = [], []
+    for trace in [trace for traces in groups for trace in traces]:
+        sampled = [x for x, s in zip(trace.log_probs, trace.sampled, strict=True) if s]
+        old += sampled
+        advantages += [trace.advantage] * len(sampled)
+    return torch.tensor(old, device=device), torch.tensor(advantages, device=device)
 
-def weights_at(config, step):
-    """The reward's weights; the bonus for distinct looks fades out linearly by half-time."""
-    if config.mode != "zoom":
-        return SINGLE_TURN
-    return Weights(MULTI_TURN.correct, MULTI_TURN.format, config.diversity * max(0.0, 1 - 2 * step / config.steps),
-                   MULTI_TURN.max_extra, min_distance=10)
 
+# ----------------------------------------------------------------------------------------- the loop
 
 def train(policy, reference, dialogue, config, out):
     """The GRPO loop."""
@@ -138,180 +179,340 @@ def train(policy, reference, dialogue, config, out):
     first = restore(policy, optimizers, out) if config.resume else 0
     started = time.time()
     for step in range(first, config.steps):
-        begun = time.time()
-        questions = questions_of(config, "train", config.questions, config.search_questions + step * config.questions)
-        seeds = [f"GRPO {config.seed} {step} {i}" for i in range(config.questions)]
-        mine = slice(rank(), None, world_size())
-        with unsharded(policy):
-            groups = list(rollout(policy, questions[mine], dialogue, config.group, seeds[mine], **config.sampling()))
-        number = {question: i for i, question in enumerate(questions)}
-        groups.sort(key=lambda traces: number[traces[0].question])  # they come as they end
-        sampled = time.time() - begun
+        step_started = time.time()
+        groups = sample_groups(policy, dialogue, config, step)
+        sampling_seconds = time.time() - step_started
+        weights = reward_weights(config, step)
+        for traces in groups:
+            for trace in traces:
+                trace.score = score(trace, weights)
+            set_advantages(traces, config)
 
-        weights = weights_at(config, step)
-        scored = [(traces, [score(t, weights) for t in traces]) for traces in groups]
-        counted = [[t.ended not in OVERLONG for t in traces] for traces in groups]
-        advantages = [advantages_of(scores, ok, config) for (_, scores), ok in zip(scored, counted)]
         factor = learning_rate(step, config.steps, max(1, config.warm_up), config.final_lr)
-        updates, update = [], config.update_questions or config.questions
-        for first_of_update in range(0, config.questions, update):
-            share = range(first_of_update, first_of_update + update)
-            pairs = [(traces, a) for (traces, _), a in zip(scored, advantages)
-                     if number[traces[0].question] in share]
-            updates.append(train_step(policy, reference, pairs, optimizers, config, factor))
-        learnt = add_up(updates)
+        updates = [train_step(policy, reference, part, optimizers, config, factor)
+                   for part in split_for_updates(groups, config)]
 
-        rows = [[(row_of(t), s) for t, s in zip(traces, scores)] for traces, scores in scored]
-        flat = sum(gather_shares(rows), [])
-        counted = gather_shares(counted)
-        line = {"step": step + 1, "reward": mean(s.total for _, s in flat), "accuracy": mean(s.correct for _, s in flat),
-                "format": mean(s.format for _, s in flat), "grounded": mean(s.grounded for _, s in flat),
-                "diversity": mean(s.diversity for _, s in flat), "crops": mean(s.zoom_calls for _, s in flat),
-                "overlong": 1 - mean(ok for row in counted for ok in row), **measured(row for row, _ in flat), **learnt, "lr": config.lr * factor,
-                "seconds": time.time() - begun, "sampling_seconds": sampled}
+        rows = sum(gather_shares([[row_of(trace) for trace in traces] for traces in groups]), [])
+        line = {"step": step + 1, **describe_rows(rows), **describe_updates(updates),
+                "lr": config.lr * factor, "seconds": time.time() - step_started,
+                "sampling_seconds": sampling_seconds}
         if rank() == 0:
-            keep_log(out, line, flat)
-        print_line(line, config, remaining(started, step + 1 - first, config.steps - first))
+            append_rows(out / "log.jsonl", [line])
+            append_rows(out / "traces.jsonl", [{"step": step + 1, **row} for row in rows])
+        print_line(line, config.steps, remaining(started, step + 1 - first, config.steps - first))
         if step % config.save_every == 0 and rank() == 0:
-            trace, s = scored[0][0][0], scored[0][1][0]
-            print(f"\n{trace.text()}\n-> truth: {trace.question.answer}; reward {s.total:.2f} = correct {s.correct:.0f}, "
-                  f"format {s.format:.0f}, grounded {s.grounded:.0f}, diversity {s.diversity:.2f} {s.why}\n")
+            print_trace(groups[0][0])
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            keep_state(policy, optimizers, out, step + 1)
+            save_state(policy, optimizers, out, step + 1)
 
 
-def print_line(line, config, left):
-    print(f"step {line['step']}/{config.steps}  reward {line['reward']:.3f}  accuracy {line['accuracy']:.3f}  "
-          f"format {line['format']:.2f}  grounded {line['grounded']:.2f}  looks {line['crops']:.2f}  "
-          f"overlong {line['overlong']:.2f}  "
-          + "".join(f"{name.replace('_', ' ')} {line[name]:.2f}  " for name in ("on_target", "true_thoughts") if name in line)
-          + f"tokens {line['tokens']}  kl {line['kl']:.3f}  clip {line['clip']:.3f}  "
-          f"grad {line['grad_norm']:.2f}  {line['seconds']:.2f} s  ({left})", flush=True)
+def sample_groups(policy, dialogue, config, step):
+    """This process's share of a step's groups, in the order of their questions."""
+    start = config.search_questions + step * config.questions
+    questions = questions_of(config, "train", config.questions, start)
+    seeds = [f"GRPO {config.seed} {step} {i}" for i in range(config.questions)]
+    mine = slice(rank(), None, world_size())
+    number = {question: i for i, question in enumerate(questions)}
+    with unsharded(policy):
+        groups = list(rollout(policy, questions[mine], dialogue, config.group, seeds[mine],
+                              **config.sampling()))
+    return sorted(groups, key=lambda traces: number[traces[0].question])
 
 
-def keep_log(out, line, flat):
-    """Appends the step to log.jsonl and its traces to traces.jsonl."""
-    with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-    with open(out / "traces.jsonl", "a") as file:
-        for row, s in flat:
-            file.write(json.dumps({"step": line["step"], **row, **asdict(s)}, default=str) + "\n")
+def split_for_updates(groups, config):
+    """A step's groups, of this process, as a list of lists: one an update."""
+    update = config.update_questions or config.questions
+    parts = [[] for _ in range(math.ceil(config.questions / update))]
+    for i, traces in enumerate(groups):
+        number = rank() + i * world_size()          # of its question in the step
+        parts[number // update].append(traces)
+    return parts
 
+
+def reward_weights(config, step):
+    """The reward's weights; the bonus for distinct crops fades out linearly by half-time."""
+    if config.mode != "zoom":
+        return SINGLE_TURN
+    fade = max(0.0, 1 - 2 * step / config.steps)
+    return replace(MULTI_TURN, diversity=config.diversity * fade)
+
+
+# ----------------------------------------------------------------------------------- what is logged
 
 def row_of(trace):
-    """What traces.jsonl has of a trace, beside its score."""
-    return {"id": trace.question.id, "question": trace.question.text, "truth": trace.question.answer,
-            "turns": [t.text for t in trace.turns], "ended": trace.ended, "on_target": targets_hit(trace),
-            "true_thoughts": true_thoughts(trace)}
+    """What traces.jsonl has of a trace."""
+    return {"id": trace.question.id, "question": trace.question.text,
+            "truth": trace.question.answer, "turns": [turn.text for turn in trace.turns],
+            "ended": trace.ended, "on_target": targets_hit(trace),
+            "true_thoughts": true_thoughts(trace), **asdict(trace.score)}
 
 
-def measured(rows):
-    """What is true of the traces of some rows, where it is known: shares of points on target and of true thoughts."""
-    rows = list(rows)
-    values = {name: [value for row in rows for value in row[name]] for name in ("on_target", "true_thoughts")}
-    return {name: mean(found) for name, found in values.items() if found}
+def describe_rows(rows):
+    """Means over a step's traces. on_target and true_thoughts only where the truth is known."""
+    line = {"reward": mean(row["total"] for row in rows),
+            "accuracy": mean(row["correct"] for row in rows)}
+    for name in ("format", "grounded", "diversity", "zoom_calls"):
+        line[name] = mean(row[name] for row in rows)
+    line["overlong"] = mean(row["ended"] in OVERLONG for row in rows)
+    for name in ("on_target", "true_thoughts"):
+        if values := sum((row[name] for row in rows), []):
+            line[name] = mean(values)
+    return line
 
 
-def keep_state(policy, optimizers, out, step):
-    """state.pt: all that is needed to go on after `step`, with any number of processes; written whole."""
-    def gathered(x):                # one tensor at a time; only the first process keeps it, in the host's memory
+def describe_updates(updates):
+    """Of a step's updates: counts are added, the drift is the first one's, all else is averaged."""
+    line = {name: mean(update[name] for update in updates) for name in updates[0]}
+    for name in ("groups_used", "tokens"):
+        line[name] = int(sum(update[name] for update in updates))
+    return {**line, "drift": updates[0]["drift"]}
+
+
+SHOWN = {"reward": ".3f", "accuracy": ".3f", "format": ".2f", "grounded": ".2f",
+         "zoom_calls": ".2f", "overlong": ".2f", "on_target": ".2f", "true_thoughts": ".2f",
+         "tokens": "d", "kl": ".3f", "clip": ".3f", "drift": ".4f", "grad_norm": ".2f"}
+
+
+def print_line(line, steps, left):
+    values = [f"{name.replace('_', ' ')} {line[name]:{form}}"
+              for name, form in SHOWN.items() if name in line]
+    print(f"step {line['step']}/{steps}  {'  '.join(values)}  {line['seconds']:.2f} s  ({left})",
+          flush=True)
+
+
+def print_trace(trace):
+    s = trace.score
+    print(f"\n{trace.text()}\n-> truth: {trace.question.answer}; reward {s.total:.2f} = correct "
+          f"{s.correct:.0f}, format {s.format:.0f}, grounded {s.grounded:.0f}, diversity "
+          f"{s.diversity:.2f} {s.why}\n")
+
+
+def append_rows(path, rows):
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+
+
+# ---------------------------------------------------------------------------------- save and resume
+
+def save_state(policy, optimizers, out, step):
+    """state.pt: all that is needed to go on after `step`, with any number of processes."""
+    def gathered(x):                # one tensor at a time; the first process keeps it, on the host
         x = full_tensor(x)
-        return x if not torch.is_tensor(x) else x.cpu() if rank() == 0 else None
-    state = tree_map(gathered, {"model": policy.model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
+        if not torch.is_tensor(x):
+            return x
+        return x.cpu() if rank() == 0 else None
+    state = {"model": policy.model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    state = tree_map(gathered, state)
     if rank() == 0:
         torch.save({"step": step, **state}, out / "state.pt.part")
         move_into_place(out / "state.pt.part", out / "state.pt")
 
 
 def restore(policy, optimizers, out):
-    """Goes back to the last state kept, and drops what was logged after it. -> the number of steps done"""
-    path = out / "state.pt"
-    if not path.is_file():
-        step = 0
-    else:
+    """Goes back to the last state saved, and drops what was logged after it. -> the steps done"""
+    path, step = out / "state.pt", 0
+    if path.is_file():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            parts = policy.model.state_dict()
-            policy.model.load_state_dict({name: shard_like(x, parts[name]) for name, x in state["model"].items()})
-            for optimizer, kept in zip(optimizers, state["optimizers"]):
-                params = [p for group in optimizer.param_groups for p in group["params"]]
-                for i, of_p in kept["state"].items():
-                    of_p.update({k: shard_like(x, params[i]) for k, x in of_p.items() if getattr(x, "shape", 0) == params[i].shape})
-                optimizer.load_state_dict(kept)
+            load_state(policy, optimizers, state)
+            step = state["step"]
         except Exception as error:
             raise UserError(f"{path}: cannot be resumed from ({str(error).splitlines()[0]}); "
                             "delete it to start GRPO again") from error
-        step = state["step"]
-    for name in ("log.jsonl", "traces.jsonl"):
-        if rank() == 0 and (out / name).is_file():
-            lines = [row for row in (out / name).read_text().splitlines(keepends=True) if row.endswith("\n")]
-            write_text(out / name, "".join(row for row in lines if json.loads(row)["step"] <= step))
+    if rank() == 0:
+        drop_rows_after(out / "log.jsonl", step)
+        drop_rows_after(out / "traces.jsonl", step)
     print(f"resuming after step {step}")
     return step
 
 
-def check_arguments(config, out):
-    """A run is resumed as it was begun: other arguments would not give the result of either."""
-    free = {"resume", "out", "eval_n", "save_every", "micro_tokens", "cache_tokens", "given", "dry_run", "processes"}
-    try:
-        began = json.loads((out / "args.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out / 'config.json'}: cannot be read ({error}); there is nothing to resume, so leave out "
-                        "--resume") from None
-    other = [f"--{k.replace('_', '-')} {began.get(k)}" for k, v in vars(config).items() if k not in free and began.get(k) != v]
-    if other:
-        raise UserError(f"{out} was begun with {', '.join(other)}; resume it with the same, or give another --out")
+def load_state(policy, optimizers, state):
+    """Loads what `save_state` saved, sharded as the policy and its optimizers are."""
+    parts = policy.model.state_dict()
+    policy.model.load_state_dict({name: shard_like(x, parts[name])
+                                  for name, x in state["model"].items()})
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, values in saved["state"].items():
+            for name, x in values.items():
+                if getattr(x, "shape", None) == parameters[i].shape:
+                    values[name] = shard_like(x, parameters[i])
+        optimizer.load_state_dict(saved)
 
+
+def drop_rows_after(path, step):
+    """Drops the rows of later steps, and one that was being written."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        write_text(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+CAN_CHANGE = {"resume", "out", "eval_n", "save_every", "micro_tokens", "cache_tokens", "given",
+              "dry_run", "processes"}
+
+
+def check_settings(config, out):
+    """A run is resumed as it was started: other settings would give the result of neither."""
+    try:
+        started_with = json.loads((out / "args.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out / 'args.json'}: cannot be read ({error}); there is nothing to "
+                        "resume, so leave out --resume") from None
+    other = [f"--{name.replace('_', '-')} {started_with.get(name)}"
+             for name, value in vars(config).items()
+             if name not in CAN_CHANGE and started_with.get(name) != value]
+    if other:
+        raise UserError(f"{out} was started with {', '.join(other)}; resume it with the same, or "
+                        "give another --out")
+
+
+# --------------------------------------------------------------------------------------- GPU memory
+
+def count_parameters(config):
+    """Of a checkpoint's config -> parameters of the whole model, of its vision tower."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    return sum(sizes.values()), sum(n for name, n in sizes.items() if ".visual." in name)
+
+
+def update_bytes(text, prompt, group, response, width=2):
+    """Bytes of activations at the peak of an update's pass with gradient checkpointing.
+
+    text: the language model's config; prompt, response: tokens; group: responses a prompt; width:
+    bytes of a number. One hidden state a layer and token is kept. Then comes the larger of a layer
+    run again (a token has 6 numbers an inner unit of the MLP, 8 a hidden unit, 3 each of queries,
+    keys and values; a response has a copy of its prompt's keys and values), and the logits (3 times
+    in float32, once in `width`, and once more the output matrix's gradient)."""
+    hidden, tokens = text.hidden_size, prompt + group * response
+    kv = 2 * hidden // text.num_attention_heads * text.num_key_value_heads
+    kept = (text.num_hidden_layers + 2) * tokens * hidden * width
+    layer = tokens * (width * (6 * text.intermediate_size + 11 * hidden + 3 * kv)
+                      + 16 * hidden * (width < 4))
+    layer += group * (prompt + response) * kv * width
+    logits = min(MAX_LOGITS, group * response * text.vocab_size) * (12 + width)
+    return kept + max(layer, logits + text.vocab_size * hidden * width)
+
+
+def memory(config, settings):
+    """An estimate of the GPU memory of one of world_size() processes, {what for: GiB}.
+
+    config: of the checkpoint; settings: a Config. Weights and gradients have 2 bytes a parameter,
+    AdamW's moments 8; a prompt has an image of --max-pixels and 512 tokens of text."""
+    total, tower = count_parameters(config)
+    text, vision, gpus = config.text_config, config.vision_config, world_size()
+    pixels = (vision.patch_size * vision.spatial_merge_size)**2           # of a token
+    image, crop = settings.max_pixels // pixels, settings.crop_size**2 // pixels
+    if settings.mode != "zoom":
+        crop = 0
+    trained = total if settings.train_vision else total - tower
+    longest = image + 512 + settings.group * settings.response_tokens     # tokens of a group
+    kv = 2 * text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    images = settings.questions / gpus * (image + settings.group * settings.max_crops * crop)
+    parts = {
+        "weights": 2 * total / gpus,
+        "reference model": 2 * total / gpus if settings.kl else 0,
+        "AdamW's moments": 8 * trained / gpus,
+        "image features": 2 * images * text.hidden_size,
+        "rollout: whole weights": 2 * trained if gpus > 1 else 0,
+        "rollout: keys and values":
+            2 * max(settings.cache_tokens, longest) * kv * text.num_hidden_layers,
+        "update: gradients": 2 * trained / gpus,
+        "update: activations":
+            update_bytes(text, image + 512, settings.group, settings.response_tokens),
+    }
+    for phase in ("rollout", "update"):
+        other = "update" if phase == "rollout" else "rollout"
+        parts[f"peak of the {phase}"] = sum(n for name, n in parts.items()
+                                            if not name.startswith((other, "peak")))
+    return {name: n / 2**30 for name, n in parts.items()}
+
+
+def print_memory(settings):
+    """--dry-run: prints the estimate. Raises UserError where there is nothing to estimate."""
+    if not settings.model or not settings.max_pixels:
+        raise UserError("--dry-run needs --model and --max-pixels; the tiny base fits anywhere")
+    print(f"estimated GiB on each of {world_size()} GPU(s), weights in bfloat16:")
+    for name, gib in memory(read_config(settings.model), settings).items():
+        print(f"  {name:<24}  {gib:8.2f}")
+
+
+# ------------------------------------------------------------------------------------------ the job
 
 def final_table(config, stages, dialogue, out):
-    """Evaluates the checkpoints {name: path} on held-out questions, prints the table and writes summary.json."""
+    """Evaluates the checkpoints {name: path} on held-out questions, prints the table and writes
+    summary.json."""
     if config.eval_task:
         questions = open_file(config.eval_task, config.image_root, config.eval_n)
     else:
         questions = questions_of(config, "test", config.eval_n)
     summary, rows, seed = {}, [[*HEADS, "minutes"]], f"test {config.seed}"
     for name, path in stages.items():
-        policy, notes = load(str(path), **config.input_limits()), Path(path) / "notes.json"
-        minutes = json.loads(notes.read_text()).get("minutes", 0.0) if notes.is_file() else 0.0
-        found, bare = (evaluate(policy, questions, replace(dialogue, tool=tool), seed, **config.sampling())
-                       for tool in (True, False))
-        summary[name] = {**vars(found), "accuracy_no_tool": bare.accuracy, "minutes": minutes}
-        rows.append([*cells(name, found, bare), f"{minutes:.1f}"])
-    print(f"\n{len(questions)} held-out questions, temperature {config.temperature:g}:\n" + table(rows))
+        policy = load(str(path), **config.input_limits())
+        with_tool, without = (evaluate(policy, questions, replace(dialogue, tool=tool), seed,
+                                       **config.sampling()) for tool in (True, False))
+        minutes = minutes_of(path)
+        summary[name] = {**vars(with_tool), "accuracy_no_tool": without.accuracy,
+                         "minutes": minutes}
+        rows.append([*cells(name, with_tool, without), f"{minutes:.1f}"])
+    print(f"\n{len(questions)} held-out questions, temperature {config.temperature:g}:")
+    print(table(rows))
     if config.task in TOYS and not config.eval_task:
-        blind = {looks: blind_accuracy(questions, dialogue, looks) for looks in (0, 1, 4)}
-        summary["blind"] = blind
-        print("a blind player with 0 / 1 / 4 looks at random places: " + " / ".join(f"{b:.3f}" for b in blind.values()))
+        blind = {calls: blind_accuracy(questions, dialogue, calls) for calls in (0, 1, 4)}
+        summary["random_zoom"] = blind
+        print("random-zoom baseline, 0 / 1 / 4 crops: "
+              + " / ".join(f"{accuracy:.3f}" for accuracy in blind.values()))
     if rank() == 0:
         write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
+def minutes_of(checkpoint):
+    """How long a checkpoint took to train, 0 where it does not say."""
+    notes = Path(checkpoint) / "notes.json"
+    return json.loads(notes.read_text())["minutes"] if notes.is_file() else 0.0
+
+
+def check_shares(config):
+    """Where weights are sharded, each process needs groups in each update. Raises UserError."""
+    update = config.update_questions or config.questions
+    uneven = config.questions % world_size() or update % world_size()
+    if config.model and uneven and count_parameters(read_config(config.model))[0] > REPLICATED:
+        raise UserError(f"--questions {config.questions} and --update-questions {update} must be "
+                        f"multiples of the number of processes, {world_size()}")
+
+
 def main(given):
     config = configure_training(given, "train_rl")
+    check_shares(config)
     print(describe_config(config, "train_rl"))
     if config.dry_run:
-        return
+        return print_memory(config)
     out = folder_of(config)
-    if not config.resume and any((out / name).exists() for name in ("log.jsonl", "state.pt", "rl")):
-        raise UserError(f"{out} holds a run already; give --resume to go on with it, or another --out")
+    started = any((out / name).exists() for name in ("log.jsonl", "state.pt", "rl"))
+    if started and not config.resume:
+        raise UserError(f"{out} holds a run already; give --resume to go on with it, or another "
+                        "--out")
     out.mkdir(parents=True, exist_ok=True)
     if config.resume:
-        check_arguments(config, out)
+        check_settings(config, out)
     gather(None)                                    # all have read what an earlier run left
     if rank() == 0:
         write_text(out / "args.json", json.dumps(vars(config), indent=1) + "\n")
+
     base = warm_start(config, print)
     policy = load_trainable(config, out / "sft")
     reference = load_trainable(config, out / "sft") if config.kl else None
     dialogue = make_dialogue(config, str(out / "sft"), policy)
     train(policy, reference, dialogue, config, out)
     gather(None)                                    # the log is whole
-    seconds = sum(json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text().splitlines())
-    policy.save(out / "rl", notes={"minutes": seconds / 60}, dialogue=dialogue.to_json())
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    minutes = sum(line["seconds"] for line in lines) / 60
+    policy.save(out / "rl", notes={"minutes": minutes}, dialogue=dialogue.to_json())
     gather(None)
+    del policy, reference                           # their memory is the table's now
     final_table(config, {"base": base, "sft": out / "sft", "rl": out / "rl"}, dialogue, out)
 
 
 if __name__ == "__main__":
-    run("train_rl", "Train a visually grounded policy with GRPO. Called with nothing, it makes the tiny base, searches for "
-        "traces, fine-tunes on them, and goes on to GRPO.", main)
+    run("train_rl", "Train a visually grounded policy with GRPO. Called with nothing, it makes the "
+        "tiny base, searches for traces, fine-tunes on them, and goes on to GRPO.", main)

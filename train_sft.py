@@ -816,10 +816,10 @@ def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16
         groups, order = [[trace] for trace in order[:batch]], order[batch:]
         tokens, own_loss = sum(sum(trace.sampled) for (trace,) in groups), 0.0
         spare = groups[:1] if is_sharded(policy) else None
-        for micro, counts in micro_batches(groups[rank()::world_size()], micro_tokens, spare):
-            loss = -policy.log_probs(micro).sum() / tokens
-            (loss * counts * world_size()).backward()       # gradients are averaged over processes
-            own_loss += loss.item() * counts
+        for micro in micro_batches(groups[rank()::world_size()], micro_tokens, spare):
+            loss = -policy.log_probs(micro.groups).sum() / tokens
+            (loss * micro.weight * world_size()).backward()       # gradients are averaged over processes
+            own_loss += loss.item() * micro.weight
         loss, = sum_over_processes([own_loss])
         factor = learning_rate(step, steps, max(1, steps * 0.03), **decay)
         norm = optimizer_step(policy.trainable(), optimizers, factor, clip)

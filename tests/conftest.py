@@ -40,7 +40,7 @@ torch.set_num_threads(1)    # the tests' matrices are too small for more
 def tiny_folder(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    sft.make_tiny(folder, sft.tiny_strings(), sft.TINY_PROMPTS)
+    sft.make_tiny(folder, sft.tiny_strings())
     return str(folder)
 
 
