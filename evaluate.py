@@ -67,7 +67,7 @@ PATTERNS = {               # a block of each, row by row, with a mean of zero
     "vertical": "++--" "++--" "++--" "++--",
     "checked": "++--" "++--" "--++" "--++",
     "rising": "++--" "+--+" "--++" "-++-",
-    "falling": "++--" "-++-" "--++" "+--+",
+    "falling": "+--+" "++--" "-++-" "--++",
     "dotted": "...." ".##." ".##." "....",
 }
 ANSWERS = tuple(pattern for pattern in PATTERNS if pattern != "plain")
@@ -471,11 +471,11 @@ class QuestionFile:
         return len(self.questions)
 
     def __getitem__(self, index):
-        question = self.questions[index]
-        if not callable(question.answer):
-            return question
-        upright = question.load_one(question.images[0])    # boxes are of the image as it is loaded
-        return replace(question, answer=question.answer(upright.size))
+        question = replace(self.questions[index])
+        if callable(question.answer):
+            image = question.load_one(question.images[0])      # upright, as boxes are
+            question.answer = question.answer(image.size)
+        return question
 
     def part(self, n):
         """`n` questions at most, spread evenly, for files are often sorted."""
