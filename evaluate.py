@@ -1097,7 +1097,8 @@ def evaluate_task(policy, dialogue, config):
     if config.task in TOYS:
         questions = questions_of(config, "test", config.n or 512)
     else:
-        questions = open_file(config.task, config.image_root, config.n)
+        file = open_file(config.task, config.image_root)
+        questions = file.part(config.n or len(file))
     print(describe_config(config, "evaluate"))
     answered, path = [], None
     if config.json:
