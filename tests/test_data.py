@@ -182,7 +182,7 @@ def test_boxes_hit_what_is_drawn(data):
         image = question.load()[0]
         assert image.getpixel((int((x1 + x2) / 2), int((y1 + y2) / 2))) == (255, 0, 0)
         frame = Frame((100, 50), image.size)
-        assert match_point("(15, 17)", question.answer, frame)    # the model input has half the size
+        assert match_point("(15, 17)", question.answer, frame)    # in the model input
 
 
 @pytest.mark.parametrize("orientation", range(1, 10))
