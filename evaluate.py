@@ -24,7 +24,7 @@ import random
 import re
 import string
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -205,7 +205,8 @@ TOYS = {"toy-search": toy_search}
 def random_zoom_accuracy(questions, dialogue, zoom_calls, seed=0):
     """The random-zoom baseline: the accuracy of a player who zooms at random points, knows the
     answer where a crop shows it, and else guesses one of ANSWERS."""
-    rng, right = random.Random(seed), 0.0
+    rng = random.Random(seed)
+    right = 0.0
     for question in questions:
         points = [(rng.randrange(SIDE), rng.randrange(SIDE)) for _ in range(zoom_calls)]
         boxes = [crop_box((SIDE, SIDE), point, dialogue.crop_half) for point in points]
@@ -346,7 +347,8 @@ def read_vstar(row):
 def read_robospatial(row):
     """Yes or no; in the category "context" a polygon in [0, 1], and a question that asks for points
     in [0, 1], too: that sentence is left out, for points are in px here."""
-    text, answer = ASKS_FOR_SHARES.sub("", row["question"]), row["answer"]
+    text = ASKS_FOR_SHARES.sub("", row["question"])
+    answer = row["answer"]
     if answer[0] not in "[(":
         return Question(text, row["img"], category=row["category"], **scored_by(text, answer))
     corners = np.array(ast.literal_eval(answer))
@@ -448,7 +450,8 @@ def make_question(read, row, number, where):
     if not question.text:
         raise Unusable("it has no question")
     names = [row[key] for key in ("id", "question_id", "doc_id", "index") if key in row]
-    question.id, question.where = str([*names, number][0]), where
+    question.id = str(names[0] if names else number)
+    question.where = where
     question.category = str(question.category or "")
     question.hint = hint_for(question.kind, question.text)
     return question
@@ -479,7 +482,8 @@ class QuestionFile:
 
     def part(self, n):
         """`n` questions at most, spread evenly, for files are often sorted."""
-        total, n = len(self), min(n, len(self))
+        total = len(self)
+        n = min(n, total)
         return replace(self, questions=[self.questions[i * total // n] for i in range(n)])
 
 
@@ -492,7 +496,8 @@ def read_questions(path, image_root=""):
     files = [path]
     if path.is_dir():
         files = sorted(path.glob("annotations/*.json")) or sorted(path.glob("*.json"))
-    name, family, read, questions, skipped = "", "", None, [], []
+    name, family, read = "", "", None
+    questions, skipped = [], []
     for file in files:
         prefix = f"{file.stem}-" if len(files) > 1 else ""
         for number, row in read_rows(file):
@@ -527,7 +532,8 @@ def read_rows(path):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the path of a data file") from None
     except (ValueError, RecursionError, csv.Error) as error:
-        line, why = number + getattr(error, "lineno", 1), getattr(error, "msg", error)
+        line = number + getattr(error, "lineno", 1)
+        why = getattr(error, "msg", error)
         raise UserError(f"{path}:{line}: cannot be read ({why}); repair or remove it") from None
 
 
@@ -575,7 +581,8 @@ def questions_of(config, split, n, first=0):
     file = open_file(config.task, config.image_root)
     if len(file) < 2:
         raise UserError(f"{config.task}: one question is too few to train on; give a larger file")
-    order, held_out = shuffled(len(file), config.seed), max(1, len(file) // 10)
+    order = shuffled(len(file), config.seed)
+    held_out = max(1, len(file) // 10)
     if split == "test":
         return [file[number] for number in order[:held_out][:n]]
     rest = order[held_out:]
@@ -698,7 +705,8 @@ def evaluate(policy, questions, dialogue, seed=0, *, samples=1, answered=(), pat
 
 def answer_block(policy, questions, block, dialogue, seed, samples, sampling):
     """Answers the questions with the numbers in `block`. -> for each, the Records of its samples"""
-    started, answered = time.time(), []
+    started = time.time()
+    answered = []
     asked = [questions[number] for number in block]
     seeds = [f"evaluation {seed} {number}" for number in block]
     for traces in rollout(policy, asked, dialogue, samples, seeds, **sampling):
@@ -751,13 +759,13 @@ def official_rule(trace, correct):
     Answers in words, as in ViGoRL's evaluation: without punctuation, blanks and capitals, the truth
     is a part of the answer. So "left or right" is right for "right", and "blue" for "B"."""
     question, answer = trace.question, trace.answer or ""
-    own = question.category in ROBOSPATIAL
-    if question.kind == "point" and own:
+    robospatial = question.category in ROBOSPATIAL
+    if question.kind == "point" and robospatial:
         points = [trace.frames[0].to_original(point) for point in parse_points(answer)]
         return bool(points) and in_region(points[0], question.answer)
     if question.kind not in ("choice", "string"):
         return correct
-    if own:
+    if robospatial:
         return answer.strip().casefold().startswith(question.answer.casefold())
     truth = question.answer.translate(PUNCTUATION).strip().lower()
     return truth in answer.translate(PUNCTUATION).strip().lower()
@@ -819,7 +827,7 @@ class Report:
     backtracks: float
 
 
-MEANS = [field.name for field in fields(Report)][9:]
+MEANS = ("official", "format", "crops", "several_crops", "overlong", "regions", *PHRASES)
 
 
 def mean(values, empty=0.0):
@@ -832,11 +840,13 @@ def interval(shares, z=1.96):
 
     The samples of a question are one cluster: it is the normal approximation over questions, and
     where each share is 0 or 1 (one sample, for instance) Wilson's."""
-    n, p = len(shares), mean(shares)
+    n = len(shares)
+    p = mean(shares)
     if not n:
         return 0.0, 1.0
     if set(shares) <= {0, 1}:
-        scale, middle = 1 + z**2 / n, p + z**2 / n / 2
+        scale = 1 + z**2 / n
+        middle = p + z**2 / n / 2
         half = z * math.sqrt(p * (1 - p) / n + (z / n / 2)**2)
         return (middle - half) / scale, (middle + half) / scale
     half = z * float(np.std(shares)) / math.sqrt(max(1, n - 1))
@@ -855,17 +865,18 @@ def report(answered):
     answered = sorted(answered, key=lambda records: records[0].index)
     records = sum(answered, [])
     shares = [mean(record.correct for record in samples) for samples in answered]
-    by, benchmarks = summarise((record.category, benchmark_right(record)) for record in records)
+    by, benchmarks = summarise((samples[0].category, mean(map(benchmark_right, samples)))
+                               for samples in answered)
     means = {name: mean(getattr(record, name) for record in records) for name in MEANS}
     return Report(
-        n=len(answered),
-        accuracy=mean(shares),
-        ci95=interval(shares),
+        **rate(shares),
         majority=mean(majority_right(samples) for samples in answered),
         on_target=mean(sum((record.hits for record in records), []), None),
         true_thoughts=mean(sum((record.thoughts for record in records), []), None),
         minutes=sum(record.seconds for record in records) / 60,
-        by=by, benchmarks=benchmarks, **means)
+        by=by,
+        benchmarks=benchmarks,
+        **means)
 
 
 def benchmark_right(record):
@@ -886,23 +897,28 @@ BENCHMARKS = (    # name, categories, whether accuracies are averaged or questio
 )
 
 
+def rate(shares):
+    return {"accuracy": mean(shares), "ci95": interval(shares), "n": len(shares)}
+
+
 def summarise(results):
-    """(category, right or not) of each trace -> accuracies by category and by its parts, and the
-    scores of BENCHMARKS whose categories are among them; each {name: {"accuracy", "n"}}.
+    """(category, share of right samples) of each question -> the figures by category and by its
+    parts, and the scores of BENCHMARKS whose categories are among them.
 
     The scores of V*Bench, ScreenSpot and ScreenSpot-Pro are the accuracy over all questions."""
-    groups, benchmarks = {}, {}
-    for category, right in results:
+    groups = {}
+    for category, share in results:
         for name in {category, *category.split(FACET)} - {""}:
-            groups.setdefault(name, []).append(right)
+            groups.setdefault(name, []).append(share)
+    benchmarks = {}
     for name, categories, how in BENCHMARKS:
         present = [groups[category] for category in categories if category in groups]
         pooled = sum(present, [])
-        accuracy = mean(pooled) if how == "pooled" else mean(map(mean, present))
-        if len(present) > 1:
-            benchmarks[name] = {"accuracy": accuracy, "n": len(pooled)}
-    by = {name: {"accuracy": mean(groups[name]), "n": len(groups[name])} for name in sorted(groups)}
-    return by, benchmarks
+        if len(present) > 1 and how == "pooled":
+            benchmarks[name] = rate(pooled)
+        elif len(present) > 1:
+            benchmarks[name] = {"accuracy": mean(map(mean, present)), "n": len(pooled)}
+    return {name: rate(groups[name]) for name in sorted(groups)}, benchmarks
 
 
 HEADS = ["", "accuracy", "95 %", "without tool", "format", "on target", "true thoughts",
@@ -987,7 +1003,8 @@ class WebAgent:
         checkpoint = "" if isinstance(policy, Policy) else str(policy)
         if checkpoint:
             policy = load(checkpoint, **self.config.input_limits())
-        self.policy, self.tries = policy, tries
+        self.policy = policy
+        self.tries = tries
         self.dialogue = make_dialogue(self.config, checkpoint, policy)
         self.reset()
 
@@ -1086,8 +1103,8 @@ def show_trace(policy, dialogue, config, question, seed):
     """Prints a trace, and draws it to --save."""
     trace, = next(rollout(policy, [question], dialogue, 1, [seed], **config.sampling()))
     print(trace.text())
-    answer, zoom_calls = trace.answer or "no answer", len(trace.zoom_points)
-    print(f"-> {answer} ({trace.ended}; {zoom_calls} zoom calls)\n")
+    answer = trace.answer or "no answer"
+    print(f"-> {answer} ({trace.ended}; {len(trace.zoom_points)} zoom calls)\n")
     if config.save:
         draw_trace(trace).save(config.save)
 
@@ -1117,7 +1134,7 @@ def evaluate_task(policy, dialogue, config):
             accuracy = random_zoom_accuracy(questions, dialogue, zoom_calls)
             print(f"random-zoom baseline, {zoom_calls} zoom calls: {accuracy:.3f}")
     if config.json and rank() == 0:
-        summary = vars(figures)
+        summary = dict(vars(figures))
         if no_tool or not config.tool:
             summary["accuracy_no_tool"] = (no_tool or figures).accuracy
         write_text(config.json, json.dumps(summary, indent=1) + "\n")

@@ -374,9 +374,11 @@ def test_interval_of_clusters():
     assert interval(shares) == pytest.approx((mean - half, mean + half))
     assert interval([0.9, 1.0, 1.0])[1] == 1 and interval([0.1, 0.0, 0.0])[0] == 0
     assert interval([0.5]) == (0.5, 0.5)
-    question = Question("Which?", [], "red")
+    question = Question("Which?", [], "red", category="hard")
     same = [records_of(question, *["red"] * 4), records_of(question, *["blue"] * 4)] * 10
-    assert report(same).ci95 == interval([1, 0] * 10)
+    figures = report(same)
+    assert figures.n == figures.by["hard"]["n"] == 20
+    assert figures.ci95 == figures.by["hard"]["ci95"] == interval([1, 0] * 10)
 
 
 def test_majority_vote():
@@ -415,7 +417,9 @@ def test_benchmarks():
     assert cycles["HR-Bench, mean of option cycles"]["accuracy"] == pytest.approx(mean)
     robot = [("configuration", 1)] * 3 + [("compatibility", 0), ("context", 0)]
     by, robot = summarise(robot)
-    assert robot["RoboSpatial-Home, yes or no"]["accuracy"] == 0.75 and by["context"]["n"] == 1
+    assert robot["RoboSpatial-Home, yes or no"] == {
+        "accuracy": 0.75, "ci95": interval([1, 1, 1, 0]), "n": 4}
+    assert by["context"] == {"accuracy": 0, "ci95": interval([0]), "n": 1}
 
 
 def test_a_table():
