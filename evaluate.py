@@ -1110,7 +1110,8 @@ def show_trace(policy, dialogue, config, question, seed):
 
 
 def evaluate_task(policy, dialogue, config):
-    """Evaluates a task with and without the tool; shows a trace, prints a table, writes --json."""
+    """Evaluates a task, with and without the tool; shows its first trace, prints the table, writes
+    --json."""
     if config.task in TOYS:
         questions = questions_of(config, "test", config.n or 512)
     else:
@@ -1121,18 +1122,17 @@ def evaluate_task(policy, dialogue, config):
     if config.json:
         path = Path(config.json).with_suffix(".jsonl")
         answered = read_records(path, settings_of(config, dialogue, len(questions)))
-    if rank() == 0:
-        show_trace(policy, dialogue, config, questions[0], f"evaluation {config.seed} 0")
     run_with = partial(evaluate, policy, questions, seed=config.seed, samples=config.samples,
                        answered=answered, path=path, **config.sampling())
     figures, no_tool = run_with(dialogue, log=print), None
     if config.mode == "zoom" and config.tool:
         no_tool = run_with(replace(dialogue, tool=False), log=partial(print, "without tool:"))
+    if rank() == 0:
+        show_trace(policy, dialogue, config, questions[0], f"evaluation {config.seed} 0")
     print_report(config, figures, no_tool)
     if config.task in TOYS:
-        for zoom_calls in (0, 1, 4):
-            accuracy = random_zoom_accuracy(questions, dialogue, zoom_calls)
-            print(f"random-zoom baseline, {zoom_calls} zoom calls: {accuracy:.3f}")
+        baseline = [f"{random_zoom_accuracy(questions, dialogue, n):.3f}" for n in (0, 1, 4)]
+        print("random-zoom baseline, 0 / 1 / 4 zoom calls:", " / ".join(baseline))
     if config.json and rank() == 0:
         summary = dict(vars(figures))
         if no_tool or not config.tool:
