@@ -61,14 +61,21 @@ COLOURS = {"red": (190, 50, 50), "green": (50, 170, 70), "blue": (60, 80, 200),
            "yellow": (200, 190, 50), "purple": (150, 50, 180), "cyan": (60, 180, 190)}
 CONTRAST = 36
 LEVELS = {"0": 0.0, "+": 1.0, "-": -1.0, "#": 1.5, ".": -0.5}
-PATTERNS = {               # a block of each, row by row, with a mean of zero
-    "plain": "0000" "0000" "0000" "0000",
-    "horizontal": "++++" "++++" "----" "----",
-    "vertical": "++--" "++--" "++--" "++--",
-    "checked": "++--" "++--" "--++" "--++",
-    "rising": "++--" "+--+" "--++" "-++-",
-    "falling": "+--+" "++--" "-++-" "--++",
-    "dotted": "...." ".##." ".##." "....",
+
+
+def block(drawing):
+    """16 letters, row by row -> (4, 4), what is added to a card's colour, times CONTRAST."""
+    return np.array([LEVELS[letter] for letter in drawing]).reshape(BLOCK, BLOCK)
+
+
+PATTERNS = {               # each has a mean of zero
+    "plain": block("0000" "0000" "0000" "0000"),
+    "horizontal": block("++++" "++++" "----" "----"),
+    "vertical": block("++--" "++--" "++--" "++--"),
+    "checked": block("++--" "++--" "--++" "--++"),
+    "rising": block("++--" "+--+" "--++" "-++-"),
+    "falling": block("+--+" "++--" "-++-" "--++"),
+    "dotted": block("...." ".##." ".##." "...."),
 }
 ANSWERS = tuple(pattern for pattern in PATTERNS if pattern != "plain")
 NOTHING = "nothing"        # said of a crop that shows no candidate
@@ -85,9 +92,8 @@ def draw_background():
 
 
 def draw_card(colour, pattern):
-    block = np.array([LEVELS[level] for level in PATTERNS[pattern]]).reshape(BLOCK, BLOCK, 1)
-    tile = np.tile(block, (CARD // BLOCK, CARD // BLOCK, 1))
-    return (COLOURS[colour] + CONTRAST * tile).astype(np.uint8)
+    tile = np.tile(PATTERNS[pattern], (CARD // BLOCK, CARD // BLOCK))
+    return (COLOURS[colour] + CONTRAST * tile[..., None]).astype(np.uint8)
 
 
 BACKGROUND = draw_background()
