@@ -228,6 +228,7 @@ OPTIONS = (re.compile(r"\(([A-Z])\)\s*(.*?)(?=\s*\([A-Z]\)|\n|$)"),    # (A) red
 BOX = re.compile(r"[(\[]\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]")
 NUMBERS = re.compile(r"[(\[]+\s*-?[\d.]+(?:[\s,()\[\]]+-?[\d.]+)+\s*[)\]]+")
 ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S)
+NEVER = "(?!)"    # matches nothing
 # What an answer of a kind shall look like, for rows that do not say it ("Description: the search
 # button"), and how to know the rows that do. The actions are always listed: a web page that is
 # quoted in the question must not be able to suppress that.
@@ -236,9 +237,8 @@ HINTS = {
               "image, between <answer> and </answer>."),
     "choice": (r"<answer>|\b(answer|respond|reply)\b[^.:\n]{0,40}\b(letter|text|option)",
                "The answer is the letter or the text of one of the options."),
-    "action": ("(?!)", "The answer is one of these actions, with numbers and words that fit: "
+    "action": (NEVER, "The answer is one of these actions, with numbers and words that fit: "
                f"{', '.join(USAGE.values())}."),
-    "string": ("", ""),
 }
 
 
@@ -248,7 +248,7 @@ class Unusable(Exception):
 
 def hint_for(kind, text):
     """What an answer of a kind shall look like, or "" where the question's text says so itself."""
-    said, hint = HINTS[kind]
+    said, hint = HINTS.get(kind, (NEVER, ""))
     return "" if re.search(said, text, re.I) else hint
 
 
@@ -323,8 +323,10 @@ CATEGORY = re.compile(r"^(?:val|test)_(\S+)_\d+ |(direct_attributes|relative_pos
 def read_conversation(row):
     """ViGoRL, evaluation and search: the first value is the question, the second its answer."""
     turns = row["conversations"]
-    said = turns["value"] if isinstance(turns, dict) else [turn["value"] for turn in turns]
-    if isinstance(said[0], list):
+    if isinstance(turns, dict):
+        turns = [turns]
+    said = [turn["value"] for turn in turns]
+    if isinstance(said[0], list):                      # {"from": [...], "value": [...]}
         said = said[0]
     text, answer = said[:2]
     found = CATEGORY.search(f"{row.get('id')} {row.get('image')}")
