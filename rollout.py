@@ -126,6 +126,7 @@ class Config:
 
     # evaluate: one evaluation
     n: int | None = None               # questions (synthetic 512; of a file all, or so many)
+    samples: int = 1                   # rollouts a question; more: mean accuracy and majority vote
     tool: bool = True                  # --no-tool: the answer is asked for at once
     json: str = ""                     # file for the figures; answers go to the .jsonl beside it
     image: str = ""                    # ask about this image

@@ -1,5 +1,5 @@
-"""What test files share: a tiny policy with random weights, made once for all tests; data files with drawn images; scripts run
-in this process, and functions in several."""
+"""What test files share: a tiny policy with random weights, made once for all tests; data files
+with drawn images; scripts run in this process, and functions in several."""
 import base64
 import importlib
 import io
@@ -12,41 +12,43 @@ import runpy
 import socket
 import sys
 import threading
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1",
-               "PYTHONPATH": str(ROOT)}                  # of the processes that tests start, too
-sys.path.insert(0, str(ROOT))
+               "PYTHONPATH": sys.path[0]}                # of the processes that tests start, too
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText
 
 import evaluate as evaluation
-import model as models
-import train_sft as sft
-from model import Sequence
-from rollout import run
+from model import Sequence, load
+from rollout import join_processes, run
+from train_sft import TINY, make_tiny, tiny_strings
 
+ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)    # the tests' matrices are too small for more
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
+    """A checkpoint like the tiny base before its pretraining."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    sft.make_tiny(folder, sft.tiny_strings())
+    make_tiny(folder, tiny_strings())
+    (folder / "dialogue.json").write_text(json.dumps(TINY.to_json()))
     return str(folder)
 
 
 @pytest.fixture
 def policy(tiny_folder):
-    return models.load(tiny_folder, device="cpu")
+    return load(tiny_folder, device="cpu")
 
 
 def draw(path, size=(200, 100), box=None):
@@ -68,22 +70,29 @@ def data(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".json"):
-            text = json.dumps(rows, indent=2)
+            path.write_text(json.dumps(rows, indent=2))
         elif name.endswith(".tsv"):
-            text = "".join("\t".join(map(str, cells)) + "\n" for cells in [rows[0], *(row.values() for row in rows)])
+            lines = [rows[0], *(row.values() for row in rows)]
+            path.write_text("".join("\t".join(map(str, cells)) + "\n" for cells in lines))
         else:
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-        path.write_text(text)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
     return write
 
 
-# ------------------------------------------------------------------------------------------------ scripts and processes
+# ---------------------------------------------------------------------------- scripts and processes
+
+def run_script(name):
+    """Does what stands below `if __name__ == "__main__"` in a script."""
+    module = importlib.import_module(name)
+    run(name, module.__doc__.splitlines()[0], module.main)
+
 
 @pytest.fixture
 def script(monkeypatch, capsys, tmp_path):
-    """script(name, *arguments, cwd, code) -> what `python NAME.py ARGUMENTS` writes to stdout, and to stderr. It is run in this
-    process, on the CPU: a new one would take seconds to import torch. code: its exit code."""
+    """script(name, *arguments, cwd, code) -> what `python NAME.py ARGUMENTS` writes to stdout, and
+    to stderr. It is run in this process, on the CPU: a new one would take seconds to import torch.
+    code: its exit code."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def ended(name, *arguments, cwd=tmp_path, code=0):
@@ -92,9 +101,9 @@ def script(monkeypatch, capsys, tmp_path):
         evaluation.open_file.cache_clear()               # a new process has read no file
         status = 0
         try:
-            run(importlib.import_module(name).main)
+            run_script(name)
         except SystemExit as stop:
-            status = stop.code
+            status = stop.code or 0
         out, err = capsys.readouterr()
         assert status == code, out + err
         return out, err
@@ -106,37 +115,53 @@ FORKS.set_forkserver_preload(["train_rl"])
 
 
 def in_processes(number, function, *arguments):
-    """Runs function(*arguments) in so many processes, which join as torchrun's do, on the CPU. -> of each, what it writes to
-    stdout, and to stderr"""
+    """Runs function(*arguments) in so many processes, which join as torchrun's do, on the CPU.
+    -> of each, what it writes to stdout, and to stderr"""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number)}
     with TemporaryDirectory() as folder:
-        started = [FORKS.Process(target=join, args=(rank, address, folder, function, arguments)) for rank in range(number)]
-        for process in started:
+        started = []
+        for rank in range(number):
+            place = address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            outputs = [Path(folder, f"{rank}.{name}") for name in ("out", "err")]
+            process = FORKS.Process(target=join, args=(place, outputs, function, arguments))
             process.start()
-        for process in started:
+            started.append((process, outputs))
+        for process, _ in started:
             process.join(300)
-        written = [tuple(Path(folder, f"{rank}.{name}").read_text() for name in ("out", "err")) for rank in range(number)]
-    assert all(process.exitcode == 0 for process in started), written
+        written = [tuple(path.read_text() for path in outputs) for _, outputs in started]
+    assert all(process.exitcode == 0 for process, _ in started), written
     return written
 
 
-def join(rank, address, folder, function, arguments):
-    os.environ |= {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(Path(folder, f"{rank}.{name}"), os.O_WRONLY | os.O_CREAT), number)
+def join(place, outputs, function, arguments):
+    os.environ |= place
+    for number, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     torch.set_num_threads(1)
     torch.cuda.is_available = lambda: False
-    run(partial(function, *arguments))
+    join_processes()
+    function(*arguments)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run_in(name, cwd, *arguments):
+    """A script in a process of its own, for `in_processes`."""
+    os.chdir(cwd)
+    sys.argv = [name, *map(str, arguments)]
+    run_script(name)
 
 
 def launch(folder, path, *arguments):
-    """Starts `python PATH ARGUMENTS` in `folder`, in a session of its own; forked, so that of the processes which it starts in
-    its turn only these import torch. -> the process, and the pipe that all of them write to, whose end tells that all are gone"""
+    """Starts `python PATH ARGUMENTS` in `folder`, in a session of its own; forked, so that of the
+    processes which it starts in its turn only these import torch. -> the process, and the pipe that
+    all of them write to, whose end tells that all are gone"""
     pipe = Path(folder, f"pipe-{next(COUNT)}")
     os.mkfifo(pipe)
-    process = FORKS.Process(target=launched, args=(folder, pipe, [str(path), *map(str, arguments)]))
+    command = [str(path), *map(str, arguments)]
+    process = FORKS.Process(target=launched, args=(folder, pipe, command))
     process.start()
     return process, open(pipe)
 
@@ -167,35 +192,35 @@ def read_to_end(pipe, seconds):
     return found[0]
 
 
-def main_of(name, cwd, *arguments):
-    """A script's `main` in a process of its own, for `in_processes`."""
-    os.chdir(cwd)
-    sys.argv = [name, *map(str, arguments)]
-    importlib.import_module(name).main()
-
-
-# ------------------------------------------------------------------------------------------------ policies and dialogues
+# --------------------------------------------------------------------------- policies and dialogues
 
 def noise(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 def prompts(policy, n, group, seed=0):
-    """Prompts of different lengths and images, each for a group of sequences with streams from `seed`."""
+    """Prompts of different lengths and images, each for a group of sequences with random numbers
+    from `seed`."""
     for i in range(n):
         content = [{"type": "image"}, {"type": "text", "text": "Which? " * (i % 3 + 1)}]
-        prompt = policy.prompt([{"role": "user", "content": content}], [noise(64 + 32 * (i % 3), 64, i)])
-        yield [Sequence(prompt, stream=random.Random(f"{seed} {i} {j}")) for j in range(group)]
+        image = noise(64 + 32 * (i % 3), 64, i)
+        prompt = policy.prompt([{"role": "user", "content": content}], [image])
+        yield [Sequence(prompt, rng=random.Random(f"{seed} {i} {j}")) for j in range(group)]
 
 
 def converse(policy, turns, seed=0):
-    """An on_turn that answers with close-ups of different sizes until `turns` turns are over; how often differs by row."""
+    """An on_turn that answers with crops of different sizes until `turns` turns are over; how often
+    differs by row."""
     rounds = {}
-    def on_turn(sequence, cut):
+
+    def on_turn(sequence, truncated):
         done = rounds[id(sequence)] = rounds.get(id(sequence), 0) + 1
-        if done >= turns - (len(sequence.ids) % 2 if turns > 1 else 0):
+        fewer = len(sequence.ids) % 2 if turns > 1 else 0
+        if done >= turns - fewer:
             return None
-        return policy.reply([{"type": "text", "text": "here:"}, {"type": "image"}], [noise(64 + 16 * done, 64, seed)])
+        content = [{"type": "text", "text": "here:"}, {"type": "image"}]
+        return policy.reply(content, [noise(64 + 16 * done, 64, seed)])
     return on_turn
 
 
@@ -206,7 +231,7 @@ def plain_model(folder):
 
 @torch.no_grad()
 def plain_log_probs(folder, policy, sequence):
-    """Log-probabilities of the sampled tokens by one plain Hugging Face forward of the whole dialogue."""
+    """Log-probabilities of the sampled tokens, by a plain Hugging Face forward of the dialogue."""
     model = plain_model(folder)
     model.model.rope_deltas = None                       # of the dialogue before
     ids = torch.tensor([sequence.prompt.ids + sequence.ids])
@@ -215,48 +240,65 @@ def plain_log_probs(folder, policy, sequence):
                    image_grid_thw=torch.tensor([p.grid for p in pictures]),
                    mm_token_type_ids=(ids == policy.image_token).int()).logits[0].float()
     log_probs = torch.log_softmax(logits.masked_fill(policy.forbidden, -torch.inf), -1)
-    first = len(sequence.prompt.ids)
-    return torch.stack([log_probs[first + i - 1, t] for i, t in enumerate(sequence.ids) if sequence.sampled[i]])
+    before = len(sequence.prompt.ids) - 1                # of the token that predicts the first one
+    found = [log_probs[before + i, token] for i, token in enumerate(sequence.ids)
+             if sequence.sampled[i]]
+    return torch.stack(found)
 
 
 def recorded(groups):
-    return torch.tensor([l for group in groups for s in group for l, sampled in zip(s.log_probs, s.sampled) if sampled])
+    """The log-probabilities that were recorded while sampling."""
+    found = []
+    for group in groups:
+        for sequence in group:
+            pairs = zip(sequence.log_probs, sequence.sampled, strict=True)
+            found += [log_prob for log_prob, sampled in pairs if sampled]
+    return torch.tensor(found)
 
 
-# ------------------------------------------------------------------------------------------------ rows of the real data sets
+# ----------------------------------------------------------------------- rows of the real data sets
 
 def talk(question, answer, **fields):
-    return {"id": 7, "image": "image.png", **fields,
-            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": 7, "image": "image.png", **fields, "conversations": turns}
 
 
-SAT = "<image>\nQuestion: Which way?\nAnswer Choices:\nA. Yes, left\nB. No\nAnswer with the text of the option."
-SEARCH = "<image>\nWhat colour is the glove?\n(A) red\n(B) blue\n(C) dark green\nAnswer with the option's letter."
-SCREENSPOT = {"img_filename": "image.png", "bbox": [20, 30, 20, 10], "instruction": "send", "data_type": "text",
-              "data_source": "ios"}
-PRO = {"img_filename": "image.png", "bbox": [20, 30, 40, 40], "instruction": "undo", "id": "word_1", "application": "word",
-       "platform": "windows", "img_size": [200, 100], "ui_type": "icon", "group": "Office"}
+SAT = ("<image>\nQuestion: Which way?\nAnswer Choices:\nA. Yes, left\nB. No\n"
+       "Answer with the text of the option.")
+SEARCH = ("<image>\nWhat colour is the glove?\n(A) red\n(B) blue\n(C) dark green\n"
+          "Answer with the option's letter.")
+SCREENSPOT = {"img_filename": "image.png", "bbox": [20, 30, 20, 10], "instruction": "send",
+              "data_type": "text", "data_source": "ios"}
+PRO = {"img_filename": "image.png", "bbox": [20, 30, 40, 40], "instruction": "undo", "id": "word_1",
+       "application": "word", "platform": "windows", "img_size": [200, 100], "ui_type": "icon",
+       "group": "Office"}
 ATLAS = {"img_filename": "image.png", "bbox": [0.1, 0.3, 0.2, 0.4], "instruction": "undo"}
-POINT_RL = {"problem": "<image>Description: check sports news", "answer": "(20, 30, 40, 40)", "images": ["image.png"]}
-ACTION_RL = {"problem": "<image>OBJECTIVE: buy it\n\nPREVIOUS ACTIONS: \n1. click [3]\n\nIMAGE:\n", "answer": "click [12]",
-             "images": ["image.png"]}
-SFT = {"messages": [{"role": role, "content": content} for role, content in (
-           ("system", "You look closer."), ("user", SEARCH), ("assistant", "<think> (3, 4) </think>"),
-           ("user", "<observation><image></observation>"), ("assistant", "<answer> A </answer>"))],
+POINT_RL = {"problem": "<image>Description: check sports news", "answer": "(20, 30, 40, 40)",
+            "images": ["image.png"]}
+ACTION_RL = {"problem": "<image>OBJECTIVE: buy it\n\nPREVIOUS ACTIONS: \n1. click [3]\n\nIMAGE:\n",
+             "answer": "click [12]", "images": ["image.png"]}
+SFT = {"messages": [{"role": "system", "content": "You look closer."},
+                    {"role": "user", "content": SEARCH},
+                    {"role": "assistant", "content": "<think> (3, 4) </think>"},
+                    {"role": "user", "content": "<observation><image></observation>"},
+                    {"role": "assistant", "content": "<answer> A </answer>"}],
        "images": ["image.png", "crop.png"], "gt_answer": "A"}
-VSTAR = {"image": "image.png", "text": "Which sign?\n(A) B\n(B) A", "category": "direct_attributes", "question_id": 4,
-         "label": "A"}
+VSTAR = {"image": "image.png", "text": "Which sign?\n(A) B\n(B) A", "label": "A",
+         "category": "direct_attributes", "question_id": 4}
 ROBOSPATIAL = [
-    {"category": "context", "question": "Point to the space left of the cup. Your answer should be formatted as a list of "
-     "tuples, i.e. [(x1, y1), ...], between 0 and 1.", "answer": "[(0.1, 0.3), (0.2, 0.3), (0.2, 0.5)]", "img": "image.png"},
-    {"category": "configuration", "question": "Is the cup left?", "answer": "Yes", "img": "image.png"}]
-PROBE = {"images": ["image.png"], "doc_id": "d1", "problem": "<image>What?", "solution": "EXIT", "data_source": "hard"}
+    {"category": "context", "img": "image.png", "answer": "[(0.1, 0.3), (0.2, 0.3), (0.2, 0.5)]",
+     "question": "Point to the space left of the cup. Your answer should be formatted as a list of "
+                 "tuples, i.e. [(x1, y1), ...], between 0 and 1."},
+    {"category": "configuration", "img": "image.png", "answer": "Yes",
+     "question": "Is the cup left?"}]
+PROBE = {"images": ["image.png"], "doc_id": "d1", "problem": "<image>What?", "solution": "EXIT",
+         "data_source": "hard"}
 
 
 def hr_bench(side=8, **fields):
     """A row of HR-Bench, with a noisy image of side x side px in it."""
     buffer = io.BytesIO()
     Image.effect_noise((side, side), 99).save(buffer, "PNG")
-    return {"index": 0, "question": '"Which ""one""?\nLook."', "A": "red", "B": "blue", "C": "green", "D": "white",
-            "answer": "C", "category": "single", "cycle_category": 0, **fields,
-            "image": base64.b64encode(buffer.getvalue()).decode()}
+    return {"index": 0, "question": '"Which ""one""?\nLook."', "A": "red", "B": "blue",
+            "C": "green", "D": "white", "answer": "C", "category": "single", "cycle_category": 0,
+            **fields, "image": base64.b64encode(buffer.getvalue()).decode()}
