@@ -1,15 +1,19 @@
-"""Benchmarks: where questions come from, and how well a policy does.
+"""Benchmarks: where questions come from, and how well a policy answers them.
 
-In:  a checkpoint and a task (a name, or a file of one of the real data sets), or one image and a question.
-Out: accuracy with its interval, with and without the tool, the behaviours that the paper counts, pictures of traces.
+In:  a checkpoint and a task (a name, or a file of one of the real data sets), or one image and a
+     question.
+Out: accuracy with its interval, with and without the tool, the behaviours that the paper counts,
+     pictures of traces.
 
     python evaluate.py --model runs/toy-search-zoom/rl --task toy-search
-    python evaluate.py --model runs/toy-search-zoom/rl --image my.png --question "..." --save trace.png
+    python evaluate.py --model runs/toy-search-zoom/rl --image my.png --question "..." --save a.png
 
-The task `toy-search` is V*Bench's idea in miniature. Of 4 to 6 coloured cards, 1 to 3 have the colour that is asked about, and
-exactly one of these bears a pattern. Which one it is, and which pattern, cannot be known from the image as the policy first sees
-it: each pattern has a mean of zero over every block of 4x4 px, the cards' edges lie on block edges, and the policy sees the means
-of the blocks. So it has to look at a candidate, see whether it is plain, and look at the next.
+The synthetic task `toy-search` is V*Bench's idea in miniature. Of 4 to 6 coloured cards, 1 to 3
+have the colour that is asked about (the candidates), and exactly one of these bears a pattern.
+Which one it is, and which pattern, cannot be known from the model input: each pattern has a mean
+of zero over every block of 4x4 px, the cards' edges lie on block edges, and the policy gets the
+means of the blocks. So it has to zoom into a candidate, see whether it is plain, and zoom into the
+next.
 """
 import ast
 import base64
@@ -18,11 +22,11 @@ import json
 import math
 import random
 import re
+import string
 import time
-from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
 
@@ -30,69 +34,107 @@ import numpy as np
 from PIL import Image
 
 from model import Policy, UserError, gather, load, rank, world_size, write_text
-from reward import (USAGE, Action, distinct_crops, in_region, option_text, parse_action, score)
-from rollout import (OVERLONG, Config, Question, crop_box, describe_config, draw_trace, make_config, make_dialogue,
-                     parse_points, read_image, rollout, run)
+from reward import USAGE, Action, distinct_crops, in_region, option_text, parse_action, score
+from rollout import (
+    OVERLONG,
+    Config,
+    Question,
+    crop_box,
+    describe_config,
+    draw_trace,
+    make_config,
+    make_dialogue,
+    parse_points,
+    read_image,
+    rollout,
+    run,
+)
 
-# ------------------------------------------------------------------------------------------------ toy-search: drawn scenes
+# -------------------------------------------------------------------------------- synthetic scenes
 
-BLOCK = 4                       # px of the drawing that become one px of what the policy sees
-SIDE = 256                      # px, width and height of the drawing
-CELL, CARD = 64, 40             # px: the cards lie in a 4x4 grid of cells, moved by one of JITTER in each direction
-JITTER = (-12, 0, 12)           # px
-COLOURS = {"red": (190, 50, 50), "green": (50, 170, 70), "blue": (60, 80, 200), "yellow": (200, 190, 50),
-           "purple": (150, 50, 180), "cyan": (60, 180, 190)}
-_row, _column = np.mgrid[:BLOCK, :BLOCK]
-PATTERNS = {                    # added to a card's colour, times CONTRAST; each block sums to zero
-    "plain": np.zeros((4, 4)),
-    "horizontal": np.where(_row < 2, 1.0, -1.0),
-    "vertical": np.where(_column < 2, 1.0, -1.0),
-    "checked": np.where((_row < 2) == (_column < 2), 1.0, -1.0),
-    "rising": np.where((_row + _column) % 4 < 2, 1.0, -1.0),
-    "falling": np.where((_row - _column) % 4 < 2, 1.0, -1.0),
-    "dotted": np.where((_row % 3 > 0) & (_column % 3 > 0), 1.5, -0.5),
-}
+BLOCK = 4                  # px of the drawing that become one px of the model input
+SIDE = 256                 # px, width and height of the drawing
+CELL, CARD = 64, 40        # px: the cards lie in a 4x4 grid of cells, each moved by one of JITTER
+JITTER = (-12, 0, 12)      # px, in x and in y
+READABLE = 12              # px of a card, in x and in y, in which its pattern can be read
+COLOURS = {"red": (190, 50, 50), "green": (50, 170, 70), "blue": (60, 80, 200),
+           "yellow": (200, 190, 50), "purple": (150, 50, 180), "cyan": (60, 180, 190)}
 CONTRAST = 36
-ANSWERS = tuple(p for p in PATTERNS if p != "plain")
-NOTHING = "nothing"             # said of a crop that shows no candidate
+LEVELS = {"0": 0.0, "+": 1.0, "-": -1.0, "#": 1.5, ".": -0.5}
+
+
+def block(drawing):
+    """16 letters, row by row -> (4, 4), what is added to a card's colour, times CONTRAST."""
+    return np.array([LEVELS[letter] for letter in drawing]).reshape(BLOCK, BLOCK)
+
+
+PATTERNS = {               # each has a mean of zero
+    "plain": block("0000" "0000" "0000" "0000"),
+    "horizontal": block("++++" "++++" "----" "----"),
+    "vertical": block("++--" "++--" "++--" "++--"),
+    "checked": block("++--" "++--" "--++" "--++"),
+    "rising": block("++--" "+--+" "--++" "-++-"),
+    "falling": block("+--+" "++--" "-++-" "--++"),
+    "dotted": block("...." ".##." ".##." "...."),
+}
+ANSWERS = tuple(pattern for pattern in PATTERNS if pattern != "plain")
+NOTHING = "nothing"        # said of a crop that shows no candidate
 QUESTION = ("One", " card bears a pattern. Which?")     # the colour stands between
 
 
-def _background():
-    """Red rises to the right and green downwards, in steps of a block: position can be told from any patch."""
+def draw_background():
+    """Red rises to the right, green downwards, in steps of a block: a patch tells its place."""
     ramp = np.round(np.linspace(-60, 60, SIDE // BLOCK)).repeat(BLOCK)
     image = np.full((SIDE, SIDE, 3), 127.0)
-    image[..., 0] += ramp[None, :]
+    image[..., 0] += ramp
     image[..., 1] += ramp[:, None]
     return image.astype(np.uint8)
 
 
-def _card(colour, pattern):
-    tile = np.tile(PATTERNS[pattern], (CARD // BLOCK, CARD // BLOCK))[..., None]
-    return (np.array(COLOURS[colour]) + CONTRAST * tile).astype(np.uint8)
+def draw_card(colour, pattern):
+    tile = np.tile(PATTERNS[pattern], (CARD // BLOCK, CARD // BLOCK))
+    return (COLOURS[colour] + CONTRAST * tile[..., None]).astype(np.uint8)
 
 
-BACKGROUND = _background()
-CARDS = {(c, p): _card(c, p) for c in COLOURS for p in PATTERNS}
+BACKGROUND = draw_background()
+CARDS = {face: draw_card(*face) for face in product(COLOURS, PATTERNS)}
 
 
 @dataclass(frozen=True)
 class Card:
     colour: str
     pattern: str
-    x: int           # centre, px of the drawing
+    x: int                 # centre, px of the drawing
     y: int
+
+    @property
+    def cell(self):
+        """(row, column) in the grid."""
+        return self.y // CELL, self.x // CELL
+
+    def distance(self, point):
+        """From the centre to a point, the larger of both axes, px."""
+        return max(abs(point[0] - self.x), abs(point[1] - self.y))
+
+    def readable_in(self, box):
+        """Whether a crop shows enough of the card."""
+        half = CARD // 2
+        width = min(self.x + half, box[2]) - max(self.x - half, box[0])
+        height = min(self.y + half, box[3]) - max(self.y - half, box[1])
+        return min(width, height) >= READABLE
 
 
 @dataclass(frozen=True)
 class Scene:
+    """What is drawn where. Points and boxes are in px of the drawing."""
     cards: tuple[Card, ...]
-    colour: str      # the one asked about
+    colour: str            # the one asked about
 
     @property
     def candidates(self):
         """The cards of the colour asked about, in reading order of their cells."""
-        return sorted((c for c in self.cards if c.colour == self.colour), key=lambda c: (c.y // CELL, c.x // CELL))
+        candidates = [card for card in self.cards if card.colour == self.colour]
+        return sorted(candidates, key=lambda card: card.cell)
 
     def draw(self):
         image = BACKGROUND.copy()
@@ -102,221 +144,232 @@ class Scene:
         return Image.fromarray(image)
 
     def card_at(self, point):
-        """The card under a point (px of the drawing), or None."""
-        return next((c for c in self.cards if max(abs(point[0] - c.x), abs(point[1] - c.y)) <= CARD // 2), None)
+        """The card under a point, or None."""
+        return next((card for card in self.cards if card.distance(point) <= CARD // 2), None)
 
     def cells(self):
         """The 16 cells of the grid in reading order: the card in each, or None."""
-        found = {(c.y // CELL, c.x // CELL): c for c in self.cards}
-        return [found.get((row, column)) for row in range(SIDE // CELL) for column in range(SIDE // CELL)]
+        cards = {card.cell: card for card in self.cards}
+        return [cards.get(divmod(number, 4)) for number in range(16)]
 
     def contains(self, point):
-        """Whether a point (px of the drawing) lies on a card of the colour asked about."""
+        """Whether a point lies on a candidate."""
         card = self.card_at(point)
         return card is not None and card.colour == self.colour
 
     def shown(self, box):
-        """The candidates of which the window shows at least 12x12 px, enough to read the pattern; the most central first."""
+        """The candidates that can be read in a crop, the most central first."""
         middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-        half = CARD // 2
-        seen = [c for c in self.candidates if min(c.x + half, box[2]) - max(c.x - half, box[0]) >= 12
-                and min(c.y + half, box[3]) - max(c.y - half, box[1]) >= 12]
-        return sorted(seen, key=lambda c: max(abs(c.x - middle[0]), abs(c.y - middle[1])))
+        readable = [card for card in self.candidates if card.readable_in(box)]
+        return sorted(readable, key=lambda card: card.distance(middle))
 
     def face_in(self, box):
-        """What is true of a window: the pattern of the most central candidate that it shows, or "nothing"."""
-        seen = self.shown(box)
-        return seen[0].pattern if seen else NOTHING
+        """What is true of a crop: the pattern of the most central candidate, or "nothing"."""
+        shown = self.shown(box)
+        return shown[0].pattern if shown else NOTHING
 
     def describes(self, thought, box):
-        """Whether a thought says of a window what is true of it, and nothing else: of all faces it names this one alone."""
+        """Whether a thought names what a crop shows, and no other pattern."""
         words = set(re.findall(r"\w+", thought.lower()))
         return words & {*PATTERNS, NOTHING} == {self.face_in(box)}
 
 
 def place_cards(rng, faces):
     """(colour, pattern) pairs -> Cards in different cells of the grid."""
-    cells = rng.sample(range(16), len(faces))
-    return tuple(Card(c, p, cell % 4 * CELL + CELL // 2 + rng.choice(JITTER), cell // 4 * CELL + CELL // 2 + rng.choice(JITTER))
-                 for (c, p), cell in zip(faces, cells))
+    cards = []
+    for (colour, pattern), cell in zip(faces, rng.sample(range(16), len(faces)), strict=True):
+        x = cell % 4 * CELL + CELL // 2 + rng.choice(JITTER)
+        y = cell // 4 * CELL + CELL // 2 + rng.choice(JITTER)
+        cards.append(Card(colour, pattern, x, y))
+    return tuple(cards)
 
 
 def search_scene(rng, colour=None, candidates=None):
-    """4 to 6 cards, of which 1, 2 or 3 (in one, two and three cases of six) are candidates; the first card bears the pattern."""
+    """4 to 6 cards, the first of which bears the pattern; 1, 2 or 3 of them (in one, two and three
+    cases of six) are candidates."""
     colour = colour or rng.choice(list(COLOURS))
     candidates = candidates or rng.choice((1, 2, 2, 3, 3, 3))
-    others = [c for c in COLOURS if c != colour]
     faces = [(colour, rng.choice(ANSWERS))] + [(colour, "plain")] * (candidates - 1)
-    faces += [(rng.choice(others), rng.choice(list(PATTERNS))) for _ in range(rng.randint(4, 6) - candidates)]
+    others = [other for other in COLOURS if other != colour]
+    for _ in range(rng.randint(4, 6) - candidates):
+        faces.append((rng.choice(others), rng.choice(list(PATTERNS))))
     return Scene(place_cards(rng, faces), colour)
 
 
 def toy_search(split, seed, index):
-    """Question number `index` of a split ("train", "validation", "test"); each (split, seed, index) has its own stream."""
+    """Question number `index` of a split ("train", "validation", "test"); each (split, seed, index)
+    has random numbers of its own."""
     scene = search_scene(random.Random(f"toy-search {split} {seed} {index}"))
-    return Question(f"{QUESTION[0]} {scene.colour}{QUESTION[1]}", [scene.draw], scene.cards[0].pattern, "string",
-                    id=f"{split}-{seed}-{index}", category=str(len(scene.candidates)), scene=scene)
+    return Question(f"{QUESTION[0]} {scene.colour}{QUESTION[1]}", [scene.draw],
+                    scene.cards[0].pattern, id=f"{split}-{seed}-{index}",
+                    category=str(len(scene.candidates)), scene=scene)
 
 
 TOYS = {"toy-search": toy_search}
 
 
-class DrawnQuestions:
-    """The questions of a toy task, drawn when they are asked for."""
-
-    def __init__(self, task, split, n, seed=0):
-        self.draw, self.split, self.n, self.seed = TOYS[task], split, n, seed
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, index):
-        if not 0 <= index < self.n:
-            raise IndexError(index)
-        return self.draw(self.split, self.seed, index)
-
-
-def blind_accuracy(questions, dialogue, looks, guesses=len(ANSWERS), seed=0):
-    """What a player gets who looks at `looks` random places and knows the answer if it was shown, and else guesses."""
-    rng, right = random.Random(seed), 0.0
+def random_zoom_accuracy(questions, dialogue, zoom_calls, seed=0):
+    """The random-zoom baseline: the accuracy of a player who zooms at random points, knows the
+    answer where a crop shows it, and else guesses one of ANSWERS."""
+    rng = random.Random(seed)
+    right = 0.0
     for question in questions:
-        points = [(rng.randrange(SIDE), rng.randrange(SIDE)) for _ in range(looks)]
+        points = [(rng.randrange(SIDE), rng.randrange(SIDE)) for _ in range(zoom_calls)]
         boxes = [crop_box((SIDE, SIDE), point, dialogue.crop_half) for point in points]
-        right += 1 if any(question.scene.cards[0] in question.scene.shown(box) for box in boxes) else 1 / guesses
+        shown = any(question.scene.cards[0].readable_in(box) for box in boxes)
+        right += 1 if shown else 1 / len(ANSWERS)
     return right / len(questions)
 
 
-# ------------------------------------------------------------------------------------------------ how an answer is scored
+# ----------------------------------------------------------------- data sets: how a row is answered
 
-OPTIONS = (re.compile(r"\(([A-Z])\)\s*(.*?)(?=\s*\([A-Z]\)|\n|$)"),     # (A) red (B) blue: on one line or several
+OPTIONS = (re.compile(r"\(([A-Z])\)\s*(.*?)(?=\s*\([A-Z]\)|\n|$)"),    # (A) red (B) blue
            re.compile(r"^\s*([A-Z])[.)][^\S\n]+(.+)$", re.M))           # A. red: a line each
-WHOLE_BOX = re.compile(r"[(\[]\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]")
+BOX = re.compile(r"[(\[]\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]")
 NUMBERS = re.compile(r"[(\[]+\s*-?[\d.]+(?:[\s,()\[\]]+-?[\d.]+)+\s*[)\]]+")
-ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S)    # "stop" alone is a word
+ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S)
+NEVER = "(?!)"    # matches nothing
+# What an answer of a kind shall look like, for rows that do not say it ("Description: the search
+# button"), and how to know the rows that do. The actions are always listed: a web page that is
+# quoted in the question must not be able to suppress that.
+HINTS = {
+    "point": (r"\(x,\s*y\)|\[x,\s*y\]|<answer>", "The answer is one point (x, y), in pixels of the "
+              "image, between <answer> and </answer>."),
+    "choice": (r"<answer>|\b(answer|respond|reply)\b[^.:\n]{0,40}\b(letter|text|option)",
+               "The answer is the letter or the text of one of the options."),
+    "action": (NEVER, "The answer is one of these actions, with numbers and words that fit: "
+               f"{', '.join(USAGE.values())}."),
+}
 
 
 class Unusable(Exception):
     """Why a row cannot be asked or scored."""
 
 
+def hint_for(kind, text):
+    """What an answer of a kind shall look like, or "" where the question's text says so itself."""
+    said, hint = HINTS.get(kind, (NEVER, ""))
+    return "" if re.search(said, text, re.I) else hint
+
+
 def parse_options(text):
-    """The options' texts in the order of their letters: "Which?\\nA. Yes, left\\nB. No" -> ("Yes, left", "No"), or ()."""
+    """The options' texts in the order of their letters, or ().
+
+    "Which?\\nA. Yes, left\\nB. No" -> ("Yes, left", "No")"""
     text = text.rpartition("Answer Choices:")[2]
     for pattern in OPTIONS:
-        found = pattern.findall(text)
-        letters = "".join(letter for letter, _ in found)
-        start = letters.rfind("A")
+        options = pattern.findall(text)
+        letters = "".join(letter for letter, _ in options)
+        start = letters.rfind("A")       # of a list of options that a preamble may name, too
         if 0 <= start < len(letters) - 1 and LETTERS.startswith(letters[start:]):
-            return tuple(option.strip() for _, option in found[start:])
+            return tuple(option.strip() for _, option in options[start:])
     return ()
 
 
 def as_box(values, limit=10**6):
-    """Corners (x1, y1, x2, y2), checked. limit: the largest value there may be."""
-    if not (len(values) == 4 and all(type(v) in (int, float) for v in values)
-            and 0 <= values[0] <= values[2] <= limit and 0 <= values[1] <= values[3] <= limit):
-        raise Unusable(f"{list(values)} are not the corners of a box in " + ("[0, 1]" if limit == 1 else "px"))
-    return tuple(values)
+    """Corners (x1, y1, x2, y2), checked. limit: 1 for shares of the image's sides."""
+    x1, y1, x2, y2 = values
+    if not (0 <= x1 <= x2 <= limit and 0 <= y1 <= y2 <= limit):
+        unit = "[0, 1]" if limit == 1 else "px"
+        raise Unusable(f"{list(values)} are not the corners of a box in {unit}")
+    return x1, y1, x2, y2
 
 
-def scored_by(text, answer, letter=False):
-    """How an answer is scored -> `kind`, `answer` and `choices` of the Question. letter: the answer is an option's letter.
+def scored_by(text, answer, label=False):
+    """How the answer to a question is scored: the `kind`, `answer` and `choices` of a Question.
 
-    A box in whole px is to be hit by a point; a web action is an action; where the text has options and the answer is the
-    letter or the text of one, it is a choice, and stays letter or text; all else ("yes" too) is compared as a string."""
+    Four whole numbers are a box that a point has to hit, a web action is an action. The letter or
+    the text of one of the question's options is a choice, and is kept as it is written; where
+    `label` is set, a letter is never an option's text. All else ("yes", too) is a string."""
     answer = str(answer).strip() if type(answer) in (str, int, float) else ""
     if not answer:
         raise Unusable("it has no answer in words")
-    if WHOLE_BOX.fullmatch(answer):
-        return dict(kind="point", answer=as_box([int(v) for v in re.findall(r"\d+", answer)]))
+    if BOX.fullmatch(answer):
+        corners = [int(number) for number in re.findall(r"\d+", answer)]
+        return {"kind": "point", "answer": as_box(corners)}
     if NUMBERS.fullmatch(answer):
-        raise Unusable(f"its answer, {answer}, is neither in words nor a box (x1, y1, x2, y2) in whole px")
+        raise Unusable(f"its answer, {answer}, is neither in words nor a box (x1, y1, x2, y2) in "
+                       "whole px")
     if ACTION.fullmatch(answer):
         parse_action(answer)
-        return dict(kind="action", answer=answer)
+        return {"kind": "action", "answer": answer}
     choices = parse_options(text)
-    places = [i for i, c in enumerate(choices) if c.casefold().rstrip(".") == answer.casefold().rstrip(".")]
-    named = re.fullmatch(r"\(?([A-Z])[.)]?", answer)
-    if choices and named and (letter or not places):
-        places = [LETTERS.index(named[1])]
-        if places[0] >= len(choices):
+    texts = [choice.casefold().rstrip(".") for choice in choices]
+    letter = re.fullmatch(r"\(?([A-Z])[.)]?", answer)
+    if answer.casefold().rstrip(".") in texts and not (label and letter):
+        index = texts.index(answer.casefold().rstrip("."))
+    elif choices and letter:
+        index = LETTERS.index(letter[1])
+        if index >= len(choices):
             raise Unusable(f"its answer, {answer}, is none of its {len(choices)} options")
-    if not places:
-        return dict(kind="string", answer=answer)
-    return dict(kind="choice", answer=LETTERS[places[0]] if named else choices[places[0]], choices=choices)
+    else:
+        return {"kind": "string", "answer": answer}
+    answer = LETTERS[index] if letter else choices[index]
+    return {"kind": "choice", "answer": answer, "choices": choices}
 
 
-# What the answer shall look like, by the kind of question, for rows that do not say it ("Description: the search button"); and
-# how to tell the rows that do. The list of actions is always given: a page that quotes it must not be able to suppress it.
-HINTS = {
-    "point": (r"\(x,\s*y\)|\[x,\s*y\]|<answer>",
-              "The answer is one point (x, y), in pixels of the image, between <answer> and </answer>."),
-    "choice": (r"<answer>|\b(answer|respond|reply)\b[^.:\n]{0,40}\b(letter|text|option)",
-               "The answer is the letter or the text of one of the options."),
-    "action": (None, "The answer is one of these actions, with numbers and words that fit: " + ", ".join(USAGE.values()) + "."),
-}
+# ------------------------------------------------------------------------------- data sets: formats
 
+# A reader makes a Question of a row, with the row's own names of images. An answer that needs the
+# image's size is a function of it. Sources: the data cards and the evaluation code of each.
 
-def hint_for(kind, text):
-    """What an answer of a kind shall look like, unless the question's text says so itself; or ""."""
-    said, hint = HINTS.get(kind, (None, ""))
-    return "" if said and re.search(said, text, re.I) else hint
-
-
-# ------------------------------------------------------------------------------------------------ data sets: a row
-
-FACET = " | "          # between the parts of a category, "mobile | text": `summarise` groups by each, and by all together
-EMBEDDED = object()    # an image that is in the row itself
-PLATFORMS = {"ios": "mobile", "android": "mobile", "windows": "desktop", "macos": "desktop"}    # all others are web pages
+FACET = " | "    # between the parts of a category, "mobile | text": scores are given by each part
+PLATFORMS = {"ios": "mobile", "android": "mobile", "windows": "desktop", "macos": "desktop"}
 ASKS_FOR_SHARES = re.compile(r"\s*Your answer should be formatted as a list of tuples.*", re.S)
+# of BLINK in a row's id, of V*Bench in its image's folder
+CATEGORY = re.compile(r"^(?:val|test)_(\S+)_\d+ |(direct_attributes|relative_position)")
 
 
 def read_conversation(row):
-    """ViGoRL, evaluation and search: what is said first is the question, then comes the answer. The sub-task of BLINK is in
-    the id ("val_Art_Style_7"), that of V* in the image's folder."""
+    """ViGoRL, evaluation and search: the first value is the question, the second its answer."""
     turns = row["conversations"]
-    said = turns["value"] if isinstance(turns, dict) else [turn["value"] for turn in turns]
-    text, answer = (said[0] if isinstance(said[0], list) else said)[:2]
-    images = [row["image"]] if isinstance(row.get("image"), str) else row.get("image")
-    task = re.match(r"(?:val|test)_(.+)_\d+$", str(row.get("id"))) or re.search("(direct_attributes|relative_position)",
-                                                                                str(images))
-    return dict(text=text, images=images, category=task and task[1], **scored_by(text, answer))
+    if isinstance(turns, dict):
+        turns = [turns]
+    said = [turn["value"] for turn in turns]
+    if isinstance(said[0], list):                      # {"from": [...], "value": [...]}
+        said = said[0]
+    text, answer = said[:2]
+    found = CATEGORY.search(f"{row.get('id')} {row.get('image')}")
+    category = (found[1] or found[2]) if found else ""
+    return Question(text, row.get("image"), category=category, **scored_by(text, answer))
 
 
 def read_sft(row):
-    """ViGoRL, SFT: the first turn of the user's is the question. Later images are close-ups: they belong to the trace."""
+    """ViGoRL, SFT: the user's first turn is the question. Later images are crops of the trace."""
     text = next(turn["content"] for turn in row["messages"] if turn["role"] in ("user", "human"))
-    return dict(text=text, images=row["images"][:max(1, text.count("<image>"))], **scored_by(text, row["gt_answer"]))
+    images = row["images"][:max(1, text.count("<image>"))]
+    return Question(text, images, **scored_by(text, row["gt_answer"]))
 
 
 def read_problem(row, answer):
     text = row["problem"]
-    return dict(text=text, images=row["images"], category=row.get("data_source"), **scored_by(text, row[answer]))
+    return Question(text, row["images"], category=row.get("data_source"),
+                    **scored_by(text, row[answer]))
 
 
 def read_vstar(row):
-    scored = scored_by(row["text"], row["label"], letter=True)
-    return dict(text=row["text"], images=[row["image"]], category=row["category"], **scored)
+    return Question(row["text"], row["image"], category=row["category"],
+                    **scored_by(row["text"], row["label"], label=True))
 
 
 def read_robospatial(row):
-    """Yes or no; in the category "context", a polygon in [0, 1]. There the question asks for points in [0, 1] too: that
-    sentence is left out, for points are said in px here."""
-    text, answer = ASKS_FOR_SHARES.sub("", row["question"]), row["answer"]
-    if answer[:1] in ("[", "("):
-        corners = ast.literal_eval(answer)
-        if len(corners) < 3 or not all(0 <= x <= 1 and 0 <= y <= 1 for x, y in corners):
-            raise Unusable("its answer is no polygon in [0, 1]")
-        scored = dict(kind="point", answer=lambda size: tuple((x * size[0], y * size[1]) for x, y in corners))
-    else:
-        scored = scored_by(text, answer)
-    return dict(text=text, images=[row["img"]], category=row["category"], **scored)
+    """Yes or no; in the category "context" a polygon in [0, 1], and a question that asks for points
+    in [0, 1], too: that sentence is left out, for points are in px here."""
+    text = ASKS_FOR_SHARES.sub("", row["question"])
+    answer = row["answer"]
+    if answer[0] not in "[(":
+        return Question(text, row["img"], category=row["category"], **scored_by(text, answer))
+    corners = np.array(ast.literal_eval(answer))
+    if len(corners) < 3 or corners.min() < 0 or corners.max() > 1:
+        raise Unusable("its answer is no polygon in [0, 1]")
+    return Question(text, row["img"], lambda size: (corners * size).tolist(), "point",
+                    category=row["category"])
 
 
 def read_element(row, answer, *category):
-    """An element of a screen, described in the words of ViGoRL's own rows."""
-    return dict(text=f"Description: {row['instruction']}", images=[row["img_filename"]], kind="point", answer=answer,
-                category=FACET.join(category))
+    """An element of a screen, asked for in the words of ViGoRL's own rows."""
+    return Question(f"Description: {row['instruction']}", row["img_filename"], answer, "point",
+                    category=FACET.join(category))
 
 
 def read_screenspot(row):
@@ -333,472 +386,572 @@ def read_screenspot_pro(row):
 
 def read_os_atlas(row):
     """bbox: x1, y1, x2, y2 in [0, 1]."""
-    box = as_box(row["bbox"], limit=1)
-    return read_element(row, lambda size: tuple(v * side for v, side in zip(box, size * 2)))
+    box = np.array(as_box(row["bbox"], limit=1))
+    return read_element(row, lambda size: tuple((box * [*size, *size]).tolist()))
 
 
 def read_hr_bench(row):
+    """The image is in the row, in base64; it is decoded when it is needed."""
     if row["answer"] not in ("A", "B", "C", "D"):
         raise Unusable(f"its answer, {row['answer']}, is none of its 4 options")
-    text = "\n".join([row["question"], *(f"({letter}) {row[letter]}" for letter in "ABCD")])
-    return dict(text=text, images=[EMBEDDED] if row["image"] else [], kind="choice", answer=row["answer"],
-                choices=tuple(row[letter] for letter in "ABCD"),
-                category=FACET.join([row["category"], f"cycle {row['cycle_category']}"]))
+    lines = [row["question"], *(f"({letter}) {row[letter]}" for letter in "ABCD")]
+    image = row["image"] and partial(embedded_image, row["image"])
+    return Question("\n".join(lines), image, row["answer"], "choice",
+                    tuple(row[letter] for letter in "ABCD"),
+                    category=f"{row['category']}{FACET}cycle {row['cycle_category']}")
 
 
-# A file has the format of its first row that has all the fields of one. What the numbers of a box mean follows from the
-# format, never from the numbers. A reader makes the fields of a Question; an answer that needs the image's size (width,
-# height) is a function of it. Sources: the data cards and the evaluation code of each benchmark.
-FORMATS = (
-    ("ViGoRL SFT", ("messages", "images"), read_sft),
-    ("ViGoRL evaluation or search", ("conversations",), read_conversation),
-    ("VisualProbe", ("problem", "solution"), partial(read_problem, answer="solution")),
-    ("ViGoRL RL", ("problem", "answer"), partial(read_problem, answer="answer")),
-    ("V*Bench", ("text", "label", "category"), read_vstar),
-    ("RoboSpatial-Home", ("question", "answer", "img"), read_robospatial),
-    ("ScreenSpot-Pro", ("img_filename", "bbox", "instruction", "ui_type"), read_screenspot_pro),
-    ("ScreenSpot or ScreenSpot-V2", ("img_filename", "bbox", "instruction", "data_source"), read_screenspot),
-    ("OS-Atlas", ("img_filename", "bbox", "instruction"), read_os_atlas),
-    ("HR-Bench", ("question", "A", "B", "C", "D", "cycle_category"), read_hr_bench),
-)
-
-
-def find_format(row):
-    """-> the name of a row's format, and its reader. Raises Unusable."""
-    seen = set(row) if isinstance(row, dict) else set()
-    for name, fields, read in FORMATS:
-        if seen.issuperset(fields):
-            return name, read
-    known = "; ".join(f"{name} ({', '.join(fields)})" for name, fields, _ in FORMATS)
-    raise Unusable(f"unknown format, its fields are {', '.join(sorted(seen)) or '(none)'}. Known are: {known}")
-
-
-def make_question(read, row):
-    """A row -> the fields of its Question, checked. No image is opened. Raises Unusable."""
+def embedded_image(text, where):
     try:
-        made = read(row)
-        made.update(text=made["text"].replace("<image>", "").strip(), category=str(made.get("category") or ""))
-    except KeyError as error:
-        raise Unusable(f"it has no field {error}") from None
-    except (AttributeError, IndexError, RecursionError, StopIteration, SyntaxError, TypeError, ValueError) as error:
-        raise Unusable(f"its fields do not hold what they should ({type(error).__name__}: {error})") from None
-    images = made["images"]
-    if not (images and isinstance(images, list) and all(i is EMBEDDED or isinstance(i, str) and i for i in images)):
-        raise Unusable("it has no image")
-    if not made["text"]:
-        raise Unusable("it has no question")
-    made["hint"] = hint_for(made.get("kind", "string"), made["text"])
-    return made
-
-
-# ------------------------------------------------------------------------------------------------ data sets: a file
-
-ROOTS = (".", "images", "../images", "..", "../..")    # where images are looked for, from the file's folder
-
-
-def read_questions(path, image_root=None, n=None):
-    """A file in one of the FORMATS, or a folder of .json files, -> QuestionFile. n: at most so many, spread evenly."""
-    path = Path(path)
-    if not path.is_dir() and path.suffix not in (".jsonl", ".json", ".tsv"):
-        raise UserError(f"{path}: not a .jsonl, .json or .tsv file, nor a folder of .json files. (SAT and BLINK, which are "
-                        "parquet: take the .jsonl files of the ViGoRL release.)")
-    return QuestionFile(path, image_root, n)
-
-
-class QuestionFile:
-    """The questions of a file, each made when it is asked for.
-
-    Of rows on lines only the offsets are kept, some 150 bytes a row; a JSON list has to be in memory as a whole. All rows
-    are read once at the start, to know the unusable ones: `skipped` counts them, `first_skipped` is where and why."""
-
-    def __init__(self, path, image_root, n):
-        self.format, self.index, self.skipped, self.first_skipped = "", [], 0, ""
-        for file, number, place, row in scan(path):
-            try:
-                if not self.format:
-                    self.format, self.read = find_format(row)
-                make_question(self.read, row)
-                self.index.append((file, number, place))
-            except Unusable as why:
-                self.skipped += 1
-                self.first_skipped = self.first_skipped or f"{file}:{number}: {why}"
-        if not self.index:
-            raise UserError(f"{path}: no usable row among {self.skipped}. {self.first_skipped or 'Is it empty?'}")
-        if n and n < len(self.index):            # files are often sorted
-            self.index = [self.index[i * len(self.index) // n] for i in range(n)]
-        self.root = self.find_root(path if path.is_dir() else path.parent, image_root)
-
-    def find_root(self, folder, image_root):
-        """The folder that images are named from: the one given, or the first of ROOTS that has the first image."""
-        file, number, place = self.index[0]
-        name = make_question(self.read, fetch(file, place))["images"][0]
-        roots = [Path(image_root)] if image_root else [folder / root for root in ROOTS]
-        for root in roots:
-            if name is EMBEDDED or (root / name).exists():
-                return root
-        raise UserError(f"{file}:{number}: no such image, {roots[0] / name}; "
-                        "give as --image-root the folder that its path starts from")
-
-    def __len__(self):
-        return len(self.index)
-
-    def __getitem__(self, i):
-        file, number, place = self.index[i]
-        row, where = fetch(file, place), f"{file}:{number}"
-        made = make_question(self.read, row)
-        images = [partial(embedded_image, file, place, where) if name is EMBEDDED else self.root / name
-                  for name in made.pop("images")]
-        if callable(made["answer"]):
-            made["answer"] = made["answer"](image_size(images[0], where))
-        number = number if self.index[0][0] == self.index[-1][0] else f"{file.stem}-{number}"     # of several files
-        name = next((row[key] for key in ("id", "question_id", "doc_id", "index") if key in row), number)
-        return Question(images=images, id=str(name), where=where, **made)
-
-
-def scan(path):
-    """Yields (file, number, place, row) of all rows of a file, or of the .json files in a folder or in its `annotations`.
-    place: the row's offset in the file; in a JSON list, the row itself."""
-    files = (sorted(path.glob("annotations/*.json")) or sorted(path.glob("*.json"))) if path.is_dir() else [path]
-    for name in files:
-        number = 1
-        try:
-            with open(name, "rb") as file:
-                header = read_header(name, file)
-                if file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-                    yield from ((name, i, row, row) for i, row in enumerate(json.loads(file.read()), 1))
-                while file.peek(1):
-                    place = file.tell()
-                    row = read_row(file, header)
-                    if row is not None:
-                        yield name, number, place, row
-                    number += 1
-        except OSError as error:
-            raise UserError(f"{name}: {error.strerror}; give the path of a data file") from None
-        except (ValueError, RecursionError, csv.Error) as error:
-            line = number + getattr(error, "lineno", 1) - 1
-            raise UserError(f"{name}:{line}: cannot be read ({getattr(error, 'msg', error)}); mend or remove it") from None
-
-
-def read_header(name, file):
-    """The names of the columns of a .tsv file; None for others."""
-    return file.readline().decode().rstrip("\r\n").split("\t") if name.suffix == ".tsv" else None
-
-
-def read_row(file, header):
-    """The next row of an open file of JSON lines or, with a header, of tab-separated ones. None: a blank line."""
-    if header is None:
-        line = file.readline().strip()           # an error at its end is on this line, not the next
-        return json.loads(line) if line else None
-    csv.field_size_limit(2**31 - 1)              # a cell may be an image
-    cells = next(csv.reader(iter(lambda: file.readline().decode(), ""), delimiter="\t"))    # in quotes, a row may span lines
-    return dict(zip(header, cells)) if cells else None
-
-
-def fetch(name, place):
-    """The row at a place, see `scan`."""
-    if not isinstance(place, int):
-        return place
-    with open(name, "rb") as file:
-        header = read_header(name, file)
-        file.seek(place)
-        return read_row(file, header)
-
-
-def embedded_image(name, place, where):
-    """The image in a row, which is read again for it: no Question holds on to megabytes."""
-    try:
-        data = base64.b64decode(fetch(name, place)["image"])
+        data = base64.b64decode(text)
     except ValueError:
         data = b""
     return read_image(data, where)
 
 
-def image_size(path, where):
-    """(width, height) in px, from the file's header."""
+# A file has the format of its first row that has all the fields of one. The format says what the
+# numbers of a box mean, never the numbers. family: of the settings; "": it depends on the answers.
+FORMATS = (    # name, family, fields, reader
+    ("ViGoRL SFT", "", ("messages", "images"), read_sft),
+    ("ViGoRL evaluation or search", "", ("conversations",), read_conversation),
+    ("VisualProbe", "search", ("problem", "solution"), partial(read_problem, answer="solution")),
+    ("ViGoRL RL", "", ("problem", "answer"), partial(read_problem, answer="answer")),
+    ("V*Bench", "search", ("text", "label", "category"), read_vstar),
+    ("RoboSpatial-Home", "spatial", ("question", "answer", "img"), read_robospatial),
+    ("ScreenSpot-Pro", "gui", ("img_filename", "bbox", "instruction", "ui_type"),
+     read_screenspot_pro),
+    ("ScreenSpot or ScreenSpot-V2", "gui", ("img_filename", "bbox", "instruction", "data_source"),
+     read_screenspot),
+    ("OS-Atlas", "gui", ("img_filename", "bbox", "instruction"), read_os_atlas),
+    ("HR-Bench", "search", ("question", "A", "B", "C", "D", "cycle_category"), read_hr_bench),
+)
+
+
+def find_format(row):
+    """The line of FORMATS for a row. Raises Unusable."""
+    names = set(row) if isinstance(row, dict) else set()
+    for line in FORMATS:
+        if names.issuperset(line[2]):
+            return line
+    known = "; ".join(f"{name} ({', '.join(fields)})" for name, _, fields, _ in FORMATS)
+    seen = ", ".join(sorted(map(str, names))) or "(none)"
+    raise Unusable(f"unknown format, its fields are {seen}. Known are: {known}")
+
+
+def make_question(read, row, number, where):
+    """A row -> its Question, checked. No image is opened. Raises Unusable."""
     try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError, ValueError):
-        return read_image(path, where).size      # says what is wrong
+        question = read(row)
+        question.text = question.text.replace("<image>", "").strip()
+    except Unusable:
+        raise
+    except KeyError as error:
+        raise Unusable(f"it has no field {error}") from None
+    except Exception as error:                         # a foreign file may hold anything
+        raise Unusable("its fields do not hold what they should "
+                       f"({type(error).__name__}: {error})") from None
+    if not isinstance(question.images, list):
+        question.images = [question.images]
+    known = [callable(image) or image and isinstance(image, str) for image in question.images]
+    if not known or not all(known):
+        raise Unusable("it has no image")
+    if not question.text:
+        raise Unusable("it has no question")
+    names = [row[key] for key in ("id", "question_id", "doc_id", "index") if key in row]
+    question.id = str(names[0] if names else number)
+    question.where = where
+    question.category = str(question.category or "")
+    question.hint = hint_for(question.kind, question.text)
+    return question
 
 
-# ------------------------------------------------------------------------------------------------ other rules of being right
+# --------------------------------------------------------------------------------- data sets: files
 
-def official_rule(trace, strict):
-    """Whether the answer is right by the benchmark's own rule. Only RoboSpatial-Home's differs from `strict`: of yes and no
-    a prefix will do, of several points the first counts."""
-    question, answer = trace.question, trace.answer or ""
-    if question.category not in ("configuration", "compatibility", "context"):
-        return strict
-    if question.kind == "point":
-        return any(in_region(trace.frames[0].to_original(point), question.answer) for point in parse_points(answer)[:1])
-    return answer.strip().casefold().startswith(question.answer.casefold())
+ROOTS = (".", "images", "../images", "..", "../..")    # of images, from the file's folder
 
 
-def lenient_rule(trace, strict):
-    """Whether the answer is right by the public code's rule. The right text need only occur in it, blanks and punctuation
-    aside: "left or right" passes for "right". (A letter stands for its option here too.) Points and actions: `strict`."""
-    if trace.question.kind not in ("choice", "string"):
-        return strict
-    truth, said = ("".join(c for c in option_text(text, trace.question.choices) if c.isalnum())
-                   for text in (trace.question.answer, trace.answer or ""))
-    return truth in said if truth else strict
+@dataclass
+class QuestionFile:
+    """The questions of a file, in memory; their images are read when they are needed."""
+    format: str
+    family: str            # or "", see FORMATS
+    questions: list
+    skipped: list          # where and why, for each row that cannot be used
+
+    def __len__(self):
+        return len(self.questions)
+
+    def __getitem__(self, index):
+        question = replace(self.questions[index])
+        if callable(question.answer):
+            image = question.load_one(question.images[0])      # upright, as boxes are
+            question.answer = question.answer(image.size)
+        return question
+
+    def part(self, n):
+        """`n` questions at most, spread evenly, for files are often sorted."""
+        total = len(self)
+        n = min(n, total)
+        return replace(self, questions=[self.questions[i * total // n] for i in range(n)])
 
 
-# ------------------------------------------------------------------------------------------------ what is kept of a trace
+def read_questions(path, image_root=""):
+    """A file in one of the FORMATS, or a folder of .json files -> QuestionFile."""
+    path = Path(path)
+    if not path.is_dir() and path.suffix not in (".jsonl", ".json", ".tsv"):
+        raise UserError(f"{path}: not a .jsonl, .json or .tsv file, nor a folder of .json files. "
+                        "(SAT and BLINK: take the .jsonl files of the ViGoRL release.)")
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("annotations/*.json")) or sorted(path.glob("*.json"))
+    name, family, read = "", "", None
+    questions, skipped = [], []
+    for file in files:
+        prefix = f"{file.stem}-" if len(files) > 1 else ""
+        for number, row in read_rows(file):
+            where = f"{file}:{number}"
+            try:
+                if read is None:
+                    name, family, _, read = find_format(row)
+                questions.append(make_question(read, row, f"{prefix}{number}", where))
+            except Unusable as why:
+                skipped.append(f"{where}: {why}")
+    if not questions:
+        why = skipped[0] if skipped else "Is it empty?"
+        raise UserError(f"{path}: no usable row among {len(skipped)}. {why}")
+    folder = path if path.is_dir() else path.parent
+    root = find_root(questions[0], folder, image_root)
+    for question in questions:
+        where = question.where
+        question.images = [partial(image, where=where) if callable(image) else root / image
+                           for image in question.images]
+    return QuestionFile(name, family, questions, skipped)
+
+
+def read_rows(path):
+    """Yields (number, row) of JSON lines, a JSON list, or tab-separated lines with a header."""
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = parse_rows(file, path.suffix)
+            for number, row in enumerate(rows, 1):
+                if row is not None:
+                    yield number, row
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the path of a data file") from None
+    except (ValueError, RecursionError, csv.Error) as error:
+        line = number + getattr(error, "lineno", 1)
+        why = getattr(error, "msg", error)
+        raise UserError(f"{path}:{line}: cannot be read ({why}); repair or remove it") from None
+
+
+def parse_rows(file, suffix):
+    if suffix == ".tsv":
+        csv.field_size_limit(2**31 - 1)                # a cell may be an image
+        return csv.DictReader(file, delimiter="\t")
+    text = file.read()
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return (json.loads(line.strip() or "null") for line in text.split("\n"))
+
+
+def find_root(question, folder, image_root):
+    """The folder that images are named from: the one given, or the first of ROOTS that has the
+    question's image."""
+    name = question.images[0]
+    roots = [Path(image_root)] if image_root else [folder / root for root in ROOTS]
+    for root in roots:
+        if callable(name) or (root / name).exists():
+            return root
+    raise UserError(f"{question.where}: no such image, {roots[0] / name}; give as --image-root the "
+                    "folder that its path starts from")
+
+
+@lru_cache
+def open_file(path, image_root="", n=None):
+    """The QuestionFile at a path, read once. n: questions at most."""
+    if n:
+        return open_file(path, image_root).part(n)
+    file = read_questions(path, image_root)
+    print(f"{path}: {file.format}, {len(file)} questions")
+    if file.skipped:
+        print(f"{len(file.skipped)} rows cannot be used, the first: {file.skipped[0]}")
+    return file
+
+
+def questions_of(config, split, n, first=0):
+    """`n` questions of the task, from number `first` on. -> list of Questions
+
+    Of a file, in an order that the seed decides, a tenth is held out as the split "test"; the
+    others come again after the last."""
+    if config.task in TOYS:
+        return [TOYS[config.task](split, config.seed, index) for index in range(first, first + n)]
+    file = open_file(config.task, config.image_root)
+    if len(file) < 2:
+        raise UserError(f"{config.task}: one question is too few to train on; give a larger file")
+    order = shuffled(len(file), config.seed)
+    held_out = max(1, len(file) // 10)
+    if split == "test":
+        return [file[number] for number in order[:held_out][:n]]
+    rest = order[held_out:]
+    return [file[rest[index % len(rest)]] for index in range(first, first + n)]
+
+
+@lru_cache
+def shuffled(n, seed):
+    return random.Random(f"order {seed}").sample(range(n), n)
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+# Questions that a process takes at a time: enough to keep a GPU busy; and few, so that several
+# processes have work in a benchmark of some hundred questions, and that a killed run loses little.
+QUESTIONS_A_BLOCK = 64
+
 
 @dataclass
 class Record:
-    """What an evaluation keeps of a trace, one for each question. index: the question's number; tool: whether it could look;
-    correct, official, lenient: by our own rule, the benchmark's and the public code's; hits: of the points looked at, whether
-    they lie on what was asked for, and thoughts: of the thoughts after a crop, whether they are true of it, both where that is
-    known; crops, distinct: looks, and different ones; ended: see `rollout.Trace`; text: the trace, to be read; seconds: its share of the time that its block took."""
+    """What an evaluation keeps of a trace.
+
+    index: the question's number. tool: whether there were zoom calls. vote: the normalised answer.
+    ended: see `rollout.Trace`. hits: of each zoom call, whether its point lies on what was asked
+    for; thoughts: of each thought behind a crop, whether it is true of it; both empty where that is
+    not known. seconds: the trace's share of its block's time. The others: see Report."""
     index: int
     tool: bool
     id: str
     category: str
+    text: str
+    answer: str | None
+    vote: str
+    ended: str
     correct: bool
     official: bool
-    lenient: bool
     format: bool
+    crops: int
+    several_crops: bool
+    overlong: bool
+    regions: int
+    subgoals: int
+    verifications: int
+    backtracks: int
     hits: list
     thoughts: list
-    crops: int
-    distinct: int
-    answer: str | None
-    ended: str
-    text: str
     seconds: float = 0.0
 
 
 def record_of(index, trace, tool=True):
     """The Record of a finished trace."""
     scored, question = score(trace), trace.question
-    correct = bool(scored.correct)
-    return Record(index, tool, question.id, question.category, correct, bool(official_rule(trace, correct)),
-                  bool(lenient_rule(trace, correct)), bool(scored.format), targets_hit(trace), true_thoughts(trace),
-                  scored.zoom_calls, distinct_crops(trace.zoom_points, 10), trace.answer, trace.ended, trace.text())
-
-
-def on_target(trace, point):
-    """Whether a point (px as seen) lies on what the question is about; None where that is not known."""
-    point, question = trace.frames[0].to_original(point), trace.question
-    if question.scene:
-        return question.scene.contains(point)
-    return in_region(point, question.answer) if question.kind == "point" else None
+    return Record(
+        index, tool, question.id, question.category, trace.text(), trace.answer,
+        vote=option_text(trace.answer or "", question.choices),
+        ended=trace.ended,
+        correct=bool(scored.correct),
+        official=official_rule(trace, bool(scored.correct)),
+        format=bool(scored.format),
+        crops=scored.zoom_calls,
+        several_crops=distinct_crops(trace.zoom_points, SAME_PLACE) > 1,
+        overlong=trace.ended in OVERLONG,
+        hits=targets_hit(trace),
+        thoughts=true_thoughts(trace),
+        **behaviours(trace))
 
 
 def targets_hit(trace):
-    """Of each point looked at, whether it lies on what the question is about; empty where that is not known."""
-    hits = [on_target(trace, point) for point in trace.zoom_points]
-    return [hit for hit in hits if hit is not None]
+    """Of each zoom call that was answered, whether its point lies on what the question is about (a
+    candidate; the box); empty where that is not known."""
+    question = trace.question
+    points = [trace.frames[0].to_original(point) for point in trace.zoom_points]
+    if question.scene:
+        return [question.scene.contains(point) for point in points]
+    if question.kind == "point":
+        return [in_region(point, question.answer) for point in points]
+    return []
 
 
 def true_thoughts(trace):
-    """Of each thought of the policy's that follows a crop, whether it names what the crop shows; empty where that is not known."""
+    """Of each thought of the policy's own behind a crop, whether it says what the crop shows; empty
+    where that is not known."""
     scene = trace.question.scene
-    if scene is None:
+    if not scene:
         return []
-    return [scene.describes(turn.thought, before.crop) for before, turn in pairwise(trace.turns)
-            if before.crop and not turn.forced]
+    return [scene.describes(turn.thought, before.crop)
+            for before, turn in pairwise(trace.turns) if before.crop and not turn.forced]
 
 
-# ------------------------------------------------------------------------------------------------ how well a policy does
+def evaluate(policy, questions, dialogue, seed=0, *, samples=1, answered=(), path=None, log=None,
+             **sampling):
+    """Answers every question `samples` times. -> Report, on every process
 
-# Questions that a process takes at a time: enough to keep a GPU busy, and few enough that several processes have work in a
-# benchmark of some hundred questions, and that little is lost when a run is cut off.
-QUESTIONS_A_BLOCK = 64
+    Processes take turns at blocks of questions. The random numbers of a question follow from the
+    seed and its number alone, so neither breaks nor the number of processes change the result.
 
-
-class Records:
-    """The Records of an evaluation of `n` questions, in `found`; with a path, in a file too, to go on from after a break.
-    The file begins with the settings, all that decides the result; then come the Records, a line each, whole blocks at a time.
-    Other settings, or a file of another sort, are a UserError. Only the first process reads and writes."""
-
-    def __init__(self, path=None, settings=None, n=0):
-        self.path = path and Path(path)
-        self.found = gather(self.read(settings, n) if path and rank() == 0 else [])[0]
-
-    def read(self, settings, n):
-        """What an earlier run left; lines and blocks that are not whole are dropped, from the file too."""
-        settings, rows = json.loads(json.dumps(settings)), {}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
-            begun = dict(json.loads(lines[0])) if lines else settings
-        except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}; give another --json FILE") from None
-        except (ValueError, TypeError):
-            raise UserError(f"{self.path}: no records of an evaluation; move it away, or give another --json FILE") from None
-        other = [f"{k} {begun.get(k)}" for k in {**begun, **settings} if begun.get(k) != settings.get(k)]
-        if other:
-            raise UserError(f"{self.path} was begun with {', '.join(other)}; go on with the same, move the file away, or give "
-                            "another --json FILE")
-        for line in lines[1:]:
-            try:
-                record = Record(**json.loads(line))
-                rows[record.tool, record.index // QUESTIONS_A_BLOCK, record.index] = record
-            except (ValueError, TypeError):
-                pass                             # it was being written when the run was cut off
-        sizes = Counter(key[:2] for key in rows)
-        found = [r for (tool, block, _), r in rows.items() if sizes[tool, block] == len(block_of(block, n))]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in [settings, *map(vars, found)]))
-        return found
-
-    def add(self, records):
-        self.found += records
-        if self.path and rank() == 0:
-            with open(self.path, "a") as file:
-                file.write("".join(json.dumps(vars(r)) + "\n" for r in records))
+    questions: anything with a length and an index. answered: what `read_records` found. path: file
+    that new Records are added to, a line a question. log: called with a line a round of blocks.
+    sampling: see `model.Engine`."""
+    done = [records for records in answered if records[0].tool == dialogue.tool]
+    earlier = {records[0].index for records in done}
+    left = [number for number in range(len(questions)) if number not in earlier]
+    blocks = [left[i:i + QUESTIONS_A_BLOCK] for i in range(0, len(left), QUESTIONS_A_BLOCK)]
+    blocks += [[]] * (-len(blocks) % world_size())         # as many for each process
+    if log and earlier:
+        log(f"{len(earlier)} of {len(questions)} questions were answered before")
+    for block in blocks[rank()::world_size()]:
+        mine = answer_block(policy, questions, block, dialogue, seed, samples, sampling)
+        new = sum(gather(mine), [])
+        if path and rank() == 0:
+            lines = [json.dumps([vars(record) for record in records]) + "\n" for records in new]
+            with open(path, "a") as file:
+                file.write("".join(lines))
+        done += new
+        if log:
+            accuracy = mean(record.correct for records in done for record in records)
+            log(f"{len(done)}/{len(questions)} questions, accuracy {accuracy:.3f}")
+    return report(done)
 
 
-def block_of(number, n):
-    """The numbers of a block's questions."""
-    return range(number * QUESTIONS_A_BLOCK, min((number + 1) * QUESTIONS_A_BLOCK, n))
+def answer_block(policy, questions, block, dialogue, seed, samples, sampling):
+    """Answers the questions with the numbers in `block`. -> for each, the Records of its samples"""
+    started = time.time()
+    answered = []
+    asked = [questions[number] for number in block]
+    seeds = [f"evaluation {seed} {number}" for number in block]
+    for traces in rollout(policy, asked, dialogue, samples, seeds, **sampling):
+        number = block[asked.index(traces[0].question)]
+        answered.append([record_of(number, trace, dialogue.tool) for trace in traces])
+    for record in sum(answered, []):
+        record.seconds = (time.time() - started) / len(block) / samples
+    return answered
+
+
+def read_records(path, settings):
+    """What an earlier run left in a file: for each question answered, the Records of its samples.
+
+    The file is made if it is not there. Its first line holds the settings, all that decides the
+    result: where they differ, it is a UserError. A last line that is not complete is dropped. Only
+    the first process reads and writes."""
+    if rank():
+        return gather(None)[0]
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(settings) + "\n")
+        first, *lines, _ = path.read_text().split("\n")
+        earlier = dict(json.loads(first))
+        answered = [[Record(**row) for row in json.loads(line)] for line in lines]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give another --json FILE") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: no answers of an evaluation; move it away, or give another "
+                        "--json FILE") from None
+    other = [f"{name} {earlier.get(name)}" for name in {**earlier, **settings}
+             if earlier.get(name) != settings.get(name)]
+    if other:
+        raise UserError(f"{path} has answers with {', '.join(other)}; go on with the same, move "
+                        "it away, or give another --json FILE")
+    write_text(path, "\n".join([first, *lines, ""]))
+    return gather(answered)[0]
+
+
+# ---------------------------------------------------------------------- report and rules of scoring
+
+ROBOSPATIAL = ("configuration", "compatibility", "context")     # categories of RoboSpatial-Home
+PUNCTUATION = str.maketrans("", "", string.punctuation + " ")
+
+
+def official_rule(trace, correct):
+    """Whether the answer is right by the public code's rule. correct: by our own.
+
+    RoboSpatial-Home's own: a prefix will do for yes or no, and the first of several points counts.
+    Answers in words, as in ViGoRL's evaluation: without punctuation, blanks and capitals, the truth
+    is a part of the answer. So "left or right" is right for "right", and "blue" for "B"."""
+    question, answer = trace.question, trace.answer or ""
+    robospatial = question.category in ROBOSPATIAL
+    if question.kind == "point" and robospatial:
+        points = [trace.frames[0].to_original(point) for point in parse_points(answer)]
+        return bool(points) and in_region(points[0], question.answer)
+    if question.kind not in ("choice", "string"):
+        return correct
+    if robospatial:
+        return answer.strip().casefold().startswith(question.answer.casefold())
+    truth = question.answer.translate(PUNCTUATION).strip().lower()
+    return truth in answer.translate(PUNCTUATION).strip().lower()
+
+
+# The behaviours that the paper counts in traces: there by GPT-4o, here by rules. `regions` counts
+# the points in thoughts and zoom calls, but those at one place once; the others count such phrases.
+# To go back to a place after another one is a verification, too.
+SAME_PLACE = 10    # px of the model input; points that are nearer to each other are at one place
+PHRASES = {
+    "subgoals": "first|next|then|let me|let's|need to|I will|I'll",
+    "verifications": "check|checking|verify|confirm|confirms|make sure|indeed",
+    "backtracks": "not it|not here|wait|instead|actually|on second thought|at first",
+}
+
+
+def behaviours(trace):
+    """How often each behaviour occurs in a trace, of one turn or several. -> {name: count}"""
+    points = [point for turn in trace.turns for point in (*turn.points, turn.call) if point]
+    points = [point for point in points if trace.in_image(point)]
+    text = " ".join(turn.thought for turn in trace.turns)
+    counts = {name: len(re.findall(rf"\b({phrases})\b", text, re.I))
+              for name, phrases in PHRASES.items()}
+    for number, point in enumerate(points):
+        near = [math.dist(point, other) < SAME_PLACE for other in points[:number]]
+        if any(near) and not near[-1]:
+            counts["verifications"] += 1
+    return {"regions": distinct_crops(points, SAME_PLACE), **counts}
 
 
 @dataclass
 class Report:
-    """What an evaluation found. ci95: bounds of the accuracy's 95 % interval (Wilson). format: share of well-formed traces.
-    on_target: share of the points looked at that lie on what was asked for (a candidate; the box), and true_thoughts: share of
-    the thoughts after a crop that name what it shows, both where that is known. crops: looks a trace. looks_again: share of
-    traces that looked at two or more places. overlong: share that ran out of tokens or looks. minutes: of all processes and runs
-    together.
-    by: accuracy by category; official: by the benchmark's own rules; lenient: accuracy by the public code's rule."""
+    """The figures of an evaluation.
+
+    accuracy: share of right answers; ci95: bounds of its 95 % interval; majority: accuracy of the
+    answer that most samples of a question give. on_target: share of zoom calls at what was asked
+    for; true_thoughts: share of the thoughts behind a crop that say what it shows; None where that
+    is not known. minutes: of all processes and runs together. by: accuracy by category; benchmarks:
+    scores as the benchmarks define them. Means over traces: official (right by the public code's
+    rule), format (well-formed), crops (zoom calls answered), several_crops (of different places),
+    overlong (out of tokens or zoom calls), and the behaviours."""
     n: int
     accuracy: float
     ci95: tuple[float, float]
-    format: float
+    majority: float
     on_target: float | None
     true_thoughts: float | None
-    crops: float
-    looks_again: float
-    overlong: float
     minutes: float
     by: dict
-    official: dict
-    lenient: float
+    benchmarks: dict
+    official: float
+    format: float
+    crops: float
+    several_crops: float
+    overlong: float
+    regions: float
+    subgoals: float
+    verifications: float
+    backtracks: float
 
 
-def interval(right, n, z=1.96):
-    """Wilson's score interval of a share."""
+MEANS = ("official", "format", "crops", "several_crops", "overlong", "regions", *PHRASES)
+
+
+def mean(values, empty=0.0):
+    values = list(values)
+    return sum(values) / len(values) if values else empty
+
+
+def interval(shares, z=1.96):
+    """95 % interval of the mean of some questions' shares of right samples.
+
+    The samples of a question are one cluster: it is the normal approximation over questions, and
+    where each share is 0 or 1 (one sample, for instance) Wilson's."""
+    n = len(shares)
+    p = mean(shares)
     if not n:
         return 0.0, 1.0
-    p, z2 = right / n, z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
-    return (p + z2 / 2 - half) / (1 + z2), (p + z2 / 2 + half) / (1 + z2)
+    if set(shares) <= {0, 1}:
+        scale = 1 + z**2 / n
+        middle = p + z**2 / n / 2
+        half = z * math.sqrt(p * (1 - p) / n + (z / n / 2)**2)
+        return (middle - half) / scale, (middle + half) / scale
+    half = z * float(np.std(shares)) / math.sqrt(max(1, n - 1))
+    return max(0.0, p - half), min(1.0, p + half)
 
 
-def evaluate(policy, questions, dialogue, seed=0, *, records=None, log=None, on_trace=None, **sampling):
-    """Answers every question once, block by block. The random numbers of a question follow from the seed and its number alone,
-    so that the result is the same in one go, after a break, or on several processes (which take turns; each gets the Report).
-
-    questions: anything with a length and an index; records: to go on from, and to add to; log: called with a line now and then;
-    on_trace: with each finished trace and its Record; sampling: see `model.Engine`. -> Report"""
-    records, n, tool = records or Records(), len(questions), dialogue.tool
-    started = told = time.time()
-    done = [r for r in records.found if r.tool == tool]
-    before = len(done)
-    if log and before:
-        log(f"{before} of {n} questions were answered before, see {records.path}")
-    def tell(ready, processes=1):
-        count, spent = min(n, len(done) + len(ready) * processes), time.time() - started
-        log(f"{count}/{n} questions, accuracy {mean(r.correct for r in done + ready):.3f}, "
-            f"{spent / (count - before) * (n - count):.0f} s left")
-    left = [b for b in range(math.ceil(n / QUESTIONS_A_BLOCK)) if b not in {r.index // QUESTIONS_A_BLOCK for r in done}]
-    for turn in range(0, len(left), world_size()):
-        mine, begun = [], time.time()
-        for block in left[turn:][rank():rank() + 1]:
-            asked = {replace(questions[i]): i for i in block_of(block, n)}
-            seeds = [f"evaluation {seed} {i}" for i in asked.values()]
-            for trace, in rollout(policy, asked, dialogue, 1, seeds, **sampling):
-                mine.append(record_of(asked[trace.question], trace, tool))
-                if on_trace:
-                    on_trace(trace, mine[-1])
-                if log and time.time() - told > 10 and len(mine) < len(asked):
-                    told = time.time()
-                    tell(mine, world_size())
-        for record in mine:
-            record.seconds = (time.time() - begun) / len(mine)
-        new = sum(gather(mine), [])
-        records.add(new)
-        done += new
-        if log:
-            tell([])
-    return report(done)
+def majority_right(records):
+    """Whether the answer that most of a question's samples give is right; of equals, the first."""
+    votes = [record.vote for record in records if record.vote]
+    winner = max(votes, key=votes.count, default=None)
+    return any(record.correct for record in records if record.vote == winner)
 
 
-def report(records):
-    """Records, in any order -> Report."""
-    records = sorted(records, key=lambda r: r.index)
-    hits, right = [hit for r in records for hit in r.hits], [r.correct for r in records]
-    thoughts = [true for r in records for true in r.thoughts]
-    found = summarise([(r.category, r.official) for r in records])
-    return Report(len(records), mean(right), interval(sum(right), len(right)), mean(r.format for r in records),
-                  mean(hits) if hits else None, mean(thoughts) if thoughts else None, mean(r.crops for r in records),
-                  mean(r.distinct > 1 for r in records), mean(r.ended in OVERLONG for r in records),
-                  sum(r.seconds for r in records) / 60, found["by"], found["official"], mean(r.lenient for r in records))
+def report(answered):
+    """For each question, the Records of its samples -> Report."""
+    answered = sorted(answered, key=lambda records: records[0].index)
+    records = sum(answered, [])
+    shares = [mean(record.correct for record in samples) for samples in answered]
+    by, benchmarks = summarise((samples[0].category, mean(map(benchmark_right, samples)))
+                               for samples in answered)
+    means = {name: mean(getattr(record, name) for record in records) for name in MEANS}
+    return Report(
+        **rate(shares),
+        majority=mean(majority_right(samples) for samples in answered),
+        on_target=mean(sum((record.hits for record in records), []), None),
+        true_thoughts=mean(sum((record.thoughts for record in records), []), None),
+        minutes=sum(record.seconds for record in records) / 60,
+        by=by,
+        benchmarks=benchmarks,
+        **means)
 
 
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
+def benchmark_right(record):
+    """Whether a trace is right by its benchmark's rule: ours, but for RoboSpatial-Home."""
+    return record.official if record.category in ROBOSPATIAL else record.correct
 
 
-BLINK = ("Art_Style Counting Forensic_Detection Functional_Correspondence IQ_Test Jigsaw Multi-view_Reasoning "
-         "Object_Localization Relative_Depth Relative_Reflectance Semantic_Correspondence Spatial_Relation "
-         "Visual_Correspondence Visual_Similarity").split()
-OFFICIAL = (    # name, the categories it is about, and: the "mean" of their accuracies, or that of their questions, "pooled"
+BLINK = ("Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test",
+         "Jigsaw", "Multi-view_Reasoning", "Object_Localization", "Relative_Depth",
+         "Relative_Reflectance", "Semantic_Correspondence", "Spatial_Relation",
+         "Visual_Correspondence", "Visual_Similarity")
+BENCHMARKS = (    # name, categories, whether accuracies are averaged or questions pooled
     ("BLINK, mean of sub-tasks", BLINK, "mean"),
-    ("BLINK, mean of the spatial three", ["Multi-view_Reasoning", "Relative_Depth", "Spatial_Relation"], "mean"),
-    ("HR-Bench, mean of option cycles", [f"cycle {i}" for i in range(4)], "mean"),
-    ("RoboSpatial-Home, yes or no", ["configuration", "compatibility"], "pooled"),    # the ViGoRL paper's 228
+    ("BLINK, mean of the spatial three",
+     ("Multi-view_Reasoning", "Relative_Depth", "Spatial_Relation"), "mean"),
+    ("HR-Bench, mean of option cycles", ("cycle 0", "cycle 1", "cycle 2", "cycle 3"), "mean"),
+    ("RoboSpatial-Home, yes or no", ("configuration", "compatibility"), "pooled"),
 )
 
 
-def rate(correct):
-    """[1, 0, 1, 1] (or shares of right answers, a number a question) -> accuracy, 95 % interval, number of questions."""
-    return {"accuracy": mean(correct), "ci95": interval(sum(correct), len(correct)), "n": len(correct)}
+def rate(shares):
+    return {"accuracy": mean(shares), "ci95": interval(shares), "n": len(shares)}
 
 
 def summarise(results):
-    """(category, correct) of each question -> accuracy, ci95 and n of all; the same `by` category and by its parts; and the
-    `official` scores of these categories. V*, ScreenSpot and ScreenSpot-Pro: the accuracy of all is the official one."""
-    groups, official = defaultdict(list), {}
-    for category, correct in results:
-        for name in {"", category, *category.split(FACET)}:
-            groups[name].append(float(correct))
-    total = rate(groups.pop("", []))
-    for name, categories, how in OFFICIAL:
-        found = [groups[category] for category in categories if category in groups]
-        if len(found) > 1:
-            official[name] = rate(sum(found, []))
-            if how == "mean":
-                official[name] = {"accuracy": mean(map(mean, found)), "n": official[name]["n"]}
-    return total | {"by": {name: rate(groups[name]) for name in sorted(groups)}, "official": official}
+    """(category, share of right samples) of each question -> the figures by category and by its
+    parts, and the scores of BENCHMARKS whose categories are among them.
+
+    The scores of V*Bench, ScreenSpot and ScreenSpot-Pro are the accuracy over all questions."""
+    groups = {}
+    for category, share in results:
+        for name in {category, *category.split(FACET)} - {""}:
+            groups.setdefault(name, []).append(share)
+    benchmarks = {}
+    for name, categories, how in BENCHMARKS:
+        present = [groups[category] for category in categories if category in groups]
+        pooled = sum(present, [])
+        if len(present) > 1 and how == "pooled":
+            benchmarks[name] = rate(pooled)
+        elif len(present) > 1:
+            benchmarks[name] = {"accuracy": mean(map(mean, present)), "n": len(pooled)}
+    return {name: rate(groups[name]) for name in sorted(groups)}, benchmarks
+
+
+HEADS = ["", "accuracy", "95 %", "without tool", "format", "on target", "true thoughts",
+         "zoom calls", "several crops", "overlong"]
+
+
+def cells(name, figures, no_tool=None):
+    """A row of a table under HEADS. no_tool: the Report without the tool, if there is one."""
+    def share(value):
+        return "-" if value is None else f"{value:.3f}"
+    return [name, share(figures.accuracy), "{:.3f}-{:.3f}".format(*figures.ci95),
+            share(no_tool and no_tool.accuracy), share(figures.format), share(figures.on_target),
+            share(figures.true_thoughts), f"{figures.crops:.2f}", share(figures.several_crops),
+            share(figures.overlong)]
 
 
 def table(rows):
     """Lists of cells -> aligned lines, the first column to the left and the others to the right."""
-    rows = [[str(c) for c in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    def line(row):
-        return "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
-    return "\n".join(map(line, rows))
+    rows = [[str(cell) for cell in row] for row in rows]
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, widths)])
+                     for name, *cells in rows)
 
 
-HEADS = ["", "accuracy", "95 %", "without tool", "format", "on target", "true thoughts", "looks", "looks again", "overlong"]
-
-
-def cells(name, found, bare=None):
-    """A row of a table under HEADS. bare: the Report without the tool, if it was evaluated too."""
-    return [name, f"{found.accuracy:.3f}", "{:.3f}-{:.3f}".format(*found.ci95), f"{bare.accuracy:.3f}" if bare else "-",
-            f"{found.format:.3f}", "-" if found.on_target is None else f"{found.on_target:.3f}",
-            "-" if found.true_thoughts is None else f"{found.true_thoughts:.3f}", f"{found.crops:.2f}",
-            f"{found.looks_again:.3f}", f"{found.overlong:.3f}"]
-
-
-# ------------------------------------------------------------------------------------------------ a web agent
+# -------------------------------------------------------------------------------------- a web agent
 
 MAX_ELEMENTS, MAX_INTENT, MAX_ACTION = 12_000, 4_000, 300    # characters of each in a question
 MAX_HISTORY = 30                                             # previous actions, the latest
@@ -807,34 +960,34 @@ MAX_HISTORY = 30                                             # previous actions,
 def web_question(trajectory, intent, meta_data, images=None):
     """A state of VisualWebArena -> Question of kind "action", without an answer.
 
-    trajectory: states and actions in turn, a state last: {"observation": {"image": uint8 array (height, width, 3 or 4), "text":
-    the page's elements}, "info": {"page": with a url, or "url": text}}. meta_data: {"action_history": texts}. images: PIL
-    images of the intent's. What is too long is cut. Raises UserError where there is no screenshot."""
-    state = trajectory[-1] if trajectory else {}
-    seen, info = state.get("observation") or {}, state.get("info") or {}
-    screen = seen.get("image") if isinstance(seen, dict) else None
-    if screen is None:
-        raise UserError("the trajectory does not end with a state that has a screenshot, observation['image']; run "
-                        "VisualWebArena with --observation_type image_som")
+    trajectory: states and actions in turn, a state last: {"observation": {"image": uint8 array
+    (height, width, 3 or 4), "text": the page's elements}, "info": {"page": with a url, or "url":
+    text}}. meta_data: {"action_history": texts}. images: PIL images of the intent's. What is too
+    long is shortened. Raises UserError where there is no screenshot."""
     try:
-        screen = screen if isinstance(screen, Image.Image) else Image.fromarray(screen)
-        if not all(screen.size):
-            raise ValueError("it is empty")
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"observation['image'] is no image ({error}); give a uint8 array (height, width, 3 or 4)") from None
-    images = images or []
-    history = [" ".join(str(action).split())[:MAX_ACTION] for action in (meta_data or {}).get("action_history", [])]
-    history = [action for action in history if action != "None"][-MAX_HISTORY:]    # how an empty history is written there
-    parts = ["OBJECTIVE: " + shorten(intent, MAX_INTENT),
-             "PREVIOUS ACTIONS:\n" + ("\n".join(f"{i}. {action}" for i, action in enumerate(history, 1)) or "none")]
-    if url := info.get("url") or getattr(info.get("page"), "url", ""):
-        parts.append("URL: " + str(url)[:MAX_ACTION])
-    if elements := str(seen.get("text") or "").strip():
-        parts.append("ELEMENTS:\n" + shorten(elements, MAX_ELEMENTS))
-    if images:
-        parts.append(f"The first image is the page; after it, {len(images)} that belong to the objective.")
-    return Question("\n\n".join(parts), [image.convert("RGB") for image in (screen, *images)], "", "action",
-                    hint=hint_for("action", ""))
+        state = trajectory[-1]
+        observation, info = state["observation"], state.get("info") or {}
+        screen = Image.fromarray(np.asarray(observation["image"])).convert("RGB")
+        screen.getpixel((0, 0))                        # it has pixels
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError("the trajectory does not end with a state that has a screenshot, a uint8 "
+                        f"array (height, width, 3 or 4) as observation['image'] ({error!r}); run "
+                        "VisualWebArena with --observation_type image_som") from None
+    images = [screen, *(image.convert("RGB") for image in images or [])]
+    history = [" ".join(str(action).split()) for action in meta_data.get("action_history", [])]
+    history = [action for action in history if action != "None"]    # an empty history has a "None"
+    lines = [f"{i}. {action[:MAX_ACTION]}" for i, action in enumerate(history[-MAX_HISTORY:], 1)]
+    parts = [f"OBJECTIVE: {shorten(intent, MAX_INTENT)}",
+             "PREVIOUS ACTIONS:\n" + ("\n".join(lines) or "none")]
+    url = info.get("url") or getattr(info.get("page"), "url", "")
+    elements = str(observation.get("text") or "").strip()
+    if url:
+        parts.append(f"URL: {url}"[:MAX_ACTION])
+    if elements:
+        parts.append(f"ELEMENTS:\n{shorten(elements, MAX_ELEMENTS)}")
+    if len(images) > 1:
+        parts.append("The first image is the page; the others belong to the objective.")
+    return Question("\n\n".join(parts), images, "", "action", hint=hint_for("action", ""))
 
 
 def shorten(text, most):
@@ -846,16 +999,21 @@ def shorten(text, most):
 
 
 class WebAgent:
-    """A policy behind the interface of VisualWebArena's agents. An answer is parsed, never run, and handed on as text.
+    """A policy behind the interface of VisualWebArena's agents. An answer is parsed, never run, and
+    handed on as text.
 
-    policy: a Policy, or a checkpoint's path or hub id. tries: how often an action is asked for, each time with other random
-    numbers, until one can be used. settings: flags that the scripts share, such as temperature=0.5; else the family "web"'s."""
+    policy: a Policy, or a checkpoint's path or hub id. tries: how often an action is asked for,
+    each time with other random numbers, until one can be used. settings: flags that the scripts
+    share, such as temperature=0.5; the others are those of the family "web"."""
 
     def __init__(self, policy, mode="zoom", tries=3, **settings):
-        self.config, self.tries = make_config({"mode": mode, **settings}, "web", "evaluate"), tries
-        path = "" if isinstance(policy, Policy) else str(policy)
-        self.policy = load(path, **self.config.input_limits()) if path else policy
-        self.dialogue = make_dialogue(self.config, path, self.policy)
+        self.config = make_config({"mode": mode, **settings}, "web", "evaluate")
+        checkpoint = "" if isinstance(policy, Policy) else str(policy)
+        if checkpoint:
+            policy = load(checkpoint, **self.config.input_limits())
+        self.policy = policy
+        self.tries = tries
+        self.dialogue = make_dialogue(self.config, checkpoint, policy)
         self.reset()
 
     def reset(self, test_config_file=None):
@@ -863,52 +1021,61 @@ class WebAgent:
         self.asked = 0
 
     def set_action_set_tag(self, tag):
-        """The tag of the action set; actions are written with the elements' numbers in any case."""
-        self.action_set_tag = tag
+        """Part of the interface. Actions are written with the elements' numbers in any case."""
 
     def next_action(self, trajectory, intent, meta_data, images=None, output_response=False):
-        """See `web_question` for what comes in. -> one action, such as "click [12]"; "stop [...]", with the reason, where no
-        try gave one. output_response: print the traces. Raises UserError where there is no screenshot."""
-        question, sampling, why = web_question(trajectory, intent, meta_data, images), self.config.sampling(), ""
+        """See `web_question` for what comes in. -> one action, such as "click [12]"
+
+        Where no try gives one it is "stop [...]", with the reason. output_response: print the
+        traces. Raises UserError where there is no screenshot."""
+        question = web_question(trajectory, intent, meta_data, images)
+        sampling = self.config.sampling()
         for _ in range(self.tries):
             self.asked += 1
             seed = f"web {self.config.seed} {self.asked}"
-            trace = next(rollout(self.policy, [question], self.dialogue, 1, [seed], **sampling))[0]
+            trace, = next(rollout(self.policy, [question], self.dialogue, 1, [seed], **sampling))
             if output_response:
                 print(trace.text(), flush=True)
             try:
                 action = parse_action(trace.answer or "")
-                if action.name not in ("type", "press", "goto") or action.text.strip():
+                if action.text.strip() or action.name not in ("type", "press", "goto"):
                     return str(action)
                 why = f"there is nothing to {action.name}"
             except ValueError as error:
                 why = str(error)
-            sampling["temperature"] = sampling["temperature"] or 1.0      # the likeliest would come again
+            sampling["temperature"] = sampling["temperature"] or 1.0    # else it would say the same
         return str(Action("stop", text=f"no usable action in {self.tries} tries: {why}"))
 
+    def answer_json(self, message, images):
+        """`next_action` for an environment in another process, which is not trusted.
 
-# ------------------------------------------------------------------------------------------------ the command line
+        elements), "url", and "reset": true at the start of a task. images: PNG files as bytes, the
+        elements), "url", and "reset": true where a new task begins. images: PNG files as bytes, the
+        screenshot first. -> bytes, a JSON object with the "action", or with an "error"."""
+        try:
+            request = json.loads(message)
+            screen, *others = [read_image(image) for image in images]
+            if request.get("reset"):
+                self.reset()
+            observation = {"image": screen, "text": request.get("text")}
+            state = {"observation": observation, "info": {"url": request.get("url")}}
+            reply = {"action": self.next_action([state], str(request["intent"]), request, others)}
+        except Exception as error:                     # a foreign message may hold anything
+            reply = {"error": repr(error)}
+        return json.dumps(reply).encode()
 
-FAMILIES = {"V*Bench": "search", "HR-Bench": "search", "VisualProbe": "search", "ScreenSpot-Pro": "gui", "OS-Atlas": "gui",
-            "ScreenSpot or ScreenSpot-V2": "gui", "RoboSpatial-Home": "spatial"}
 
+# --------------------------------------------------------------------------------- the command line
 
 def family_of(config):
-    """The family of a task: by its format, or, for the release's rows, by how the first question is answered."""
+    """The family of a task: by its format; for the release's, by how the first answer is scored."""
     if config.family or config.task in TOYS:
         return config.family or "drawn"
     file = open_file(config.task, config.image_root)
-    first = file[0]
-    by_answer = {"point": "gui", "action": "web"}.get(first.kind, "search" if first.answer in tuple(LETTERS) else "spatial")
-    return FAMILIES.get(file.format, by_answer)
-
-
-@lru_cache
-def open_file(path, image_root, n=None):
-    file = read_questions(path, image_root, n)
-    print(f"{path}: {file.format}, {len(file)} questions"
-          + (f"; {file.skipped} rows cannot be used, the first: {file.first_skipped}" if file.skipped else ""))
-    return file
+    first = file.questions[0]
+    in_words = "search" if first.answer in tuple(LETTERS) else "spatial"
+    by_answer = {"point": "gui", "action": "web"}.get(first.kind, in_words)
+    return file.family or by_answer
 
 
 def configure(given, script):
@@ -919,98 +1086,84 @@ def configure(given, script):
     return make_config(given, family_of(asked), script)
 
 
-def questions_of(config, split, n, first=0):
-    """`n` questions of the task, from number `first` on. Of a file, in an order that the seed decides, a tenth is held out as
-    "test"; the others come again after the last. -> list of Questions"""
-    if config.task in TOYS:
-        return [TOYS[config.task](split, config.seed, index) for index in range(first, first + n)]
-    file = open_file(config.task, config.image_root)
-    order = shuffled(len(file), config.seed)
-    held_out = max(1, len(file) // 10)
-    if len(file) < 2:
-        raise UserError(f"{config.task}: one question is too few to train on")
-    if split == "test":
-        return [file[i] for i in order[:held_out][:n]]
-    mine = order[held_out:]
-    return [file[mine[index % len(mine)]] for index in range(first, first + n)]
-
-
-@lru_cache
-def shuffled(n, seed):
-    return random.Random(f"order {seed}").sample(range(n), n)
-
-
-def settings_of(config, policy, dialogue, n):
-    """All that decides the result of an evaluation: flags, number of questions, and the state of the files that are read."""
-    def state(path):    # bytes, and when last written
-        files = [p.stat() for p in ([path] if path.is_file() else path.glob("*"))]
-        return [sum(f.st_size for f in files), max((f.st_mtime for f in files), default=0)]
-    own = {k: v for k, v in vars(config).items() if k not in ("json", "save", "image", "question", "processes")}
-    return own | {"dialogue": dialogue.to_json(), "n": n, "block": QUESTIONS_A_BLOCK, "device": policy.device.type,
-                  "state of the model": state(Path(config.model)), "state of the task": state(Path(config.task))}
-
-
 def main(given):
     config = configure(given, "evaluate")
     if not config.model:
-        raise UserError("--model PATH is needed: a checkpoint folder, such as runs/toy-search-zoom/rl, or a hub id")
+        raise UserError("--model PATH is needed: a hub id or a checkpoint folder, such as "
+                        "runs/toy-search-zoom/rl")
     if bool(config.image) != bool(config.question):
         raise UserError("--image and --question go together")
     if not 0 < config.top_p <= 1:
         raise UserError("--top-p must be above 0 and at most 1")
-    if config.json and Path(config.json).suffix == ".jsonl":
-        raise UserError(f"--json {config.json}: the answers are kept in a .jsonl beside it; give a name that ends in .json")
+    if config.json.endswith(".jsonl"):
+        raise UserError(f"--json {config.json}: the answers are kept in a .jsonl beside it; give a "
+                        "name that ends in .json")
     policy = load(config.model, **config.input_limits())
     dialogue = make_dialogue(config, config.model, policy)
     if config.image:
-        answer_one(policy, dialogue, config)
+        question = Question(config.question, [config.image], "")
+        show_trace(policy, dialogue, config, question, config.seed)
     else:
         evaluate_task(policy, dialogue, config)
 
 
-def answer_one(policy, dialogue, config):
-    """--image, --question: prints a trace, and draws it to --save."""
-    question = Question(config.question, [config.image], "")
-    trace = next(rollout(policy, [question], dialogue, 1, [config.seed], **config.sampling()))[0]
+def show_trace(policy, dialogue, config, question, seed):
+    """Prints a trace, and draws it to --save."""
+    trace, = next(rollout(policy, [question], dialogue, 1, [seed], **config.sampling()))
     print(trace.text())
-    print(f"-> {trace.answer or 'no answer'} ({trace.ended}; {len(trace.zoom_points)} zoom calls)")
+    answer = trace.answer or "no answer"
+    print(f"-> {answer} ({trace.ended}; {len(trace.zoom_points)} zoom calls)\n")
     if config.save:
         draw_trace(trace).save(config.save)
 
 
 def evaluate_task(policy, dialogue, config):
-    """Evaluates a task, with and without zoom calls; prints the table and writes --json."""
+    """Evaluates a task, with and without the tool; shows its first trace, prints the table, writes
+    --json."""
     if config.task in TOYS:
-        questions = DrawnQuestions(config.task, "test", config.n or 512, config.seed)
+        questions = questions_of(config, "test", config.n or 512)
     else:
-        questions = open_file(config.task, config.image_root, config.n)
+        file = open_file(config.task, config.image_root)
+        questions = file.part(config.n or len(file))
     print(describe_config(config, "evaluate"))
-    drawn, begun = [], settings_of(config, policy, dialogue, len(questions))
-    records = Records(config.json and Path(config.json).with_suffix(".jsonl"), begun, len(questions))
-    def draw(trace, record):
-        if config.save and record.index == 0 and not drawn:
-            draw_trace(trace).save(config.save)
-            drawn.append(trace)
-    sampling = config.sampling()
-    found, bare = evaluate(policy, questions, dialogue, config.seed, records=records, log=print, on_trace=draw, **sampling), None
+    answered, path = [], None
+    if config.json:
+        path = Path(config.json).with_suffix(".jsonl")
+        answered = read_records(path, settings_of(config, dialogue, len(questions)))
+    run_with = partial(evaluate, policy, questions, seed=config.seed, samples=config.samples,
+                       answered=answered, path=path, **config.sampling())
+    figures, no_tool = run_with(dialogue, log=print), None
     if config.mode == "zoom" and config.tool:
-        bare = evaluate(policy, questions, replace(dialogue, tool=False), config.seed, records=records,
-                        log=partial(print, "without tool:"), **sampling)
-    print(min(records.found, key=lambda r: (not r.tool, r.index)).text, end="\n\n")
-    rows = [[*HEADS, "lenient", "n"], [*cells(Path(config.task).stem, found, bare), f"{found.lenient:.3f}", found.n]]
-    without = bare and bare.by | bare.official
-    rows += [[f"  {name}", f"{r['accuracy']:.3f}", "", f"{without[name]['accuracy']:.3f}" if bare else "-", *[""] * 7, r["n"]]
-             for name, r in {**found.by, **found.official}.items()]
-    print(table(rows))
+        no_tool = run_with(replace(dialogue, tool=False), log=partial(print, "without tool:"))
+    if rank() == 0:
+        show_trace(policy, dialogue, config, questions[0], f"evaluation {config.seed} 0")
+    print_report(config, figures, no_tool)
     if config.task in TOYS:
-        blind = [blind_accuracy(questions, dialogue, zooms) for zooms in (0, 1, 4)]
-        print("a blind player, 0 / 1 / 4 crops at random places: " + " / ".join(f"{b:.3f}" for b in blind))
-    if config.save and not drawn and rank() == 0:
-        print(f"{config.save}: not drawn, for the first question was answered by an earlier run; leave out --json")
+        baseline = [f"{random_zoom_accuracy(questions, dialogue, n):.3f}" for n in (0, 1, 4)]
+        print("random-zoom baseline, 0 / 1 / 4 zoom calls:", " / ".join(baseline))
     if config.json and rank() == 0:
-        figures = vars(found) | ({"accuracy_no_tool": (bare or found).accuracy} if bare or not config.tool else {})
-        write_text(config.json, json.dumps(figures, indent=1) + "\n")
+        summary = dict(vars(figures))
+        if no_tool or not config.tool:
+            summary["accuracy_no_tool"] = (no_tool or figures).accuracy
+        write_text(config.json, json.dumps(summary, indent=1) + "\n")
+
+
+def settings_of(config, dialogue, n):
+    """All that decides the result of an evaluation, for the first line of its answers."""
+    settings = {name: value for name, value in vars(config).items()
+                if name not in ("json", "save", "image", "question", "processes", "given")}
+    return settings | {"dialogue": dialogue.to_json(), "n": n}
+
+
+def print_report(config, figures, no_tool):
+    row = cells(Path(config.task).stem, figures, no_tool)
+    print(table([[*HEADS, "official", "n"], [*row, f"{figures.official:.3f}", figures.n]]))
+    for name, group in (figures.by | figures.benchmarks).items():
+        print(f"  {name}: accuracy {group['accuracy']:.3f}, n {group['n']}")
+    if config.samples > 1:
+        print(f"majority vote of {config.samples} samples: accuracy {figures.majority:.3f}")
+    print("a trace:", *(f"{name} {getattr(figures, name):.2f} " for name in ("regions", *PHRASES)))
 
 
 if __name__ == "__main__":
-    run("evaluate", "Evaluate a checkpoint on a task, or ask it one question about one image.", main)
+    run("evaluate", "Evaluate a checkpoint on a task, or ask it about an image.", main)

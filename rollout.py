@@ -95,6 +95,7 @@ class Config:
     base_steps: int = 1600             # pretraining steps of the tiny base before its exam
     teacher: str = ""                  # checkpoint that searches for traces (the policy itself)
     traces: str = ""                   # fine-tune on this file of traces instead of searching
+    export: str = ""                   # also write the traces in the release's form, crops as files
     search_mode: Literal["zoom", "grounded"] = "zoom"    # with --mode zoom: search in single turns?
     search_questions: int = 128        # training questions that are searched
     simulations: int = 8               # of the tree search, a question
@@ -125,6 +126,7 @@ class Config:
 
     # evaluate: one evaluation
     n: int | None = None               # questions (synthetic 512; of a file all, or so many)
+    samples: int = 1                   # rollouts a question; more: mean accuracy and majority vote
     tool: bool = True                  # --no-tool: the answer is asked for at once
     json: str = ""                     # file for the figures; answers go to the .jsonl beside it
     image: str = ""                    # ask about this image

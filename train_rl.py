@@ -29,7 +29,7 @@ from transformers import AutoModelForImageTextToText
 from evaluate import (
     HEADS,
     TOYS,
-    blind_accuracy,
+    random_zoom_accuracy,
     cells,
     evaluate,
     mean,
@@ -451,7 +451,7 @@ def final_table(config, stages, dialogue, out):
     print(f"\n{len(questions)} held-out questions, temperature {config.temperature:g}:")
     print(table(rows))
     if config.task in TOYS and not config.eval_task:
-        blind = {calls: blind_accuracy(questions, dialogue, calls) for calls in (0, 1, 4)}
+        blind = {calls: random_zoom_accuracy(questions, dialogue, calls) for calls in (0, 1, 4)}
         summary["random_zoom"] = blind
         print("random-zoom baseline, 0 / 1 / 4 crops: "
               + " / ".join(f"{accuracy:.3f}" for accuracy in blind.values()))

@@ -1,166 +1,433 @@
 """The task toy-search is honest, and the figures are what they say."""
 import json
+import math
 import random
 import sys
 
 import numpy as np
 import pytest
-import torch
+from conftest import in_processes
 
 import evaluate as evaluation
-import model as models
-from conftest import in_processes
-from evaluate import (ANSWERS, CARD, SIDE, Card, DrawnQuestions, Records, Scene, blind_accuracy, evaluate, interval, record_of, report,
-                      search_scene, toy_search, true_thoughts)
-from model import UserError
-from rollout import Dialogue, Question, call_text, draw_trace, rank, window
+from evaluate import (
+    ANSWERS,
+    CARD,
+    SIDE,
+    Card,
+    Scene,
+    behaviours,
+    evaluate,
+    interval,
+    official_rule,
+    questions_of,
+    random_zoom_accuracy,
+    read_records,
+    record_of,
+    report,
+    search_scene,
+    summarise,
+    table,
+    targets_hit,
+    toy_search,
+    true_thoughts,
+)
+from model import UserError, load, rank
+from rollout import (
+    Config,
+    Dialogue,
+    Frame,
+    Question,
+    Trace,
+    Turn,
+    crop_box,
+    draw_trace,
+    format_call,
+    parse_turn,
+)
 from train_sft import replay
+
+# --------------------------------------------------------------------------------- synthetic scenes
 
 
 def test_the_answer_is_not_in_what_the_policy_first_sees(policy):
-    """Guards the honesty of toy-search: whatever the patterns, and whichever card bears one, the overview is the same, bit by bit."""
+    """Guards the honesty of toy-search: whatever the patterns, and whichever card bears one, the
+    model input is the same, bit by bit."""
     rng = random.Random(0)
     for _ in range(30):
         scene = search_scene(rng)
-        shuffled = [c.pattern for c in scene.cards]
+        shuffled = [card.pattern for card in scene.cards]
         rng.shuffle(shuffled)
-        for patterns in (["plain"] * len(scene.cards), shuffled, [rng.choice(ANSWERS) for _ in scene.cards]):
-            other = Scene(tuple(Card(c.colour, p, c.x, c.y) for c, p in zip(scene.cards, patterns)), scene.colour)
-            seen, same = (policy.picture(drawn.draw()).image for drawn in (scene, other))
-            assert seen.tobytes() == same.tobytes()
+        others = [rng.choice(ANSWERS) for _ in scene.cards]
+        for patterns in (["plain"] * len(scene.cards), shuffled, others):
+            cards = tuple(Card(card.colour, pattern, card.x, card.y)
+                          for card, pattern in zip(scene.cards, patterns, strict=True))
+            one, other = policy.picture(scene.draw()), policy.picture(Scene(cards, "").draw())
+            assert one.image.tobytes() == other.image.tobytes()
 
 
-def test_a_close_up_shows_the_answer():
-    """Guards the task from being impossible: the patterns differ in a close-up."""
-    looks = set()
+def test_a_crop_shows_the_answer():
+    """Guards the task from being impossible: the patterns differ in a crop."""
+    crops = set()
     for pattern in ("plain", *ANSWERS):
         scene = Scene((Card("red", pattern, 96, 96),), "red")
-        looks.add(np.asarray(scene.draw().crop(window((SIDE, SIDE), (96, 96), 32))).tobytes())
-    assert len(looks) == 7
+        crop = scene.draw().crop(crop_box((SIDE, SIDE), (96, 96), 32))
+        crops.add(np.asarray(crop).tobytes())
+    assert len(crops) == 7
 
 
 def test_scenes():
-    """Guards the task's promise: 4 to 6 cards apart from each other, 1 to 3 candidates, exactly one of them with a pattern."""
-    counts = []
+    """Guards the task's promise: 4 to 6 cards apart from each other, 1 to 3 candidates, exactly one
+    of them with a pattern."""
+    counts = set()
     for index in range(300):
         question = toy_search("test", 0, index)
         scene = question.scene
-        patterned = [c for c in scene.candidates if c.pattern != "plain"]
-        assert len(patterned) == 1 and patterned[0].pattern == question.answer and scene.colour in question.text
+        patterned, = (card for card in scene.candidates if card.pattern != "plain")
+        assert patterned.pattern == question.answer and scene.colour in question.text
         assert 4 <= len(scene.cards) <= 6
-        for i, a in enumerate(scene.cards):
-            assert CARD // 2 <= a.x <= SIDE - CARD // 2 and CARD // 2 <= a.y <= SIDE - CARD // 2
-            assert all(max(abs(a.x - b.x), abs(a.y - b.y)) >= CARD for b in scene.cards[:i])
-        counts.append(len(scene.candidates))
-    assert set(counts) == {1, 2, 3}
-    assert scene.candidates == sorted(scene.candidates, key=lambda c: (c.y // 64, c.x // 64))
+        for i, card in enumerate(scene.cards):
+            for middle in (card.x, card.y):
+                assert CARD // 2 <= middle <= SIDE - CARD // 2
+            assert all(card.distance((other.x, other.y)) >= CARD for other in scene.cards[:i])
+        counts.add(len(scene.candidates))
+    assert counts == {1, 2, 3}
+    in_order = sorted(scene.candidates, key=lambda card: (card.y // 64, card.x // 64))
+    assert scene.candidates == in_order
+
+
+def test_scenes_stay_what_they_were():
+    """Guards figures measured earlier: a seed gives the same drawing, to the pixel."""
+    question = toy_search("test", 0, 0)
+    image = np.asarray(question.load()[0]).astype(int)
+    assert (question.text, question.answer) == SEED_0[:2]
+    assert [(card.x, card.y) for card in question.scene.cards] == SEED_0[2]
+    assert image.sum(axis=(0, 1)).tolist() == SEED_0[3]
+
+
+SEED_0 = ("One cyan card bears a pattern. Which?", "dotted",
+          [(44, 224), (212, 236), (108, 96), (32, 108), (160, 224)], [8187072, 7966112, 8411072])
 
 
 def test_splits_do_not_overlap():
     """Guards held-out questions: no drawing of one split is in another."""
-    drawings = {split: {toy_search(split, 0, i).scene for i in range(500)} for split in ("train", "validation", "test")}
-    assert not drawings["train"] & drawings["test"] and not drawings["train"] & drawings["validation"]
-    assert toy_search("test", 0, 3).scene == toy_search("test", 0, 3).scene != toy_search("test", 1, 3).scene
-    questions = DrawnQuestions("toy-search", "test", 5)
-    assert len(list(questions)) == len(questions) == 5
+    drawings = {split: {toy_search(split, 0, i).scene for i in range(500)}
+                for split in ("train", "validation", "test")}
+    assert not drawings["train"] & drawings["test"]
+    assert not drawings["train"] & drawings["validation"]
+    assert toy_search("test", 0, 3).scene == toy_search("test", 0, 3).scene
+    assert toy_search("test", 0, 3).scene != toy_search("test", 1, 3).scene
 
 
-def test_the_blind_player():
-    """Guards the yardstick: without a look the chance of a guess, more with more looks, far from certain."""
-    questions = DrawnQuestions("toy-search", "test", 400)
-    none, one, four = (blind_accuracy(questions, Dialogue(), looks) for looks in (0, 1, 4))
+def test_the_random_zoom_baseline():
+    """Guards the yardstick: without a zoom call the chance of a guess, more with more of them, far
+    from certain."""
+    questions = ask_for(400)
+    none, one, four = (random_zoom_accuracy(questions, Dialogue(), n) for n in (0, 1, 4))
     assert none == pytest.approx(1 / 6) and none < one < four < 0.6
 
 
-def test_wilson_interval():
-    """Guards the interval, against values from the literature (Wilson 1927; 8 of 10)."""
-    assert interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-3) and interval(0, 0) == (0, 1)
-    assert interval(0, 50)[0] == pytest.approx(0) and interval(50, 50)[1] == pytest.approx(1)
+# One red card with a pattern, a plain one, and a blue one, in the middle of three cells.
+SCENE = Scene((Card("red", "dotted", 32, 32), Card("red", "plain", 160, 32),
+               Card("blue", "rising", 32, 160)), "red")
+
+
+def face(scene, x, y):
+    return scene.face_in(crop_box((SIDE, SIDE), (x, y), 32))
+
+
+def test_what_a_crop_shows():
+    """Guards what thoughts are measured by: the most central candidate counts, a card of another
+    colour is nothing, and so is one of which too little is seen to read it."""
+    assert face(SCENE, 32, 32) == face(SCENE, 70, 32) == "dotted"
+    assert face(SCENE, 160, 40) == "plain"
+    assert face(SCENE, 32, 160) == face(SCENE, 230, 230) == face(SCENE, 90, 32) == "nothing"
+    near = Scene((Card("red", "dotted", 44, 32), Card("red", "checked", 84, 32)), "red")
+    assert [face(near, x, 32) for x in (60, 68)] == ["dotted", "checked"]
+    on_a_candidate = [SCENE.contains(point) for point in ((32, 52), (32, 53), (32, 160))]
+    assert on_a_candidate == [True, False, False]
+    cells = SCENE.cells()
+    assert len(cells) == 16 and [cells[i] for i in (0, 2, 8)] == list(SCENE.cards)
+    assert cells.count(None) == 13
+
+
+@pytest.mark.parametrize("thought, true", [
+    ("Dotted.", True), ("It is dotted, as I thought", True), ("DOTTED", True),
+    ("Dotted, really dotted.", True), ("Plain.", False), ("Dotted or checked.", False),
+    ("Not plain but dotted.", False), ("Nothing.", False), ("A card.", False), ("", False),
+    ("undotted", False)])
+def test_a_thought_that_describes(thought, true):
+    """Guards the measure against a thought that names all patterns, or none, or a word in which one
+    stands."""
+    assert SCENE.describes(thought, (0, 0, 64, 64)) == true
+    assert SCENE.describes("Nothing.", (0, 128, 64, 192))
+    assert not SCENE.describes("Rising.", (0, 128, 64, 192))
+
+
+# ------------------------------------------------------------------------------ figures of a trace
+
+def ask_for(n, seed=0):
+    return questions_of(Config(seed=seed), "test", n)
+
+
+def turn_of(thought, *point):
+    action = format_call(point) if point else "<answer>dotted</answer>"
+    return f"<think>{thought}</think>\n{action}"
 
 
 def solve(policy, question, wrong=False):
     turns = []
-    for number, card in enumerate(question.scene.candidates, 1):
-        spot = card.x / 4, card.y / 4
-        turns.append(f"<think>Card at ({spot[0]:.0f}, {spot[1]:.0f}).</think>\n{call_text(spot)}")
+    for card in question.scene.candidates:
+        x, y = card.x // 4, card.y // 4
+        turns.append(turn_of(f"Card at ({x}, {y}).", x, y))
         if card.pattern != "plain":
             break
-    said = next(a for a in ANSWERS if a != question.answer) if wrong else question.answer
-    return replay(policy, Dialogue(), question, turns + [f"<think>So.</think>\n<answer>{said}</answer>"])
+    said = question.answer
+    if wrong:
+        said = next(answer for answer in ANSWERS if answer != question.answer)
+    turns.append(f"<think>So.</think>\n<answer>{said}</answer>")
+    return replay(policy, Dialogue(), question, turns)
 
 
 def test_the_figures_of_a_report(policy):
-    """Guards the table: a player who looks at the candidates in turn is right, on target, and looks again where it must."""
-    questions = [toy_search("test", 0, i) for i in range(12)]
-    traces = [solve(policy, q, wrong=i % 4 == 0) for i, q in enumerate(questions)]
-    found = report([record_of(i, t) for i, t in enumerate(traces)])
-    looks = [1 + [c.pattern == "plain" for c in q.scene.candidates].index(False) for q in questions]
-    assert found.n == 12 and found.accuracy == 0.75 and found.format == 1 and found.on_target == 1
-    assert found.true_thoughts == 0 and found.overlong == 0       # it says "So." of what it saw
-    assert found.crops == pytest.approx(sum(looks) / 12) and found.looks_again == pytest.approx(sum(l > 1 for l in looks) / 12)
-    assert sum(row["n"] for row in found.by.values()) == 12
-
-
-# One red card with a pattern, a plain one, and a blue one, in the middle of three cells.
-SCENE = Scene((Card("red", "dotted", 32, 32), Card("red", "plain", 160, 32), Card("blue", "rising", 32, 160)), "red")
-
-
-def test_what_a_window_shows():
-    """Guards what thoughts are measured by: the most central candidate counts, a card of another colour is nothing, and so is
-    one of which too little is seen to read it."""
-    def face(x, y):
-        return SCENE.face_in(window((SIDE, SIDE), (x, y), 32))
-    assert face(32, 32) == face(70, 32) == "dotted" and face(160, 40) == "plain"
-    assert face(32, 160) == face(230, 230) == face(90, 32) == "nothing"
-    near = Scene((Card("red", "dotted", 44, 32), Card("red", "checked", 84, 32)), "red")
-    assert [near.face_in(window((SIDE, SIDE), (x, 32), 32)) for x in (60, 68)] == ["dotted", "checked"]
-    assert SCENE.contains((32, 52)) and not SCENE.contains((32, 53)) and not SCENE.contains((32, 160))
-    cells = SCENE.cells()
-    assert len(cells) == 16 and [cells[i] for i in (0, 2, 8)] == list(SCENE.cards) and sum(c is not None for c in cells) == 3
-
-
-@pytest.mark.parametrize("thought, true", [
-    ("Dotted.", True), ("It is dotted, as I thought", True), ("DOTTED", True), ("Dotted, really dotted.", True),
-    ("Plain.", False), ("Dotted or checked.", False), ("Not plain but dotted.", False), ("Nothing.", False),
-    ("A card.", False), ("", False), ("undotted", False)])
-def test_a_thought_that_describes(thought, true):
-    """Guards the measure against a thought that names all patterns, or none, or a word in which one stands."""
-    assert SCENE.describes(thought, (0, 0, 64, 64)) == true
-    assert SCENE.describes("Nothing.", (0, 128, 64, 192)) and not SCENE.describes("Rising.", (0, 128, 64, 192))
+    """Guards the table: a player who zooms into the candidates in turn is right, on target, and
+    zooms again where it must."""
+    questions = ask_for(12)
+    traces = [solve(policy, question, wrong=i % 4 == 0) for i, question in enumerate(questions)]
+    figures = report([[record_of(i, trace)] for i, trace in enumerate(traces)])
+    calls = [1 + [card.pattern == "plain" for card in question.scene.candidates].index(False)
+             for question in questions]
+    assert (figures.n, figures.accuracy, figures.majority) == (12, 0.75, 0.75)
+    assert figures.format == 1 and figures.on_target == 1
+    assert figures.true_thoughts == 0 and figures.overlong == 0       # it says "So." of what it saw
+    assert figures.crops == pytest.approx(sum(calls) / 12)
+    assert figures.several_crops == pytest.approx(sum(n > 1 for n in calls) / 12)
+    assert sum(group["n"] for group in figures.by.values()) == 12
+    assert figures.ci95 == interval([1.0] * 9 + [0.0] * 3)
 
 
 def test_true_thoughts(policy):
-    """Guards the share of true thoughts: each is about the crop before it; what was written for the policy, and what follows
-    words instead of a crop, is not its thought about a crop; without a scene nothing is known."""
+    """Guards the share of true thoughts: each is about the crop before it; what was written for the
+    policy, and what follows words instead of a crop, is not its thought about a crop; without a
+    scene nothing is known."""
     question = Question("One red card bears a pattern. Which?", [SCENE.draw], "dotted", scene=SCENE)
-    def turn(thought, *point):
-        return f"<think>{thought}</think>\n" + (call_text(point) if point else "<answer>dotted</answer>")
+
     def thoughts(*turns, **how):
         return true_thoughts(replay(policy, Dialogue(**how), question, turns))
     dotted, plain, nothing = (8, 8), (40, 8), (8, 40)
-    first = turn("Card 1 at (8, 8).", *dotted)
-    assert thoughts(first, turn("Dotted.")) == [True] and thoughts(first, turn("Checked.")) == [False]
-    assert thoughts(first, turn("Dotted. Plain.")) == [False]
-    assert thoughts(turn("Dotted.", *plain), turn("Plain. On.", *nothing), turn("Nothing.", *dotted), turn("Nothing.")) == [
-        True, True, False]
-    assert thoughts(first, turn("Dotted.", *plain), "dotted</answer>", max_crops=1) == [True]          # the last was forced
-    assert thoughts(turn("", 900, 3), turn("Nothing.")) == [] and thoughts(turn("Dotted.")) == []
-    trace = replay(policy, Dialogue(), question, (first, turn("Dotted."), turn("")))
-    assert record_of(0, trace).thoughts == [True] and report([record_of(0, trace)]).true_thoughts == 1
+    first = turn_of("Card 1 at (8, 8).", *dotted)
+    assert thoughts(first, turn_of("Dotted.")) == [True]
+    assert thoughts(first, turn_of("Checked.")) == [False]
+    assert thoughts(first, turn_of("Dotted. Plain.")) == [False]
+    assert thoughts(turn_of("Dotted.", *plain), turn_of("Plain. On.", *nothing),
+                    turn_of("Nothing.", *dotted), turn_of("Nothing.")) == [True, True, False]
+    assert thoughts(first, turn_of("Dotted.", *plain), "dotted</answer>", max_crops=1) == [True]
+    assert thoughts(turn_of("", 900, 3), turn_of("Nothing.")) == thoughts(turn_of("Dotted.")) == []
+    trace = replay(policy, Dialogue(), question, (first, turn_of("Dotted."), turn_of("")))
+    record = record_of(0, trace)
+    assert record.thoughts == [True] and report([[record]]).true_thoughts == 1
     trace.turns[1].forced = True
     assert true_thoughts(trace) == []
     question.scene = None
-    assert true_thoughts(trace) == [] and report([record_of(0, trace)]).true_thoughts is None
+    assert true_thoughts(trace) == [] and report([[record_of(0, trace)]]).true_thoughts is None
 
 
-def test_evaluation_streams_every_question_once(policy):
-    """Guards the count: each question is answered once, whatever the cache holds at a time."""
-    questions = DrawnQuestions("toy-search", "test", 9)
-    seen = []
-    found = evaluate(policy, questions, Dialogue(), on_trace=lambda t, s: seen.append(t.question.id), turn_tokens=9,
-                     response_tokens=60, cache_tokens=300)
-    assert found.n == 9 and sorted(seen) == sorted(q.id for q in questions)
+def test_targets(policy):
+    """Guards on_target: zoom calls at the box of an element, in px of the original; nothing is
+    known of a question in words."""
+    size, box = (SIDE, SIDE), (20, 20, 60, 60)
+    question = Question("Which?", [SCENE.draw], box, "point")
+    turns = [turn_of("", 10, 10), turn_of("", 20, 20), turn_of("")]
+    trace = replay(policy, Dialogue(), question, turns)
+    assert trace.frames[0] == Frame((64, 64), size) and targets_hit(trace) == [True, False]
+    question.kind, question.answer = "string", "red"
+    assert targets_hit(trace) == [] and report([[record_of(0, trace)]]).on_target is None
 
+
+def written(*texts, mode="zoom"):
+    """A trace of turns in which the policy wrote these texts, its image 100x50 px as model
+    input."""
+    question = Question("Which?", [], "red")
+    turns = [parse_turn(text) for text in texts]
+    frame = Frame((100, 50), (200, 100))
+    return Trace(None, question=question, mode=mode, frames=[frame], turns=turns)
+
+
+def test_behaviours_of_several_turns():
+    """Guards the counts: a point and the zoom call at it are one region, so is a place some px
+    away; a place that is returned to is a verification, a place that is named twice in a row is
+    none; a point outside is no region."""
+    trace = written(turn_of("First the cup (10, 10).", 10, 10),
+                    turn_of("Not here. The box (80, 40).", 80, 40),
+                    turn_of("Let me check (12, 12).", 13, 12), turn_of("Wait, it is at (900, 3)."))
+    assert behaviours(trace) == {"regions": 2, "subgoals": 2, "verifications": 2, "backtracks": 2}
+    assert behaviours(written(turn_of("Dotted, not checked."))) == {
+        "regions": 0, "subgoals": 0, "verifications": 0, "backtracks": 0}
+    assert behaviours(written()) == behaviours(written("no tags at all"))
+
+
+def test_behaviours_of_a_single_turn():
+    """Guards the mode `grounded`, whose steps are all in one thought; the sentence that our tree
+    search puts between a wrong and a right chain; words in which a phrase stands."""
+    thought = ("I need to find the sign (10, 10). Next, the door (50, 20). That was not it. "
+               "Actually the sign (11, 9) is red, I can confirm. The waiter stands nextdoor.")
+    trace = written(f"<think>{thought}</think>\n<answer>red</answer>", mode="grounded")
+    assert behaviours(trace) == {"regions": 2, "subgoals": 2, "verifications": 2, "backtracks": 2}
+
+
+def test_behaviours_are_in_the_report(policy):
+    """Guards the report: means a trace, over all samples."""
+    question = ask_for(1)[0]
+    records = [record_of(0, replay(policy, Dialogue(), question, turns)) for turns in (
+        [turn_of("First (3, 4).", 3, 4), turn_of("Not here (50, 50).", 50, 50), turn_of("")],
+        [turn_of("")])]
+    figures = report([records])
+    assert (figures.regions, figures.subgoals) == (1, 0.5)
+    assert (figures.verifications, figures.backtracks) == (0, 0.5)
+
+
+# --------------------------------------------------------------------------------- rules of scoring
+
+def said(answer, question):
+    """A trace that answers this, its model input of half the size."""
+    frame = Frame((100, 50), (200, 100))
+    return Trace(None, question=question, frames=[frame], turns=[Turn("", answer=answer)])
+
+
+@pytest.mark.parametrize("truth, answer, right", [
+    ("right", "right", True), ("right", "Right.", True), ("right", "left or right", True),
+    ("right", "B. right", True), ("right", "B", False), ("right", "left", False),
+    ("B", "B", True), ("B", "(B)", True), ("B", "B. right", True), ("B", "blue", True),
+    ("B", "right", False), ("B", "Because", True), ("B", "", False), ("B", None, False),
+    ("Yes", "yes, it is", True), ("no", "I do not know", True), ("dark green", "Dark-green!", True),
+    ("3", "13", True), ("it's 3:45", "Its 345", True), ("left\nside", "left side", False)])
+def test_official_rule_of_answers_in_words(truth, answer, right):
+    """Guards comparisons with published figures: the public code asks whether the truth is a part
+    of the answer, punctuation, blanks and capitals aside, and knows no options. Ours is
+    stricter."""
+    for kind in ("choice", "string"):
+        question = Question("Where?", [], truth, kind, ("left", "right"))
+        assert official_rule(said(answer, question), not right) == right
+
+
+def test_official_rule_of_points_and_actions_is_ours():
+    """Guards the same rule applied to answers that are no words: "(3, 4)" has "(0, 0, 9, 9)" not in
+    it, and a page that says "stop" does no action."""
+    for kind, truth in (("point", (0, 0, 9, 9)), ("action", "click [1]")):
+        for correct in (True, False):
+            trace = said("(3, 4)", Question("Where?", [], truth, kind))
+            assert official_rule(trace, correct) == correct
+
+
+def test_official_rule_of_robospatial():
+    """Guards: "Yes, it is." wrong on RoboSpatial-Home, where a prefix counts; a list of points
+    wrong there, where the first one counts; the polygon compared with px of the model input."""
+    question = Question("Is it?", [], "Yes", category="compatibility")
+    for answer, right in ((" yes, it is.", True), ("no", False), ("Oh yes", False), (None, False)):
+        assert official_rule(said(answer, question), not right) == right
+    polygon = ((20, 30), (40, 30), (40, 50), (20, 50))
+    question = Question("Where?", [], polygon, "point", category="context")
+    cases = {"[(15, 20), (90, 40)]": True, "(30, 40)": False, "[(90, 40), (15, 20)]": False,
+             "left": False}
+    for answer, right in cases.items():
+        assert official_rule(said(answer, question), not right) == right
+
+
+def records_of(question, *answers):
+    """The Records of some samples of a question."""
+    traces = [said(answer, question) for answer in answers]
+    for trace in traces:
+        trace.ended = "answer" if trace.answer else "truncated"
+    return [record_of(0, trace) for trace in traces]
+
+
+def test_strict_and_official_stand_side_by_side():
+    """Guards: one figure under the other's name. RoboSpatial-Home's own rule is that of its scores,
+    and of no others."""
+    question = Question("Which?", [], "red", category="Counting")
+    figures = report([records_of(question, "red or blue")])
+    assert (figures.accuracy, figures.official) == (0, 1)
+    assert figures.by["Counting"]["accuracy"] == 0
+    question = Question("Is it?", [], "Yes", category="configuration")
+    figures = report([records_of(question, "Yes, it is")])
+    assert (figures.accuracy, figures.official) == (0, 1)
+    assert figures.by["configuration"]["accuracy"] == 1
+
+
+# ------------------------------------------------------------------------------------------ samples
+
+def test_wilson_interval():
+    """Guards the interval of one sample a question, against values from the literature (Wilson
+    1927; 8 of 10; 76 of 100); that it stays in [0, 1], and is not empty when all are right."""
+    assert interval([1] * 8 + [0] * 2) == pytest.approx((0.4902, 0.9433), abs=1e-3)
+    assert interval([True] * 76 + [False] * 24) == pytest.approx((0.668, 0.833), abs=1e-3)
+    assert interval([]) == (0, 1) and interval([0] * 50)[0] == pytest.approx(0)
+    low, high = interval([1.0] * 10)
+    assert 0.7 < low < 0.75 and high == pytest.approx(1)
+
+
+def test_interval_of_clusters():
+    """Guards an interval that takes the samples of a question for independent: with four equal
+    samples each, 20 questions give that of 20, not of 80, answers."""
+    shares = [1.0, 0.25, 0.5, 0.75, 0.0] * 4
+    mean, deviation = 0.5, np.std(shares, ddof=1)
+    half = 1.96 * deviation / math.sqrt(20)
+    assert interval(shares) == pytest.approx((mean - half, mean + half))
+    assert interval([0.9, 1.0, 1.0])[1] == 1 and interval([0.1, 0.0, 0.0])[0] == 0
+    assert interval([0.5]) == (0.5, 0.5)
+    question = Question("Which?", [], "red", category="hard")
+    same = [records_of(question, *["red"] * 4), records_of(question, *["blue"] * 4)] * 10
+    figures = report(same)
+    assert figures.n == figures.by["hard"]["n"] == 20
+    assert figures.ci95 == figures.by["hard"]["ci95"] == interval([1, 0] * 10)
+
+
+def test_majority_vote():
+    """Guards the vote: the same answer in other words counts together, the first of equals wins, a
+    trace without an answer has no vote; the mean is over samples."""
+    question = Question("Which?\n(A) red (B) blue", [], "A", "choice", ("red", "blue"))
+    cases = [(("B", "red", "(A)"), 2 / 3, 1), (("B", "A"), 1 / 2, 0), (("A", "B"), 1 / 2, 1),
+             ((None, None, "A"), 1 / 3, 1), ((None, ""), 0, 0), (("B", "B", "A"), 1 / 3, 0)]
+    for answers, accuracy, majority in cases:
+        figures = report([records_of(question, *answers)])
+        assert (figures.n, figures.majority) == (1, majority), answers
+        assert figures.accuracy == pytest.approx(accuracy)
+
+
+# ------------------------------------------------------------------------------- scores, benchmarks
+
+def test_scores_by_category_and_by_its_parts():
+    """Guards: ScreenSpot's table (platform by type) without its margins."""
+    rows = [("mobile | text", 1), ("mobile | icon", 0), ("web | text", 1), ("", 1)]
+    by, benchmarks = summarise(rows)
+    assert {name: (group["accuracy"], group["n"]) for name, group in by.items()} == {
+        "mobile": (0.5, 2), "web": (1, 1), "text": (1, 2), "icon": (0, 1),
+        "mobile | text": (1, 1), "mobile | icon": (0, 1), "web | text": (1, 1)}
+    assert benchmarks == {}
+
+
+def test_benchmarks():
+    """Guards: BLINK pooled over questions, not averaged over sub-tasks; RoboSpatial's 228 averaged,
+    not pooled."""
+    _, blink = summarise([("Relative_Depth", 1)] * 3 + [("Spatial_Relation", 0), ("Counting", 0)])
+    assert blink["BLINK, mean of sub-tasks"]["accuracy"] == pytest.approx(1 / 3)
+    assert blink["BLINK, mean of the spatial three"] == {"accuracy": 0.5, "n": 4}
+    cycles = [(f"single | cycle {i}", i % 2) for i in range(4)] + [("cross | cycle 0", 1)]
+    _, cycles = summarise(cycles)
+    mean = (0.5 + 1 + 0 + 1) / 4
+    assert cycles["HR-Bench, mean of option cycles"]["accuracy"] == pytest.approx(mean)
+    robot = [("configuration", 1)] * 3 + [("compatibility", 0), ("context", 0)]
+    by, robot = summarise(robot)
+    assert robot["RoboSpatial-Home, yes or no"] == {
+        "accuracy": 0.75, "ci95": interval([1, 1, 1, 0]), "n": 4}
+    assert by["context"] == {"accuracy": 0, "ci95": interval([0]), "n": 1}
+
+
+def test_a_table():
+    """Guards columns out of line, and cells that are numbers."""
+    assert table([["", "n"], ["first", 7], ["b", 100]]) == "         n\nfirst    7\nb      100"
+
+
+# ------------------------------------------------------------------------------ a whole evaluation
 
 LIMITS = dict(turn_tokens=7, response_tokens=40, cache_tokens=2000)
 SETTINGS = {"seed": 3, "temperature": 1.0}
@@ -169,119 +436,158 @@ QUESTIONS = 10
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 4 questions: 10 questions make two whole ones and a half."""
+    """Blocks of 4 questions: 10 questions make two full ones and a half."""
     monkeypatch.setattr(evaluation, "QUESTIONS_A_BLOCK", 4)
 
 
 def answers(path):
     """What a file of records says of each question, times aside."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-    return sorted(({k: v for k, v in row.items() if k != "seconds"} for row in rows), key=lambda r: (not r["tool"], r["index"]))
+    groups = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    for record in sum(groups, []):
+        del record["seconds"]
+    return sorted(groups, key=lambda group: (not group[0]["tool"], group[0]["index"]))
 
 
-def figures(found):
-    return {k: v for k, v in vars(found).items() if k != "minutes"}
+def figures_of(report):
+    return {name: value for name, value in vars(report).items() if name != "minutes"}
 
 
-def ask(policy, path, **more):
-    questions = DrawnQuestions("toy-search", "test", QUESTIONS)
-    records = path and Records(path, SETTINGS, QUESTIONS)
-    return evaluate(policy, questions, Dialogue(), 3, records=records, **LIMITS, **more)
+def run_with(policy, path=None, dialogue=None, seed=3, n=QUESTIONS, **more):
+    answered = read_records(path, SETTINGS) if path else ()
+    return evaluate(policy, ask_for(n), dialogue or Dialogue(), seed, answered=answered, path=path,
+                    **LIMITS | more)
+
+
+def test_every_question_is_answered_once(policy, tmp_path):
+    """Guards the count, whatever the cache holds at a time."""
+    path = tmp_path / "found.jsonl"
+    assert run_with(policy, path, n=9, cache_tokens=300).n == 9
+    assert [group[0]["index"] for group in answers(path)] == list(range(9))
+    assert [group[0]["id"] for group in answers(path)] == [f"test-0-{i}" for i in range(9)]
 
 
 def test_blocks_do_not_depend_on_each_other(policy, small_blocks, tmp_path):
-    """Guards the streams of random numbers: what a block answers depends on the seed and its number, not on what ran before."""
-    questions = DrawnQuestions("toy-search", "test", QUESTIONS)
-    def texts(seed, done=()):
-        records, seen = Records(), {}
-        records.found = list(done)
-        evaluate(policy, questions, Dialogue(), seed, records=records, **LIMITS,
-                 on_trace=lambda trace, record: seen.update({record.index: record.text}))
-        return records.found, seen
-    found, whole = texts(3)
-    last = texts(3, [r for r in found if r.index < 8])[1]
-    assert last == {i: whole[i] for i in (8, 9)} and len(set(whole.values())) > 5
-    assert texts(4)[1] != whole
+    """Guards the random numbers: what is answered depends on the seed and the question's number,
+    not on what ran before."""
+    run_with(policy, tmp_path / "all.jsonl")
+    lines = (tmp_path / "all.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "some.jsonl").write_text("".join([lines[0], *lines[3:6]]))
+    run_with(policy, tmp_path / "some.jsonl")
+    assert answers(tmp_path / "some.jsonl") == answers(tmp_path / "all.jsonl")
+    run_with(policy, tmp_path / "other.jsonl", seed=4)
+    assert answers(tmp_path / "other.jsonl") != answers(tmp_path / "all.jsonl")
+    assert len({group[0]["text"] for group in answers(tmp_path / "all.jsonl")}) > 5
 
 
 @pytest.mark.parametrize("die_after", [2, 5, 9])
-def test_going_on_after_a_kill_equals_an_uninterrupted_run(policy, small_blocks, tmp_path, die_after):
-    """Guards --json: whole blocks are kept, others run again; the figures and the file are those of a run in one go."""
-    whole, broken, said = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl", []
+def test_going_on_after_a_kill_equals_an_uninterrupted_run(policy, small_blocks, monkeypatch,
+                                                           tmp_path, die_after):
+    """Guards --json: what was written is not asked again, half a line is dropped; the figures and
+    the file are those of a run in one go."""
+    whole, broken, made = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl", []
+
     class Killed(BaseException):
         pass
-    def die(trace, record):
-        said.append(record)
-        if len(said) == die_after:
+
+    def counted(index, trace, tool):
+        made.append(index)
+        if len(made) == die_after:
             raise Killed
-    expected = ask(policy, whole)
+        return record_of(index, trace, tool)
+    expected = run_with(policy, whole)
+    monkeypatch.setattr(evaluation, "record_of", counted)
     with pytest.raises(Killed):
-        ask(policy, broken, on_trace=die)
+        run_with(policy, broken)
     with broken.open("a") as file:
-        file.write(whole.read_text().splitlines()[-2] + "\n")     # a block that is not whole, and a line that is not
-        file.write('{"index": 9, "tool": true, "id": "te')
-    lines, again = [], []
-    found = ask(policy, broken, log=lines.append, on_trace=lambda t, r: again.append(r.index))
-    kept = die_after // 4 * 4
-    assert len(again) == QUESTIONS - kept and (f"{kept} of 10 questions were answered before" in lines[0]) == (kept > 0)
-    assert figures(found) == figures(expected) and answers(broken) == answers(whole)
+        file.write('[{"index": 9, "tool": true, "id": "te')
+    lines, kept = [], die_after // 4 * 4
+    die_after = None
+    made.clear()
+    figures = run_with(policy, broken, log=lines.append)
+    assert len(made) == QUESTIONS - kept
+    assert (f"{kept} of 10 questions were answered before" in lines[0]) == (kept > 0)
+    assert figures_of(figures) == figures_of(expected) and answers(broken) == answers(whole)
     assert lines[-1].startswith("10/10 questions")
     lines.clear()
-    assert figures(ask(policy, broken, log=lines.append)) == figures(expected) and len(lines) == 1     # nothing is left to do
+    assert figures_of(run_with(policy, broken, log=lines.append)) == figures_of(expected)
+    assert lines == ["10 of 10 questions were answered before"]         # nothing is left to do
 
 
 def test_with_and_without_the_tool_in_one_file(policy, small_blocks, tmp_path):
-    """Guards the two halves of an evaluation: the records of one must not count as done for the other."""
+    """Guards the two halves of an evaluation: the answers of one must not count as done for the
+    other."""
     path = tmp_path / "found.jsonl"
-    records, questions = Records(path, SETTINGS, QUESTIONS), DrawnQuestions("toy-search", "test", QUESTIONS)
-    both = [evaluate(policy, questions, Dialogue(tool=tool), records=records, **LIMITS) for tool in (True, False)]
-    assert [found.n for found in both] == [10, 10] and [r["tool"] for r in answers(path)] == [True] * 10 + [False] * 10
-    assert all(r["ended"] in ("forced", "length") and not r["crops"] for r in answers(path)[10:])
+    reports = [run_with(policy, path, Dialogue(tool=tool)) for tool in (True, False)]
+    groups = answers(path)
+    assert [report.n for report in reports] == [10, 10]
+    assert [group[0]["tool"] for group in groups] == [True] * 10 + [False] * 10
+    for record, in groups[10:]:
+        assert record["ended"] in ("forced", "truncated") and not record["crops"]
 
 
-def test_records_of_another_command_are_refused(policy, small_blocks, tmp_path):
+def test_samples(policy, small_blocks, tmp_path):
+    """Guards --samples: so many different traces a question, of which the first is that of one
+    sample; all of a question's are on a line, so that a break leaves none without the others."""
+    one, three = tmp_path / "one.jsonl", tmp_path / "three.jsonl"
+    run_with(policy, one)
+    report = run_with(policy, three, samples=3)
+    groups = answers(three)
+    assert report.n == 10 and [len(group) for group in groups] == [3] * 10
+    assert [group[0] for group in groups] == [group[0] for group in answers(one)]
+    assert sum(len({record["text"] for record in group}) for group in groups) > 20
+    three.write_text("".join(three.read_text().splitlines(keepends=True)[:5]))
+    assert figures_of(run_with(policy, three, samples=3)) == figures_of(report)
+    assert answers(three) == groups
+
+
+def test_answers_of_another_command_are_refused(policy, small_blocks, tmp_path):
     """Guards against mixed figures, and against writing over a file that is something else."""
     path = tmp_path / "found.jsonl"
-    ask(policy, path)
+    run_with(policy, path)
     before = path.read_text()
-    with pytest.raises(UserError, match="temperature 1.0.*another --json"):
-        Records(path, {**SETTINGS, "temperature": 0.5}, QUESTIONS)
-    with pytest.raises(UserError, match="another --json"):
-        Records(path, {"seed": 3}, QUESTIONS)
+    cases = (({**SETTINGS, "temperature": 0.5}, "temperature 1.0"), ({"seed": 3}, ""),
+             ({**SETTINGS, "samples": 2}, "samples None"))
+    for settings, other in cases:
+        with pytest.raises(UserError, match=f"{other}.*another --json"):
+            read_records(path, settings)
     assert path.read_text() == before
-    for text in ("no JSON\n", "[1]\n", '{"problem": "Which?", "answer": "red"}\n'):
+    foreign = ("no JSON\n", "[1]\n", '{"problem": "Which?", "answer": "red"}\n', "no end of line",
+               "", json.dumps(SETTINGS) + "\n[1]\n")
+    for text in foreign:
         path.write_text(text)
         with pytest.raises(UserError, match="another --json"):
-            Records(path, SETTINGS, QUESTIONS)
+            read_records(path, SETTINGS)
         assert path.read_text() == text
     with pytest.raises(UserError, match="another --json"):
-        Records(tmp_path / "found.jsonl" / "inside" / "a.jsonl", SETTINGS, QUESTIONS)
+        read_records(path / "inside" / "a.jsonl", SETTINGS)
 
 
 def answer_all(model, path):
     evaluation.QUESTIONS_A_BLOCK = 4
-    found = ask(models.load(model, device="cpu"), path)
+    report = run_with(load(model, device="cpu"), path)
     print("printed by the first", flush=True)
-    print(rank(), found.n, found.accuracy, found.crops, found.ci95, found.by, file=sys.stderr, flush=True)
+    figures = {**figures_of(report), "rank": rank()}
+    print(json.dumps(figures), file=sys.stderr, flush=True)
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without processes")
 def test_two_processes_equal_one(policy, tiny_folder, small_blocks, tmp_path):
-    """Guards torchrun: the same records and the same report on every process, printed once; and another number of processes can
-    go on with the file."""
-    expected = ask(policy, tmp_path / "one.jsonl")
+    """Guards torchrun: the same answers and the same report on every process, printed once; and
+    another number of processes can go on with the file."""
+    expected = figures_of(run_with(policy, tmp_path / "one.jsonl"))
     path = tmp_path / "two.jsonl"
-    (out, told), (silent, told_too) = in_processes(2, answer_all, tiny_folder, path)
+    (out, first), (silent, second) = in_processes(2, answer_all, tiny_folder, path)
     assert out == "printed by the first\n" and silent == ""
-    one, two = told.splitlines()[-1], told_too.splitlines()[-1]
-    assert one == f"0 10 {expected.accuracy} {expected.crops} {expected.ci95} {expected.by}" and two == "1" + one[1:]
+    for number, text in enumerate((first, second)):
+        figures = json.loads(text.splitlines()[-1])
+        assert figures == {**json.loads(json.dumps(expected)), "rank": number}
     assert answers(path) == answers(tmp_path / "one.jsonl")
     lines = []
-    assert figures(ask(policy, path, log=lines.append)) == figures(expected) and "10 of 10" in lines[0]
+    assert figures_of(run_with(policy, path, log=lines.append)) == expected
+    assert lines == ["10 of 10 questions were answered before"]
 
 
 def test_a_picture_of_a_trace(policy):
-    """Guards --save: image, looks and close-ups."""
-    question = next(q for q in DrawnQuestions("toy-search", "test", 50) if len(q.scene.candidates) == 3)
+    """Guards --save: image, points and crops."""
+    question = next(question for question in ask_for(50) if len(question.scene.candidates) == 3)
     sheet = draw_trace(solve(policy, question))
     assert sheet.width == 768 and sheet.height > 768
