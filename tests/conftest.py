@@ -12,9 +12,11 @@ import runpy
 import socket
 import sys
 import threading
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from weakref import WeakKeyDictionary
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1",
@@ -48,7 +50,7 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture
 def policy(tiny_folder):
-    return load(tiny_folder, device="cpu")
+    return remember_images(load(tiny_folder, device="cpu"))
 
 
 def draw(path, size=(200, 100), box=None):
@@ -224,6 +226,26 @@ def converse(policy, turns, seed=0):
     return on_turn
 
 
+IMAGES = WeakKeyDictionary()     # of Pictures, which drop theirs once they are encoded
+
+
+def remember_images(policy):
+    """Makes a policy note in IMAGES what its Pictures were made of. -> the policy"""
+    make = policy.picture
+
+    def picture(image):
+        made = make(image)
+        IMAGES[made] = made.image
+        return made
+    policy.picture = picture
+    return policy
+
+
+def pixel_values(policy, pictures):
+    """What the vision tower got of some pictures."""
+    return policy.pixel_values([replace(picture, image=IMAGES[picture]) for picture in pictures])
+
+
 @lru_cache
 def plain_model(folder):
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
@@ -236,7 +258,7 @@ def plain_log_probs(folder, policy, sequence):
     model.model.rope_deltas = None                       # of the dialogue before
     ids = torch.tensor([sequence.prompt.ids + sequence.ids])
     pictures = sequence.prompt.pictures + sequence.pictures
-    logits = model(input_ids=ids, pixel_values=policy.pixel_values(pictures),
+    logits = model(input_ids=ids, pixel_values=pixel_values(policy, pictures),
                    image_grid_thw=torch.tensor([p.grid for p in pictures]),
                    mm_token_type_ids=(ids == policy.image_token).int()).logits[0].float()
     log_probs = torch.log_softmax(logits.masked_fill(policy.forbidden, -torch.inf), -1)
