@@ -12,6 +12,7 @@ import runpy
 import socket
 import sys
 import threading
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,13 +41,31 @@ torch.set_num_threads(1)    # the tests' matrices are too small for more
 def tiny_folder(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    sft.make_tiny(folder, sft.tiny_strings(), sft.TINY_PROMPTS)
+    sft.make_tiny(folder, sft.tiny_strings())
     return str(folder)
 
 
 @pytest.fixture
 def policy(tiny_folder):
-    return models.load(tiny_folder, device="cpu")
+    """The tiny policy, and in IMAGES what its pictures were: they drop it once it is encoded."""
+    policy = models.load(tiny_folder, device="cpu")
+    picture = policy.picture
+
+    def remember(image):
+        made = picture(image)
+        IMAGES[made] = made.image
+        return made
+    policy.picture = remember
+    yield policy
+    IMAGES.clear()
+
+
+IMAGES = {}
+
+
+def pixel_values(policy, pictures):
+    """What the vision tower got of some pictures."""
+    return policy.pixel_values([replace(picture, image=IMAGES[picture]) for picture in pictures])
 
 
 def draw(path, size=(200, 100), box=None):
@@ -185,13 +204,13 @@ def prompts(policy, n, group, seed=0):
     for i in range(n):
         content = [{"type": "image"}, {"type": "text", "text": "Which? " * (i % 3 + 1)}]
         prompt = policy.prompt([{"role": "user", "content": content}], [noise(64 + 32 * (i % 3), 64, i)])
-        yield [Sequence(prompt, stream=random.Random(f"{seed} {i} {j}")) for j in range(group)]
+        yield [Sequence(prompt, rng=random.Random(f"{seed} {i} {j}")) for j in range(group)]
 
 
 def converse(policy, turns, seed=0):
     """An on_turn that answers with close-ups of different sizes until `turns` turns are over; how often differs by row."""
     rounds = {}
-    def on_turn(sequence, cut):
+    def on_turn(sequence, truncated):
         done = rounds[id(sequence)] = rounds.get(id(sequence), 0) + 1
         if done >= turns - (len(sequence.ids) % 2 if turns > 1 else 0):
             return None
@@ -211,7 +230,7 @@ def plain_log_probs(folder, policy, sequence):
     model.model.rope_deltas = None                       # of the dialogue before
     ids = torch.tensor([sequence.prompt.ids + sequence.ids])
     pictures = sequence.prompt.pictures + sequence.pictures
-    logits = model(input_ids=ids, pixel_values=policy.pixel_values(pictures),
+    logits = model(input_ids=ids, pixel_values=pixel_values(policy, pictures),
                    image_grid_thw=torch.tensor([p.grid for p in pictures]),
                    mm_token_type_ids=(ids == policy.image_token).int()).logits[0].float()
     log_probs = torch.log_softmax(logits.masked_fill(policy.forbidden, -torch.inf), -1)

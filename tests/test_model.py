@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import model as models
-from conftest import converse, noise, plain_log_probs, prompts, recorded
+from conftest import converse, noise, pixel_values, plain_log_probs, prompts, recorded
 from model import Engine, Sequence, TrainLayout, UserError, invert, nucleus
 
 
@@ -26,9 +26,9 @@ def test_engine_equals_a_plain_forward(many_sizes, tiny_folder, turns):
     policy = many_sizes
     group = 3
     engine = Engine(policy, turn_tokens=7, response_tokens=150,
-                    cache_tokens=2 * (60 + group * 150))
+                    cache_tokens=2 * (90 + group * 150))
     done = list(engine.run(prompts(policy, 5, group, seed=turns), converse(policy, turns)))
-    assert len(done) == 5 and engine.n <= 2
+    assert len(done) == 5 and engine.slots <= 2
     assert len({len(s.ids) for job in done for s in job}) > 1
     for job in done:
         for sequence in job:
@@ -90,7 +90,7 @@ def test_gradients_equal_those_of_the_padded_batch(many_sizes):
         targets += [(row, len(s.prompt.ids) + i) for i, sampled in enumerate(s.sampled) if sampled]
     pictures = [p for (s,) in alone for p in s.prompt.pictures + s.pictures]
     logits = policy.model(input_ids=ids, attention_mask=mask,
-                          pixel_values=policy.pixel_values(pictures),
+                          pixel_values=pixel_values(policy, pictures),
                           image_grid_thw=torch.tensor([p.grid for p in pictures]),
                           mm_token_type_ids=(ids == policy.image_token).int()).logits
     log_probs = torch.log_softmax(logits.masked_fill(policy.forbidden, -torch.inf), -1)
@@ -106,7 +106,7 @@ def test_gradients_equal_those_of_the_padded_batch(many_sizes):
 def test_a_prompt_and_its_responses_apart_are_their_attention_together(kind, near):
     """Guards the sum over two parts, and its gradient: heads that share keys, groups of one, responses of a token or none."""
     generator = torch.Generator().manual_seed(0)
-    layout = TrainLayout([(40, [1, 30, 7]), (5, [12]), (17, [9, 0]), (3, [0, 0])])
+    layout = TrainLayout([[40, 1, 30, 7], [17], [17, 9, 0], [3, 0, 0]])
     n = 40 + 38 + 5 + 12 + 17 + 9 + 3
     q, k, v, weight = (torch.randn(1, heads, n, 16, dtype=torch.float64, generator=generator) for heads in (4, 2, 2, 4))
     def run(how, kind):
@@ -122,7 +122,7 @@ def test_a_prompt_and_its_responses_apart_are_their_attention_together(kind, nea
 def test_vocabulary_in_chunks_changes_nothing(policy, monkeypatch):
     """Guards the bound on logits: the checkpointed chunks must give the same values and gradients."""
     engine = Engine(policy, turn_tokens=9, response_tokens=60)
-    done = list(engine.run(prompts(policy, 2, 2), lambda s, cut: None))
+    done = list(engine.run(prompts(policy, 2, 2), lambda s, truncated: None))
     found = []
     for bound in (2**26, 5 * policy.text_config.vocab_size):
         monkeypatch.setattr(models, "MAX_LOGITS", bound)
@@ -136,7 +136,7 @@ def test_vocabulary_in_chunks_changes_nothing(policy, monkeypatch):
 def test_checkpointing_changes_nothing(policy):
     """Guards gradient checkpointing: what is computed again must attend in the same layout."""
     engine = Engine(policy, turn_tokens=9, response_tokens=60)
-    done = list(engine.run(prompts(policy, 2, 3), lambda s, cut: None))
+    done = list(engine.run(prompts(policy, 2, 3), lambda s, truncated: None))
     found = []
     for again in (False, True):
         if again:
@@ -205,12 +205,12 @@ def test_greedy_tokens_are_those_of_generate(policy):
     (sequence,) = job = next(prompts(policy, 1, 1))
     pictures = sequence.prompt.pictures
     ids = torch.tensor([sequence.prompt.ids])
-    expected = policy.model.generate(input_ids=ids, pixel_values=policy.pixel_values(pictures),
+    expected = policy.model.generate(input_ids=ids, pixel_values=pixel_values(policy, pictures),
                                      image_grid_thw=torch.tensor([pictures[0].grid]),
                                      mm_token_type_ids=(ids == policy.image_token).int(), max_new_tokens=12, do_sample=False,
                                      suppress_tokens=policy.forbidden.nonzero()[:, 0].tolist())[0, ids.shape[1]:].tolist()
     policy.model.model.rope_deltas = None
-    next(Engine(policy, temperature=0, turn_tokens=12, response_tokens=60).run([job], lambda s, cut: None))
+    next(Engine(policy, temperature=0, turn_tokens=12, response_tokens=60).run([job], lambda s, truncated: None))
     assert sequence.ids == expected
 
 
@@ -240,7 +240,7 @@ def test_vision_tokens_cannot_be_sampled(policy):
         policy.model.lm_head.weight[policy.image_token] *= 50
         policy.model.lm_head.weight[policy.image_token] += 5
     engine = Engine(policy, turn_tokens=20, response_tokens=100)
-    done = list(engine.run(prompts(policy, 2, 4), lambda s, cut: None))
+    done = list(engine.run(prompts(policy, 2, 4), lambda s, truncated: None))
     assert not any(policy.forbidden[t] for job in done for s in job for t in s.ids)
     assert torch.isfinite(policy.log_probs(done)).all()
 
@@ -248,7 +248,7 @@ def test_vision_tokens_cannot_be_sampled(policy):
 def test_log_probs_are_those_of_the_sampling_temperature(policy):
     """Guards against log-probabilities taken at temperature 1 whatever the sampling temperature."""
     engine = Engine(policy, temperature=0.5, turn_tokens=9, response_tokens=60)
-    done = list(engine.run(prompts(policy, 1, 3), lambda s, cut: None))
+    done = list(engine.run(prompts(policy, 1, 3), lambda s, truncated: None))
     with torch.no_grad():
         assert (policy.log_probs(done, 0.5) - recorded(done)).abs().max() < 1e-5
         assert (policy.log_probs(done, 1.0) - recorded(done)).abs().max() > 1e-2
@@ -300,7 +300,7 @@ def test_same_seed_same_tokens(policy):
     """Guards determinism."""
     def tokens(seed):
         engine = Engine(policy, turn_tokens=9, response_tokens=60)
-        jobs = engine.run(prompts(policy, 2, 2, seed), lambda s, cut: None)
+        jobs = engine.run(prompts(policy, 2, 2, seed), lambda s, truncated: None)
         return [s.ids for job in jobs for s in job]
     assert tokens(1) == tokens(1) != tokens(2)
 
@@ -310,9 +310,9 @@ def test_a_longer_prompt_later_on(many_sizes, tiny_folder):
     policy = many_sizes
     short, long = (policy.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x" * n}]}],
                                  [noise(64, 64)]) for n in (2, 150))
-    jobs = [[Sequence(p, stream=random.Random(i)) for i in range(2)] for p in (short, short, long, short, long)]
+    jobs = [[Sequence(p, rng=random.Random(i)) for i in range(2)] for p in (short, short, long, short, long)]
     engine = Engine(policy, turn_tokens=5, response_tokens=20, cache_tokens=2 * (60 + 2 * 20))
-    for job in engine.run(iter(jobs), lambda s, cut: None):
+    for job in engine.run(iter(jobs), lambda s, truncated: None):
         for sequence in job:
             assert (plain_log_probs(tiny_folder, policy, sequence) - recorded([[sequence]])).abs().max() < 1e-5
         (slots, _, prompt, _), (rows, _, own, _) = engine.cache.prompt_k[0].shape, engine.cache.own_k[0].shape
