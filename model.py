@@ -660,30 +660,28 @@ class DecodeLayout:
         self.bias = bias.view(self.slots, cache.rows, 1, 1, -1)                  # (S, G, 1, 1, P + T)
 
     def __call__(self, layer, q, k, v, scale):
-        cache, S, G, P, T = (self.cache, self.slots, self.cache.rows, self.prompt_width,
-                             self.own_width)
+        prompt, own = self.cache.prompt[layer], self.cache.own[layer]
+        S, G, P, T = self.slots, self.cache.rows, self.prompt_width, self.own_width
         N, H, _, D = q.shape
         Hk = k.shape[1]
         f = H // Hk                                          # query heads that share one K/V head
-        prompt_k, prompt_v = cache.prompt[layer][:, :S, :, :P].flatten(1, 2)     # (S * Hk, P, D)
-        own_k, own_v = cache.own[layer][:, :S * G]                               # (S * G, Hk, ., D)
-        own_k[self.places, :, self.columns] = k[:, :, 0]
-        own_v[self.places, :, self.columns] = v[:, :, 0]
-        own_k, own_v = (x[:, :, :T].flatten(0, 1) for x in (own_k, own_v))       # (S * G * Hk, T, D)
+        own[:, self.places, :, self.columns] = torch.stack([k, v], 1)[..., 0, :]     # (N, 2, Hk, D)
+        prompt_k, prompt_v = prompt[:, :S, :, :P].flatten(1, 2)                  # (S * Hk, P, D)
+        own_k, own_v = own[:, :S * G, :, :T].flatten(1, 2)                       # (S * G * Hk, T, D)
 
-        all_q = q.new_zeros(S * G, H, D)
-        all_q[self.places] = q[:, :, 0]
-        by_row = all_q.view(S * G * Hk, f, D)
-        by_slot = all_q.view(S, G, Hk, f * D).transpose(1, 2).reshape(S * Hk, G * f, D)
+        q = q.new_zeros(S * G, H * D).index_copy_(0, self.places, q.view(N, H * D))
+        by_row = q.view(S * G * Hk, f, D)
+        by_slot = q.view(S, G, Hk, f * D).transpose(1, 2).reshape(S * Hk, G * f, D)
         to_prompt = product(by_slot, prompt_k.mT).view(S, Hk, G, f, P).transpose(1, 2)
         to_own = product(by_row, own_k.mT).view(S, G, Hk, f, T)
-        scores = torch.cat([to_prompt, to_own], -1)                              # (S, G, Hk, f, P + T)
-        weights = (scores * scale + self.bias).softmax(-1).to(q.dtype)
+        scores = torch.cat([to_prompt, to_own], -1)                       # (S, G, Hk, f, P + T)
+        weights = torch.add(self.bias, scores, alpha=scale).softmax(-1).to(q.dtype)
         to_prompt, to_own = weights.split([P, T], -1)
         to_prompt = to_prompt.transpose(1, 2).reshape(S * Hk, G * f, P)
-        out = product(to_prompt, prompt_v).view(S, Hk, G, f, D).transpose(1, 2)
-        out = out + product(to_own.reshape(S * G * Hk, f, T), own_v).view(S, G, Hk, f, D)
-        return out.reshape(S * G, H, 1, D)[self.places].to(q.dtype)              # (N, H, 1, D)
+        of_prompt = product(to_prompt, prompt_v).view(S, Hk, G, f, D).transpose(1, 2)
+        of_own = product(to_own.reshape(S * G * Hk, f, T), own_v).view(S, G, Hk, f, D)
+        out = (of_own + of_prompt).reshape(S * G, H, 1, D)
+        return out[self.places].to(q.dtype)                                      # (N, H, 1, D)
 
 
 def product(a, b):
