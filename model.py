@@ -640,48 +640,45 @@ class DecodeLayout:
     """A token of each of N rows: q (N, H, 1, D). prompts: lengths of the prompts of the first S
     slots, 0 for a free one; places, columns: where each row's new K/V goes.
 
-    Attention is computed for all S * G places, those of idle rows too, so that the queries of a
-    group meet its prompt's K/V as one matrix product: the prompt is read once a group, not once a
-    row. All else in the model is computed for the N rows alone."""
+    The queries of a group meet its prompt's K/V as one matrix product, for all G places: the prompt
+    is read once a group, not once a row."""
 
     def __init__(self, cache, prompts, places, columns):
-        self.cache, self.slots = cache, len(prompts)
-        self.prompt_width, self.own_width = max(prompts), max(columns) + 1       # P, T
         def tensor(numbers):
             return torch.tensor(numbers, device=cache.own[0].device)
+        self.cache, self.slots = cache, len(prompts)
         self.places, self.columns = tensor(places), tensor(columns)
-        last = self.places.new_zeros(self.slots * cache.rows)
-        last[self.places] = self.columns                     # an idle row sees column 0, unread
-        columns = torch.arange(max(self.prompt_width, self.own_width), device=last.device)
-        seen_prompt = columns[:self.prompt_width] < tensor(prompts)[:, None]     # (S, P)
-        seen_own = columns[:self.own_width] <= last[:, None]                     # (S * G, T)
-        seen = torch.cat([seen_prompt.repeat_interleave(cache.rows, 0), seen_own], 1)
-        bias = torch.zeros(seen.shape, device=last.device).masked_fill(~seen, -torch.inf)
-        self.bias = bias.view(self.slots, cache.rows, 1, 1, -1)                  # (S, G, 1, 1, P + T)
+        self.prompt_width, self.own_width = max(prompts), max(columns) + 1       # P, T
+        prompts = tensor(prompts)[self.places // cache.rows, None]               # (N, 1)
+        columns = torch.arange(max(self.prompt_width, self.own_width), device=prompts.device)
+        seen = torch.cat([columns[:self.prompt_width] < prompts,
+                          columns[:self.own_width] <= self.columns[:, None]], 1)
+        bias = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
+        self.bias = bias[:, None, None]                                          # (N, 1, 1, P + T)
 
     def __call__(self, layer, q, k, v, scale):
-        prompt, own = self.cache.prompt[layer], self.cache.own[layer]
         S, G, P, T = self.slots, self.cache.rows, self.prompt_width, self.own_width
         N, H, _, D = q.shape
         Hk = k.shape[1]
         f = H // Hk                                          # query heads that share one K/V head
+        def by_slot(x):                                      # (N, Hk, f, X) -> (S * Hk, G * f, X)
+            all_places = x.new_zeros(S * G, x[0].numel())
+            all_places[self.places] = x.reshape(N, -1)
+            return all_places.view(S, G, Hk, -1).transpose(1, 2).reshape(S * Hk, G * f, -1)
+        def by_row(x):                                       # and back
+            return x.view(S, Hk, G, -1).transpose(1, 2).reshape(S * G, Hk, f, -1)[self.places]
+        prompt, own = self.cache.prompt[layer], self.cache.own[layer]
         own[:, self.places, :, self.columns] = torch.stack([k, v], 1)[..., 0, :]     # (N, 2, Hk, D)
         prompt_k, prompt_v = prompt[:, :S, :, :P].flatten(1, 2)                  # (S * Hk, P, D)
-        own_k, own_v = own[:, :S * G, :, :T].flatten(1, 2)                       # (S * G * Hk, T, D)
-
-        q = q.new_zeros(S * G, H * D).index_copy_(0, self.places, q.view(N, H * D))
-        by_row = q.view(S * G * Hk, f, D)
-        by_slot = q.view(S, G, Hk, f * D).transpose(1, 2).reshape(S * Hk, G * f, D)
-        to_prompt = product(by_slot, prompt_k.mT).view(S, Hk, G, f, P).transpose(1, 2)
-        to_own = product(by_row, own_k.mT).view(S, G, Hk, f, T)
-        scores = torch.cat([to_prompt, to_own], -1)                       # (S, G, Hk, f, P + T)
-        weights = torch.add(self.bias, scores, alpha=scale).softmax(-1).to(q.dtype)
-        to_prompt, to_own = weights.split([P, T], -1)
-        to_prompt = to_prompt.transpose(1, 2).reshape(S * Hk, G * f, P)
-        of_prompt = product(to_prompt, prompt_v).view(S, Hk, G, f, D).transpose(1, 2)
-        of_own = product(to_own.reshape(S * G * Hk, f, T), own_v).view(S, G, Hk, f, D)
-        out = (of_own + of_prompt).reshape(S * G, H, 1, D)
-        return out[self.places].to(q.dtype)                                      # (N, H, 1, D)
+        own_k, own_v = own[:, self.places, :, :T].flatten(1, 2)                  # (N * Hk, T, D)
+        q = q.view(N, Hk, f, D)
+        to_prompt = by_row(product(by_slot(q), prompt_k.mT))                     # (N, Hk, f, P)
+        to_own = product(q.view(N * Hk, f, D), own_k.mT).view(N, Hk, f, T)
+        scores = torch.cat([to_prompt, to_own], -1) * scale + self.bias
+        to_prompt, to_own = scores.softmax(-1).to(q.dtype).split([P, T], -1)
+        of_prompt = by_row(product(by_slot(to_prompt), prompt_v))                # (N, Hk, f, D)
+        of_own = product(to_own.reshape(N * Hk, f, T), own_v).view(N, Hk, f, D)
+        return (of_prompt + of_own).view(N, H, 1, D).to(q.dtype)
 
 
 def product(a, b):

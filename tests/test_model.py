@@ -1,15 +1,17 @@
 """What model.py promises: exact log-probabilities, tokens that are really the policy's, checkpoints that others can load."""
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-import model as models
+import model
 from conftest import converse, noise, pixel_values, plain_log_probs, prompts, recorded
-from model import Engine, Sequence, TrainLayout, UserError, invert, nucleus
+from model import Engine, Sequence, TrainLayout, UserError, invert, load, nucleus
 
 
 @pytest.fixture
@@ -36,27 +38,6 @@ def test_engine_equals_a_plain_forward(many_sizes, tiny_folder, turns):
             assert (plain - recorded([[sequence]])).abs().max() < 1e-5
 
 
-def test_the_fixed_shapes_of_graphs_change_nothing(many_sizes):
-    """Guards what a CUDA graph would run (here without one): idle rows and slots, columns in steps of 128."""
-    def tokens(graphs):
-        engine = Engine(many_sizes, temperature=0, turn_tokens=40, response_tokens=250, cache_tokens=2 * (60 + 3 * 250),
-                        graphs=graphs)
-        jobs = list(engine.run(prompts(many_sizes, 5, 3), converse(many_sizes, 4)))
-        log_probs = {tuple(s.ids): torch.tensor(s.log_probs) for job in jobs for s in job}
-        return [[s.ids for s in job] for job in jobs], log_probs
-    (plain, log_probs), (fixed, others) = tokens(False), tokens(True)
-    assert fixed == plain and max(len(ids) for job in plain for ids in job) > 128
-    assert all((log_probs[ids] - others[ids]).abs().max() < 1e-5 for ids in log_probs)
-
-
-@pytest.fixture(params=["CPU", "GPU"])
-def layout_of(request, monkeypatch):
-    """The update's attention as a CPU and as a GPU computes it."""
-    if request.param == "GPU":
-        monkeypatch.setattr(TrainLayout, "__call__", lambda self, layer, q, k, v, scale: self.plain(q, k, v, scale))
-
-
-@pytest.mark.usefixtures("layout_of")
 def test_training_log_probs_equal_a_plain_forward(many_sizes, tiny_folder):
     """Guards the shared prompt: each response must see the prompt and itself, and no other response."""
     policy = many_sizes
@@ -69,7 +50,6 @@ def test_training_log_probs_equal_a_plain_forward(many_sizes, tiny_folder):
     assert (together - plain).abs().max() < 1e-5
 
 
-@pytest.mark.usefixtures("layout_of")
 def test_gradients_equal_those_of_the_padded_batch(many_sizes):
     """Guards the update: the prompt once for a group must give the gradients of the prompt once for every response."""
     policy = many_sizes
@@ -102,21 +82,32 @@ def test_gradients_equal_those_of_the_padded_batch(many_sizes):
         assert (p.grad - shared[name]).abs().max() / scale < 1e-5, name
 
 
-@pytest.mark.parametrize("kind, near", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_a_prompt_and_its_responses_apart_are_their_attention_together(kind, near):
-    """Guards the sum over two parts, and its gradient: heads that share keys, groups of one, responses of a token or none."""
+def test_each_response_attends_to_its_prompt_and_itself():
+    """Guards the update's attention against one masked product: heads that share keys, groups of one,
+    responses of a token or none."""
     generator = torch.Generator().manual_seed(0)
-    layout = TrainLayout([[40, 1, 30, 7], [17], [17, 9, 0], [3, 0, 0]])
-    n = 40 + 38 + 5 + 12 + 17 + 9 + 3
-    q, k, v, weight = (torch.randn(1, heads, n, 16, dtype=torch.float64, generator=generator) for heads in (4, 2, 2, 4))
-    def run(how, kind):
-        inputs = [x.to(kind).detach().clone().requires_grad_() for x in (q, k, v)]
-        out = how(*inputs)
-        (out * weight.to(kind)).sum().backward()
-        return [x.double() for x in (out, *(x.grad for x in inputs))]
-    expected = run(lambda q, k, v: layout.plain(q, k, v, 0.25), torch.float64)
-    for found, right in zip(run(lambda q, k, v: layout(0, q, k, v, 0.25), kind), expected):
-        assert (found - right).abs().max() < near * right.abs().max()
+    lengths = [[40, 1, 30, 7], [17], [17, 9, 0], [3, 0, 0]]
+    seen, start = torch.zeros(124, 124, dtype=torch.bool), 0
+    for prompt, *responses in lengths:
+        first = slice(start, start + prompt)
+        for length in (prompt, *responses):
+            piece = slice(start, start + length)
+            seen[piece, first] = True
+            seen[piece, piece] = torch.ones(length, length).tril().bool()
+            start += length
+        seen[first, first] = torch.ones(prompt, prompt).tril().bool()
+    assert start == len(seen)
+    q, k, v, weight = (torch.randn(1, heads, start, 16, dtype=torch.float64, generator=generator)
+                       for heads in (4, 2, 2, 4))
+    plain = partial(F.scaled_dot_product_attention, attn_mask=seen, scale=0.25, enable_gqa=True)
+    results = []
+    for attention in (plain, lambda *qkv: TrainLayout(lengths)(0, *qkv, 0.25)):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attention(*inputs)
+        (out * weight).sum().backward()
+        results.append([out, *(x.grad for x in inputs)])
+    for ours, right in zip(*results, strict=True):
+        assert (ours - right).abs().max() < 1e-12 * right.abs().max()
 
 
 def test_vocabulary_in_chunks_changes_nothing(policy, monkeypatch):
@@ -125,7 +116,7 @@ def test_vocabulary_in_chunks_changes_nothing(policy, monkeypatch):
     done = list(engine.run(prompts(policy, 2, 2), lambda s, truncated: None))
     found = []
     for bound in (2**26, 5 * policy.text_config.vocab_size):
-        monkeypatch.setattr(models, "MAX_LOGITS", bound)
+        monkeypatch.setattr(model, "MAX_LOGITS", bound)
         policy.model.zero_grad()
         log_probs = policy.log_probs(done)
         log_probs.sum().backward()
@@ -151,12 +142,12 @@ def test_checkpointing_changes_nothing(policy):
 
 def test_many_images_go_through_the_vision_tower_in_parts(policy, monkeypatch):
     """Guards the bound on patches: the features must not depend on it."""
-    pictures = [policy.picture(noise(64, 64, seed)) for seed in range(5)]
-    whole = [f.clone() for f in policy.features(pictures)]
-    monkeypatch.setattr(models, "MAX_VISION_PATCHES", 130)
-    for picture in pictures:
-        picture.features = None
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, policy.features(pictures)))
+    images = [noise(64, 64, seed) for seed in range(5)]
+    at_once = policy.features([policy.picture(image) for image in images])
+    monkeypatch.setattr(model, "MAX_VISION_PATCHES", 130)
+    in_parts = policy.features([policy.picture(image) for image in images])
+    for one, other in zip(at_once, in_parts, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 # Of equal images, of some equally wide, and of some that are as many patches in another shape.
@@ -311,12 +302,13 @@ def test_a_longer_prompt_later_on(many_sizes, tiny_folder):
     short, long = (policy.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x" * n}]}],
                                  [noise(64, 64)]) for n in (2, 150))
     jobs = [[Sequence(p, rng=random.Random(i)) for i in range(2)] for p in (short, short, long, short, long)]
-    engine = Engine(policy, turn_tokens=5, response_tokens=20, cache_tokens=2 * (60 + 2 * 20))
+    engine = Engine(policy, turn_tokens=5, response_tokens=20, cache_tokens=2 * (90 + 2 * 20))
     for job in engine.run(iter(jobs), lambda s, truncated: None):
         for sequence in job:
             assert (plain_log_probs(tiny_folder, policy, sequence) - recorded([[sequence]])).abs().max() < 1e-5
-        (slots, _, prompt, _), (rows, _, own, _) = engine.cache.prompt_k[0].shape, engine.cache.own_k[0].shape
-        assert slots == 1 or slots * prompt + rows * own <= engine.cache_tokens
+        if engine.cache:
+            columns = sum(x[0].shape[1] * x[0].shape[3] for x in (engine.cache.prompt, engine.cache.own))
+            assert engine.slots == 1 or columns <= engine.cache_tokens
 
 
 def test_text_round_trip(policy):
@@ -338,13 +330,13 @@ def test_plain_transformers_loads_what_we_save(policy, tmp_path):
     """Guards the checkpoints: others must be able to use them."""
     with torch.no_grad():
         policy.model.model.language_model.norm.weight.mul_(1.5)
-    policy.system_prompts = {"zoom": "Look."}
-    policy.save(tmp_path / "out")
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), policy.model.state_dict().values()))
+    policy.save(tmp_path / "out", dialogue={"mode": "zoom"})
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), policy.model.state_dict().values()))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == policy.tokenizer.chat_template
-    again = models.load(str(tmp_path / "out"), device="cpu")
-    assert again.system_prompts == {"zoom": "Look."} and again.image_processor.size == policy.image_processor.size
+    again = load(str(tmp_path / "out"), device="cpu")
+    assert again.image_processor.size == policy.image_processor.size
+    assert json.loads((tmp_path / "out" / "dialogue.json").read_text()) == {"mode": "zoom"}
     assert not list(tmp_path.glob("*.part"))
     policy.save(tmp_path / "out")                       # over what is there
     assert not list(tmp_path.glob("*.old"))
@@ -353,16 +345,16 @@ def test_plain_transformers_loads_what_we_save(policy, tmp_path):
 def test_what_cannot_be_loaded_says_so_in_a_line(tmp_path, tiny_folder):
     """Guards against tracebacks for a missing folder, another family, a truncated checkpoint."""
     with pytest.raises(UserError, match="nowhere"):
-        models.load(str(tmp_path / "nowhere"))
+        load(str(tmp_path / "nowhere"))
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match="llama"):
-        models.load(str(other))
+        load(str(other))
     cut = tmp_path / "cut"
     cut.mkdir()
     for file in Path(tiny_folder).iterdir():
         data = file.read_bytes()
         (cut / file.name).write_bytes(data[:len(data) // 2] if file.suffix == ".safetensors" else data)
     with pytest.raises(UserError, match="cut"):
-        models.load(str(cut))
+        load(str(cut))
