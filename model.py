@@ -728,9 +728,6 @@ class Engine:
         self.policy, self.temperature, self.top_p = policy, temperature, top_p
         self.turn_tokens, self.response_tokens = turn_tokens, response_tokens
         self.cache_tokens = cache_tokens
-        self.groups = {}               # in flight, by slot
-        self.coming = deque()          # jobs that are known and have not started
-        self.cache, self.slots = None, 0
 
     @torch.no_grad()
     def run(self, jobs, on_turn):
@@ -740,6 +737,9 @@ class Engine:
         out of tokens); it returns the Chunk to go on from, or None to end. Yields each job as it is
         finished."""
         self.jobs = iter(jobs)
+        self.coming = deque()          # jobs that are known and have not started
+        self.groups = {}               # in flight, by slot
+        self.cache, self.slots = None, 0
         while self.groups or self.next_job():
             rows = [row for group in self.groups.values() for row in group.rows]
             waiting = [row for row in rows if row.unread]
@@ -763,7 +763,6 @@ class Engine:
                 if not row.group.rows:
                     del self.groups[row.group.slot]
                     yield row.group.job
-        self.cache = None
 
     def next_job(self):
         """The job that comes next, which stays the next one; None at the end."""

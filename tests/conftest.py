@@ -32,7 +32,7 @@ import evaluate as evaluation
 import model as models
 import train_sft as sft
 from model import Sequence
-from rollout import run
+from rollout import join_processes, run
 
 torch.set_num_threads(1)    # the tests' matrices are too small for more
 
@@ -147,7 +147,8 @@ def join(rank, address, folder, function, arguments):
         os.dup2(os.open(Path(folder, f"{rank}.{name}"), os.O_WRONLY | os.O_CREAT), number)
     torch.set_num_threads(1)
     torch.cuda.is_available = lambda: False
-    run(partial(function, *arguments))
+    join_processes()
+    function(*arguments)
 
 
 def launch(folder, path, *arguments):

@@ -1,5 +1,6 @@
 """What model.py promises: exact log-probabilities, tokens that are really the policy's, checkpoints that others can load."""
 import json
+import os
 import random
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import model
-from conftest import converse, noise, pixel_values, plain_log_probs, prompts, recorded
-from model import Engine, Sequence, TrainLayout, UserError, invert, load, nucleus
+from conftest import converse, in_processes, noise, pixel_values, plain_log_probs, prompts, recorded
+from model import (Engine, Sequence, TrainLayout, UserError, full_tensor, invert, is_sharded, load,
+                   micro_batches, nucleus, rank, shard_if_large, unsharded, world_size)
 
 
 @pytest.fixture
@@ -108,6 +110,79 @@ def test_each_response_attends_to_its_prompt_and_itself():
         results.append([out, *(x.grad for x in inputs)])
     for ours, right in zip(*results, strict=True):
         assert (ours - right).abs().max() < 1e-12 * right.abs().max()
+
+
+def test_scores_are_not_rounded_to_bfloat16(tiny_folder):
+    """Guards attention scores in float32: with large key biases, as Qwen2's, scores rounded to
+    bfloat16, as in Hugging Face's eager attention, make the recorded log-probabilities those of
+    another policy than the one that is trained."""
+    policy = load(tiny_folder, device="cpu", dtype=torch.bfloat16)
+    text = policy.model.model.language_model
+    for std in (10, 30):
+        torch.manual_seed(std)
+        for layer in text.layers:
+            torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=std)
+        jobs = list(prompts(policy, 6, 4))
+        pixels = [[policy.pixel_values(job[0].prompt.pictures) for _ in job] for job in jobs]
+        engine = Engine(policy, turn_tokens=40, response_tokens=60)
+        list(engine.run(jobs, lambda s, truncated: None))
+        with torch.no_grad():
+            training = policy.log_probs(jobs)
+            text.config._attn_implementation = "eager"
+            plain = []
+            for job, values in zip(jobs, pixels, strict=True):
+                for s, value in zip(job, values, strict=True):
+                    plain.append(hugging_face_log_probs(policy, s, value))
+            text.config._attn_implementation = "layout"
+        rounded = (torch.cat(plain) - training).abs().mean()
+        assert (recorded(jobs) - training).abs().mean() < rounded / 2
+
+
+def hugging_face_log_probs(policy, sequence, pixels):
+    """Log-probabilities of a single turn's tokens by the model's own forward."""
+    ids = torch.tensor([sequence.prompt.ids + sequence.ids])
+    grids = torch.tensor([p.grid for p in sequence.prompt.pictures])
+    policy.model.model.rope_deltas = None
+    logits = policy.model(input_ids=ids, pixel_values=pixels.to(policy.model.dtype),
+                          image_grid_thw=grids, logits_to_keep=len(sequence.ids) + 1,
+                          mm_token_type_ids=(ids == policy.image_token).int()).logits[0, :-1]
+    log_probs = torch.log_softmax(logits.float().masked_fill(policy.forbidden, -torch.inf), -1)
+    return log_probs[range(len(sequence.ids)), sequence.ids]
+
+
+def gradients(folder, out, per_node):
+    """Each process learns from its share of four groups; the first one writes all gradients."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(per_node)
+    model.REPLICATED = 0
+    policy = load(folder, device="cpu")
+    shard_if_large(policy)
+    assert is_sharded(policy) == (world_size() > 1)
+    with unsharded(policy):
+        engine = Engine(policy, turn_tokens=6, response_tokens=60)
+        done = list(engine.run(prompts(policy, 4, 3), lambda s, truncated: None))
+    done.sort(key=lambda job: job[0].prompt.pictures[0].grid)
+    done.sort(key=lambda job: len(job[0].prompt.ids))
+    for batch in micro_batches(done[rank()::world_size()], 1):
+        (policy.log_probs(batch.groups).sum() / 4 * world_size()).backward()
+    found = {name: full_tensor(p.grad) for name, p in policy.model.named_parameters()
+             if p.grad is not None}
+    if is_sharded(policy):
+        mesh = policy.model.lm_head.weight.device_mesh
+        assert tuple(mesh.shape) == (world_size() // per_node, per_node)
+    if rank() == 0:
+        torch.save(found, out)
+
+
+def test_nodes_of_several_processes_equal_one_process(tiny_folder, tmp_path):
+    """Guards weights that are sharded inside of a node and replicated over nodes: gradients must be
+    averaged over all processes, not those of a node."""
+    for number, per_node in ((1, 1), (4, 2)):
+        in_processes(number, gradients, tiny_folder, tmp_path / f"{number}.pt", per_node)
+    one, four = (torch.load(tmp_path / f"{number}.pt") for number in (1, 4))
+    assert one.keys() == four.keys()
+    for name, gradient in one.items():
+        scale = max(1.0, gradient.abs().max().item())
+        assert (gradient - four[name]).abs().max() / scale < 1e-5, name
 
 
 def test_vocabulary_in_chunks_changes_nothing(policy, monkeypatch):
