@@ -25,7 +25,7 @@ import shutil
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -600,14 +600,15 @@ class Cache:
     behind it. Row i of slot s has place s * G + i."""
 
     def __init__(self, policy, slots, rows, prompt_columns, own_columns):
-        config = policy.text_config
-        heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        def zeros(places, columns):
-            return [torch.zeros(2, places, heads, columns, dim, dtype=policy.model.dtype,
-                                device=policy.device) for _ in range(config.num_hidden_layers)]
+        config, model = policy.text_config, policy.model
         self.rows, self.prompt_columns = rows, prompt_columns                    # G, P
-        self.prompt = zeros(slots, prompt_columns)           # (2, S, Hk, P, D) a layer: K, V
-        self.own = zeros(slots * rows, own_columns)          # (2, S * G, Hk, T, D)
+        self.heads = config.num_key_value_heads
+        dim = config.hidden_size // config.num_attention_heads
+        self.prompt, self.own = [], []                       # K and V of each layer
+        for _ in range(config.num_hidden_layers):
+            new = partial(torch.zeros, dtype=model.dtype, device=model.device)
+            self.prompt.append(new(2, slots, self.heads, prompt_columns, dim))   # (2, S, Hk, P, D)
+            self.own.append(new(2, slots * rows, self.heads, own_columns, dim))  # (2, S*G, Hk, T, D)
 
 
 class ReadLayout:
@@ -637,48 +638,48 @@ class ReadLayout:
 
 
 class DecodeLayout:
-    """A token of each of N rows: q (N, H, 1, D). prompts: lengths of the prompts of the first S
-    slots, 0 for a free one; places, columns: where each row's new K/V goes.
+    """A token of each of N rows: q (N, H, 1, D). (N,) each: their places, the columns where their
+    new K/V goes, the lengths of their prompts.
 
-    The queries of a group meet its prompt's K/V as one matrix product, for all G places: the prompt
-    is read once a group, not once a row."""
+    The queries of a group meet its prompt's K/V as one matrix product, with zeros for idle rows: the
+    prompt is read once a group, not once a row."""
 
-    def __init__(self, cache, prompts, places, columns):
-        def tensor(numbers):
-            return torch.tensor(numbers, device=cache.own[0].device)
-        self.cache, self.slots = cache, len(prompts)
-        self.places, self.columns = tensor(places), tensor(columns)
-        self.prompt_width, self.own_width = max(prompts), max(columns) + 1       # P, T
-        prompts = tensor(prompts)[self.places // cache.rows, None]               # (N, 1)
-        columns = torch.arange(max(self.prompt_width, self.own_width), device=prompts.device)
-        seen = torch.cat([columns[:self.prompt_width] < prompts,
-                          columns[:self.own_width] <= self.columns[:, None]], 1)
-        bias = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
-        self.bias = bias[:, None, None]                                          # (N, 1, 1, P + T)
+    def __init__(self, cache, places, columns, prompts):
+        G, Hk, device = cache.rows, cache.heads, cache.own[0].device
+        self.cache, self.slots = cache, int(places.max()) // G + 1               # S
+        self.prompt_width, self.own_width = int(prompts.max()), int(columns.max()) + 1   # P, T
+        places, columns, prompts = (x[:, None].to(device) for x in (places, columns, prompts))
+        seen_prompt = torch.arange(self.prompt_width, device=device) < prompts   # (N, P)
+        seen_own = torch.arange(self.own_width, device=device) <= columns        # (N, T)
+        hidden = torch.cat([seen_prompt, seen_own], 1).logical_not().repeat_interleave(Hk, 0)
+        bias = torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)
+        self.bias = bias[:, None]                                                # (N * Hk, 1, P + T)
+        self.places, self.columns = places[:, 0], columns[:, 0]
+        heads = torch.arange(Hk, device=device)
+        by_slot = (places // G * Hk + heads) * G + places % G                    # in (S * Hk * G)
+        self.by_slot = by_slot.flatten()                                         # (N * Hk)
 
     def __call__(self, layer, q, k, v, scale):
-        S, G, P, T = self.slots, self.cache.rows, self.prompt_width, self.own_width
         N, H, _, D = q.shape
-        Hk = k.shape[1]
-        f = H // Hk                                          # query heads that share one K/V head
-        def by_slot(x):                                      # (N, Hk, f, X) -> (S * Hk, G * f, X)
-            all_places = x.new_zeros(S * G, x[0].numel())
-            all_places[self.places] = x.reshape(N, -1)
-            return all_places.view(S, G, Hk, -1).transpose(1, 2).reshape(S * Hk, G * f, -1)
-        def by_row(x):                                       # and back
-            return x.view(S, Hk, G, -1).transpose(1, 2).reshape(S * G, Hk, f, -1)[self.places]
+        Hk, P, T = k.shape[1], self.prompt_width, self.own_width
         prompt, own = self.cache.prompt[layer], self.cache.own[layer]
         own[:, self.places, :, self.columns] = torch.stack([k, v], 1)[..., 0, :]     # (N, 2, Hk, D)
-        prompt_k, prompt_v = prompt[:, :S, :, :P].flatten(1, 2)                  # (S * Hk, P, D)
+        prompt_k, prompt_v = prompt[:, :self.slots, :, :P].flatten(1, 2)         # (S * Hk, P, D)
         own_k, own_v = own[:, self.places, :, :T].flatten(1, 2)                  # (N * Hk, T, D)
-        q = q.view(N, Hk, f, D)
-        to_prompt = by_row(product(by_slot(q), prompt_k.mT))                     # (N, Hk, f, P)
-        to_own = product(q.view(N * Hk, f, D), own_k.mT).view(N, Hk, f, T)
-        scores = torch.cat([to_prompt, to_own], -1) * scale + self.bias
-        to_prompt, to_own = scores.softmax(-1).to(q.dtype).split([P, T], -1)
-        of_prompt = by_row(product(by_slot(to_prompt), prompt_v))                # (N, Hk, f, D)
-        of_own = product(to_own.reshape(N * Hk, f, T), own_v).view(N, Hk, f, D)
-        return (of_prompt + of_own).view(N, H, 1, D).to(q.dtype)
+        q = q.view(N * Hk, H // Hk, D)                       # f query heads share one K/V head
+        scores = torch.cat([self.in_groups(q, prompt_k.mT), product(q, own_k.mT)], -1)
+        weights = (scores * scale + self.bias).softmax(-1).to(q.dtype)           # (N * Hk, f, P + T)
+        to_prompt, to_own = weights.split([P, T], -1)
+        out = self.in_groups(to_prompt, prompt_v) + product(to_own, own_v)       # (N * Hk, f, D)
+        return out.view(N, H, 1, D).to(q.dtype)
+
+    def in_groups(self, x, prompt):
+        """x (N * Hk, f, a), prompt (S * Hk, a, b) -> their products (N * Hk, f, b)"""
+        rows, f = self.cache.rows, x.shape[1]
+        spread = x.new_zeros(len(prompt) * rows, *x.shape[1:])                   # (S * Hk * G, f, a)
+        spread[self.by_slot] = x
+        out = product(spread.view(len(prompt), rows * f, -1), prompt)            # (S * Hk, G * f, b)
+        return out.view(len(spread), f, -1)[self.by_slot]
 
 
 def product(a, b):
@@ -811,17 +812,15 @@ class Engine:
 
     def decode(self, rows):
         """Reads the last sampled token of each row. -> hidden states (rows, hidden)"""
-        prompts = [0] * (max(self.groups) + 1)               # their lengths, by slot
-        for slot, group in self.groups.items():
-            prompts[slot] = len(group.job[0].prompt.ids)
-        layout = DecodeLayout(self.cache, prompts, [row.place for row in rows],
-                              [row.column for row in rows])
-        x = self.policy.embed([row.sequence.ids[-1] for row in rows], [])[:, None]   # (N, 1, hidden)
-        positions = torch.tensor([row.position for row in rows]).expand(3, -1)[..., None]
+        numbers = [(row.position, row.place, row.column, len(row.sequence.prompt.ids))
+                   for row in rows]
+        positions, places, columns, prompts = torch.tensor(numbers).T            # (rows,) each
+        x = self.policy.embed([row.sequence.ids[-1] for row in rows], [])[:, None]
         for row in rows:
             row.position += 1
             row.column += 1
-        return self.policy.hidden(x, positions, layout)[:, 0]
+        layout = DecodeLayout(self.cache, places, columns, prompts)
+        return self.policy.hidden(x, positions.expand(3, -1)[..., None], layout)[:, 0]
 
     def prefill(self, groups, rows):
         """Reads, end to end, the prompts of new groups and what rows have unread. -> the Rows that
