@@ -4,9 +4,9 @@ In:  a Hugging Face folder or hub id of the Qwen2.5-VL family, and dialogues of 
 Out: `Sequence`s of sampled tokens with their log-probabilities, log-probabilities with gradients,
      checkpoints.
 
-A GRPO group is one prompt with G continuations, and it is computed as that: image and prompt are run
-once, the G continuations attend to them. The forward pass is Hugging Face's own; ours is only the
-attention, in three layouts:
+A GRPO group is one prompt with G continuations, and it is computed as that: image and prompt are
+run once, the G continuations attend to them. The forward pass is Hugging Face's own; ours is only
+the attention, in three layouts:
 
     read      chunks of tokens: prompts (one copy of their K/V a group), observations of some rows
     decode    one token of each row, which sees [prompt K/V | own K/V]
@@ -138,7 +138,7 @@ def load(path, *, max_pixels=None, min_pixels=None, max_image_side=None, dtype=N
     mismatched = {name for name, *_ in report["mismatched_keys"]}
     if missing := sorted(report["missing_keys"] | mismatched):      # they would stay random
         raise UserError(f"{path}: {len(missing)} weights are missing or of another size than "
-                        f"config.json says, the first is {missing[0]}; get the whole checkpoint again")
+                        f"config.json says, the first is {missing[0]}; get all its files again")
     if len(tokenizer) <= config.image_token_id or not tokenizer.chat_template:
         raise UserError(f"{path}: its tokenizer ({len(tokenizer)} tokens) or its chat template is "
                         "missing; put tokenizer.json, tokenizer_config.json and chat_template.json "
@@ -333,9 +333,9 @@ class Policy:
         return "" if message == "You are a helpful assistant." else message
 
     def clean(self, text):
-        """Text of unknown origin, with special tokens broken up, so that it cannot speak as the chat
-        itself. Half characters, which no tokenizer takes, become question marks."""
-        for token in self.tokenizer.added_tokens_decoder.values():   # `all_special_tokens` lacks some
+        """Text of unknown origin, with special tokens broken up, so that it cannot speak as the
+        chat itself. Half characters, which no tokenizer takes, become question marks."""
+        for token in self.tokenizer.added_tokens_decoder.values():   # all_special_tokens lacks some
             if token.special:
                 text = text.replace(token.content, token.content.replace("|", " "))
         return text.encode(errors="replace").decode()
@@ -346,8 +346,8 @@ class Policy:
         """What the vision tower gets of some pictures: their patches, in the pictures' order,
         (patches, channels * 2 * patch * patch) float32.
 
-        The image processor would loop over a list. Its patches run from top to bottom, so neighbours
-        of equal width are given to it as one tall image: the patches are the same."""
+        The image processor would loop over a list. Its patches run from top to bottom, so
+        neighbours of equal width are given to it as one tall image: the patches are the same."""
         values = []
         for width, neighbours in groupby(pictures, lambda picture: picture.image.width):
             images = [picture.image for picture in neighbours]
@@ -375,8 +375,8 @@ class Policy:
     def run_vision_tower(self, pictures):
         """Pictures in the order of their sizes -> features, each (tokens, hidden).
 
-        Those of one size are given to it as the frames of one film: it encodes each frame by itself,
-        and works out positions and windows once for all of them."""
+        Those of one size are given to it as the frames of one film: it encodes each frame by
+        itself, and works out positions and windows once for all of them."""
         pixels = self.pixel_values(pictures).to(self.device, self.model.dtype)
         grids = [(len(list(same)), height, width)
                  for (_, height, width), same in groupby(picture.grid for picture in pictures)]
@@ -431,8 +431,8 @@ class Policy:
         return self.hidden(x, positions, layout)[0]
 
     def log_softmax(self, hidden, temperature=1.0):
-        """Hidden states (N, hidden) -> log-probabilities (N, vocabulary) of the distribution that is
-        sampled from, float32."""
+        """Hidden states (N, hidden) -> log-probabilities (N, vocabulary) of the distribution that
+        is sampled from, float32."""
         logits = self.model.lm_head(hidden).float()
         return torch.log_softmax(logits.masked_fill(self.forbidden, -torch.inf) / temperature, -1)
 
@@ -476,8 +476,9 @@ class Policy:
 class PackedBatch:
     """Chunks end to end, as one row of N tokens; ids, pictures and positions (3, length) of all.
 
-    Of training batches also: lengths, of each group: [prompt, response 1, ..., response G]; targets:
-    places of the sampled tokens; predicted_from: of each the place of the token before it."""
+    Of training batches also: lengths, of each group: [prompt, response 1, ..., response G];
+    targets: places of the sampled tokens; predicted_from: of each the place of the token before
+    it."""
     ids: list = field(default_factory=list)
     pictures: list = field(default_factory=list)
     positions: list = field(default_factory=list)
@@ -529,8 +530,8 @@ def invert(log_probs, uniforms):
 
 
 def nucleus(log_probs, top_p):
-    """Keeps the fewest tokens whose probabilities add up to top_p, and renormalises; (N, vocabulary)
-    both."""
+    """Keeps the fewest tokens whose probabilities add up to top_p, and renormalises; (N,
+    vocabulary) both."""
     ordered, index = log_probs.sort(-1, descending=True)
     beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
     dropped = torch.zeros_like(beyond).scatter(-1, index, beyond)
@@ -564,7 +565,7 @@ def window_attention(module, q, k, v, attention_mask, scaling=None, cu_seq_lens_
 
 ALL_ATTENTION_FUNCTIONS.register("layout", layout_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("layout", sdpa_mask)
-# transformers calls one that is named "flash" once, with cu_seq_lens_q, and all others once a window
+# transformers calls one named "flash" once, with cu_seq_lens_q, and all others once a window
 ALL_ATTENTION_FUNCTIONS.register("flash_by_length", window_attention)
 
 
@@ -608,7 +609,7 @@ class Cache:
         for _ in range(config.num_hidden_layers):
             new = partial(torch.zeros, dtype=model.dtype, device=model.device)
             self.prompt.append(new(2, slots, self.heads, prompt_columns, dim))   # (2, S, Hk, P, D)
-            self.own.append(new(2, slots * rows, self.heads, own_columns, dim))  # (2, S*G, Hk, T, D)
+            self.own.append(new(2, slots * rows, self.heads, own_columns, dim))  # (2, SG, Hk, T, D)
 
 
 class ReadLayout:
@@ -641,19 +642,20 @@ class DecodeLayout:
     """A token of each of N rows: q (N, H, 1, D). (N,) each: their places, the columns where their
     new K/V goes, the lengths of their prompts.
 
-    The queries of a group meet its prompt's K/V as one matrix product, with zeros for idle rows: the
-    prompt is read once a group, not once a row."""
+    The queries of a group meet its prompt's K/V as one matrix product, with zeros for idle rows:
+    the prompt is read once a group, not once a row."""
 
     def __init__(self, cache, places, columns, prompts):
         G, Hk, device = cache.rows, cache.heads, cache.own[0].device
         self.cache, self.slots = cache, int(places.max()) // G + 1               # S
-        self.prompt_width, self.own_width = int(prompts.max()), int(columns.max()) + 1   # P, T
+        self.prompt_width = int(prompts.max())                                   # P
+        self.own_width = int(columns.max()) + 1                                  # T
         places, columns, prompts = (x[:, None].to(device) for x in (places, columns, prompts))
         seen_prompt = torch.arange(self.prompt_width, device=device) < prompts   # (N, P)
         seen_own = torch.arange(self.own_width, device=device) <= columns        # (N, T)
         hidden = torch.cat([seen_prompt, seen_own], 1).logical_not().repeat_interleave(Hk, 0)
         bias = torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)
-        self.bias = bias[:, None]                                                # (N * Hk, 1, P + T)
+        self.bias = bias[:, None]                                               # (N * Hk, 1, P + T)
         self.places, self.columns = places[:, 0], columns[:, 0]
         heads = torch.arange(Hk, device=device)
         by_slot = (places // G * Hk + heads) * G + places % G                    # in (S * Hk * G)
@@ -663,12 +665,12 @@ class DecodeLayout:
         N, H, _, D = q.shape
         Hk, P, T = k.shape[1], self.prompt_width, self.own_width
         prompt, own = self.cache.prompt[layer], self.cache.own[layer]
-        own[:, self.places, :, self.columns] = torch.stack([k, v], 1)[..., 0, :]     # (N, 2, Hk, D)
+        own[:, self.places, :, self.columns] = torch.stack([k, v], 1)[..., 0, :]
         prompt_k, prompt_v = prompt[:, :self.slots, :, :P].flatten(1, 2)         # (S * Hk, P, D)
         own_k, own_v = own[:, self.places, :, :T].flatten(1, 2)                  # (N * Hk, T, D)
         q = q.view(N * Hk, H // Hk, D)                       # f query heads share one K/V head
         scores = torch.cat([self.in_groups(q, prompt_k.mT), product(q, own_k.mT)], -1)
-        weights = (scores * scale + self.bias).softmax(-1).to(q.dtype)           # (N * Hk, f, P + T)
+        weights = (scores * scale + self.bias).softmax(-1).to(q.dtype)          # (N * Hk, f, P + T)
         to_prompt, to_own = weights.split([P, T], -1)
         out = self.in_groups(to_prompt, prompt_v) + product(to_own, own_v)       # (N * Hk, f, D)
         return out.view(N, H, 1, D).to(q.dtype)
@@ -676,15 +678,15 @@ class DecodeLayout:
     def in_groups(self, x, prompt):
         """x (N * Hk, f, a), prompt (S * Hk, a, b) -> their products (N * Hk, f, b)"""
         rows, f = self.cache.rows, x.shape[1]
-        spread = x.new_zeros(len(prompt) * rows, *x.shape[1:])                   # (S * Hk * G, f, a)
+        spread = x.new_zeros(len(prompt) * rows, *x.shape[1:])                  # (S * Hk * G, f, a)
         spread[self.by_slot] = x
-        out = product(spread.view(len(prompt), rows * f, -1), prompt)            # (S * Hk, G * f, b)
+        out = product(spread.view(len(prompt), rows * f, -1), prompt)           # (S * Hk, G * f, b)
         return out.view(len(spread), f, -1)[self.by_slot]
 
 
 def product(a, b):
-    """Batched matrix product (B, m, n) x (B, n, k) with a float32 result, as the kernels of training
-    have it: scores rounded to bfloat16 would be those of another policy."""
+    """Batched matrix product (B, m, n) x (B, n, k) with a float32 result, as the kernels of
+    training have it: scores rounded to bfloat16 would be those of another policy."""
     if a.is_cuda and a.dtype == torch.bfloat16:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
@@ -716,13 +718,13 @@ class Engine:
     """Runs many groups of continuations at once, each row decoded at its own pace.
 
     policy, and: temperature (0: greedy), top_p, turn_tokens (sampled tokens a turn at most),
-    response_tokens (all tokens behind the prompt at most), cache_tokens (K/V columns at most: decides
-    how many groups run at once; one always does).
+    response_tokens (all tokens behind the prompt at most), cache_tokens (K/V columns at most:
+    decides how many groups run at once; one always does).
 
     A row that waits for its observation to be read holds up nobody: it is read when a tenth of the
-    rows wait, or when there is nothing else to do. A row keeps its place until its group is done, and
-    then the next group starts there. For a longer prompt than the cache was made for, all that is in
-    flight is finished first, and the cache is made anew."""
+    rows wait, or when there is nothing else to do. A row keeps its place until its group is done,
+    and then the next group starts there. For a longer prompt than the cache was made for, all that
+    is in flight is finished first, and the cache is made anew."""
 
     def __init__(self, policy, *, temperature=1.0, top_p=1.0, turn_tokens=1024,
                  response_tokens=2048, cache_tokens=65_536):
@@ -732,8 +734,8 @@ class Engine:
 
     @torch.no_grad()
     def run(self, jobs, on_turn):
-        """jobs: iterable of lists of Sequences that share one prompt, no list longer than the first.
-        A sequence may already have tokens: they are read before it goes on.
+        """jobs: iterable of lists of Sequences that share one prompt, no list longer than the
+        first. A sequence may already have tokens: they are read before it goes on.
         on_turn(sequence, truncated) is called when the policy ends a turn (truncated: when it ran
         out of tokens); it returns the Chunk to go on from, or None to end. Yields each job as it is
         finished."""
@@ -796,8 +798,8 @@ class Engine:
                 and len(job[0].prompt.ids) <= self.cache.prompt_columns)
 
     def make_cache(self):
-        """A cache for as many of the coming jobs as cache_tokens allow, for prompts that are up to a
-        quarter longer than theirs."""
+        """A cache for as many of the coming jobs as cache_tokens allow, for prompts that are up to
+        a quarter longer than theirs."""
         self.cache = None                                    # frees the one before
         rows = len(self.coming[0])
         while True:
@@ -844,8 +846,8 @@ class Engine:
         return list(ends), hidden[list(ends.values())]
 
     def sample(self, rows, hidden, on_turn):
-        """Samples a token of each row and appends it. Where a turn ends, what the row goes on from is
-        left unread. -> the rows that are done"""
+        """Samples a token of each row and appends it. Where a turn ends, what the row goes on from
+        is left unread. -> the rows that are done"""
         rngs = [row.sequence.rng for row in rows]
         tokens, log_probs = self.policy.choose(hidden, rngs, self.temperature, self.top_p)
         done = []
@@ -1014,8 +1016,8 @@ def shard(policy):
 
 @contextmanager
 def unsharded(policy):
-    """Inside, every process has all weights of a sharded policy, and samples without waiting for the
-    others."""
+    """Inside, every process has all weights of a sharded policy, and samples without waiting for
+    the others."""
     units = [module for module in policy.model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.unshard()

@@ -1,4 +1,5 @@
-"""What model.py promises: exact log-probabilities, tokens that are really the policy's, checkpoints that others can load."""
+"""What model.py promises: exact log-probabilities, tokens that are really the policy's, checkpoints
+that others can load."""
 import json
 import os
 import random
@@ -8,17 +9,32 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import converse, in_processes, noise, pixel_values, plain_log_probs, prompts, recorded
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import model
-from conftest import converse, in_processes, noise, pixel_values, plain_log_probs, prompts, recorded
-from model import (Engine, Sequence, TrainLayout, UserError, full_tensor, invert, is_sharded, load,
-                   micro_batches, nucleus, rank, shard_if_large, unsharded, world_size)
+from model import (
+    Engine,
+    Sequence,
+    TrainLayout,
+    UserError,
+    full_tensor,
+    invert,
+    is_sharded,
+    load,
+    micro_batches,
+    nucleus,
+    rank,
+    shard_if_large,
+    unsharded,
+    world_size,
+)
 
 
 @pytest.fixture
 def many_sizes(policy):
-    """The tiny policy lets images keep their size, so that grids differ, and ends its turns often."""
+    """The tiny policy lets images keep their size, so that grids differ, and ends its turns
+    often."""
     policy.end_tokens = set(range(0, policy.text_config.vocab_size, 8))
     policy.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
     return policy
@@ -26,7 +42,8 @@ def many_sizes(policy):
 
 @pytest.mark.parametrize("turns", [1, 2, 3, 4])
 def test_engine_equals_a_plain_forward(many_sizes, tiny_folder, turns):
-    """Guards the K/V cache: rows that stop at different times, refilled places, images of different sizes, positions."""
+    """Guards the K/V cache: rows that stop at different times, refilled places, images of different
+    sizes, positions."""
     policy = many_sizes
     group = 3
     engine = Engine(policy, turn_tokens=7, response_tokens=150,
@@ -41,11 +58,12 @@ def test_engine_equals_a_plain_forward(many_sizes, tiny_folder, turns):
 
 
 def test_training_log_probs_equal_a_plain_forward(many_sizes, tiny_folder):
-    """Guards the shared prompt: each response must see the prompt and itself, and no other response."""
+    """Guards the shared prompt: each response must see the prompt and itself, and no other
+    response."""
     policy = many_sizes
     engine = Engine(policy, turn_tokens=6, response_tokens=150)
     done = list(engine.run(prompts(policy, 3, 4), converse(policy, 3)))
-    done.append(next(engine.run(prompts(policy, 1, 1), converse(policy, 2))))      # a group of one goes another way
+    done += engine.run(prompts(policy, 1, 1), converse(policy, 2))     # a group of one: another way
     with torch.no_grad():
         together = policy.log_probs(done)
     plain = torch.cat([plain_log_probs(tiny_folder, policy, s) for job in done for s in job])
@@ -53,7 +71,8 @@ def test_training_log_probs_equal_a_plain_forward(many_sizes, tiny_folder):
 
 
 def test_gradients_equal_those_of_the_padded_batch(many_sizes):
-    """Guards the update: the prompt once for a group must give the gradients of the prompt once for every response."""
+    """Guards the update: the prompt once for a group must give the gradients of the prompt once for
+    every response."""
     policy = many_sizes
     policy.train_vision = True
     engine = Engine(policy, turn_tokens=6, response_tokens=150)
@@ -76,7 +95,7 @@ def test_gradients_equal_those_of_the_padded_batch(many_sizes):
                           image_grid_thw=torch.tensor([p.grid for p in pictures]),
                           mm_token_type_ids=(ids == policy.image_token).int()).logits
     log_probs = torch.log_softmax(logits.masked_fill(policy.forbidden, -torch.inf), -1)
-    rows, columns = map(list, zip(*targets))
+    rows, columns = map(list, zip(*targets, strict=True))
     padded = log_probs[rows, [c - 1 for c in columns], ids[rows, columns]]
     (padded * weights).sum().backward()
     for name, p in policy.model.named_parameters():
@@ -85,8 +104,8 @@ def test_gradients_equal_those_of_the_padded_batch(many_sizes):
 
 
 def test_each_response_attends_to_its_prompt_and_itself():
-    """Guards the update's attention against one masked product: heads that share keys, groups of one,
-    responses of a token or none."""
+    """Guards the update's attention against one masked product: heads that share keys, groups of
+    one, responses of a token or none."""
     generator = torch.Generator().manual_seed(0)
     lengths = [[40, 1, 30, 7], [17], [17, 9, 0], [3, 0, 0]]
     seen, start = torch.zeros(124, 124, dtype=torch.bool), 0
@@ -186,7 +205,8 @@ def test_nodes_of_several_processes_equal_one_process(tiny_folder, tmp_path):
 
 
 def test_vocabulary_in_chunks_changes_nothing(policy, monkeypatch):
-    """Guards the bound on logits: the checkpointed chunks must give the same values and gradients."""
+    """Guards the bound on logits: the checkpointed chunks must give the same values and
+    gradients."""
     engine = Engine(policy, turn_tokens=9, response_tokens=60)
     done = list(engine.run(prompts(policy, 2, 2), lambda s, truncated: None))
     found = []
@@ -196,7 +216,8 @@ def test_vocabulary_in_chunks_changes_nothing(policy, monkeypatch):
         log_probs = policy.log_probs(done)
         log_probs.sum().backward()
         found.append((log_probs.detach(), policy.model.lm_head.weight.grad.clone()))
-    assert torch.allclose(found[0][0], found[1][0], atol=1e-6) and torch.allclose(found[0][1], found[1][1], atol=1e-4)
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-6)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-4)
 
 
 def test_checkpointing_changes_nothing(policy):
@@ -206,11 +227,12 @@ def test_checkpointing_changes_nothing(policy):
     found = []
     for again in (False, True):
         if again:
-            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.model.zero_grad()
         policy.model.train()
         policy.log_probs(done).sum().backward()
-        found.append({n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None})
+        found.append({name: p.grad.clone() for name, p in policy.model.named_parameters()
+                      if p.grad is not None})
     assert found[0].keys() == found[1].keys()
     assert all(torch.allclose(found[0][n], found[1][n], atol=1e-5, rtol=1e-5) for n in found[0])
 
@@ -241,7 +263,7 @@ def test_pictures_together_are_what_the_image_processor_makes_of_each(many_sizes
         together = policy.pixel_values(pictures)
         assert together.dtype == torch.float32
         assert torch.equal(together, torch.cat([out["pixel_values"] for out in expected]))
-        for picture, out in zip(pictures, expected):
+        for picture, out in zip(pictures, expected, strict=True):
             assert [list(picture.grid)] == out["image_grid_thw"].tolist()
             assert picture.tokens == len(out["pixel_values"]) // 4
 
@@ -271,37 +293,43 @@ def test_greedy_tokens_are_those_of_generate(policy):
     (sequence,) = job = next(prompts(policy, 1, 1))
     pictures = sequence.prompt.pictures
     ids = torch.tensor([sequence.prompt.ids])
-    expected = policy.model.generate(input_ids=ids, pixel_values=pixel_values(policy, pictures),
-                                     image_grid_thw=torch.tensor([pictures[0].grid]),
-                                     mm_token_type_ids=(ids == policy.image_token).int(), max_new_tokens=12, do_sample=False,
-                                     suppress_tokens=policy.forbidden.nonzero()[:, 0].tolist())[0, ids.shape[1]:].tolist()
+    out = policy.model.generate(
+        input_ids=ids, pixel_values=pixel_values(policy, pictures), max_new_tokens=12,
+        image_grid_thw=torch.tensor([pictures[0].grid]), do_sample=False,
+        mm_token_type_ids=(ids == policy.image_token).int(),
+        suppress_tokens=policy.forbidden.nonzero()[:, 0].tolist())
     policy.model.model.rope_deltas = None
-    next(Engine(policy, temperature=0, turn_tokens=12, response_tokens=60).run([job], lambda s, truncated: None))
-    assert sequence.ids == expected
+    engine = Engine(policy, temperature=0, turn_tokens=12, response_tokens=60)
+    next(engine.run([job], lambda s, truncated: None))
+    assert sequence.ids == out[0, ids.shape[1]:].tolist()
 
 
 def test_the_mask_is_exactly_the_sampled_tokens(policy):
-    """Guards the mask: prompt, observations and forced beginnings are never trained on, end tokens are."""
+    """Guards the mask: prompt, observations and forced beginnings are never trained on, end tokens
+    are."""
     seen = []
     original = Engine.sample
     def spy(engine, rows, hidden, on_turn):
         before = [len(r.sequence.ids) for r in rows]
         over = original(engine, rows, hidden, on_turn)
-        seen.extend((id(r.sequence), n) for r, n in zip(rows, before))
+        seen.extend((id(r.sequence), n) for r, n in zip(rows, before, strict=True))
         return over
     engine = Engine(policy, turn_tokens=5, response_tokens=200)
     engine.sample = lambda *args: spy(engine, *args)
     done = list(engine.run(prompts(policy, 2, 3), converse(policy, 3)))
-    marked = {(id(s), i) for job in done for s in job for i, sampled in enumerate(s.sampled) if sampled}
+    marked = {(id(s), i) for job in done for s in job
+              for i, sampled in enumerate(s.sampled) if sampled}
     assert marked == set(seen) and len(seen) == len(marked)
     for job in done:
         for s in job:
             assert len(s.ids) == len(s.sampled) == len(s.log_probs)
-            assert all(l < 0 if sampled else l == 0 for l, sampled in zip(s.log_probs, s.sampled))
+            for log_prob, sampled in zip(s.log_probs, s.sampled, strict=True):
+                assert log_prob < 0 if sampled else log_prob == 0
 
 
 def test_vision_tokens_cannot_be_sampled(policy):
-    """Guards against a policy that emits the image token, which would break the search for images in a sequence."""
+    """Guards against a policy that emits the image token, which would break the search for images
+    in a sequence."""
     with torch.no_grad():
         policy.model.lm_head.weight[policy.image_token] *= 50
         policy.model.lm_head.weight[policy.image_token] += 5
@@ -328,25 +356,30 @@ def test_nucleus():
 
 
 def test_tokens_follow_the_distribution():
-    """Guards inverse transform sampling: each token comes as often as its probability says (a chi-square test), in its own row;
-    evenly spread numbers meet each share to within one; and top-p's and forbidden tokens never come."""
+    """Guards inverse transform sampling: each token comes as often as its probability says (a
+    chi-square test), in its own row; evenly spread numbers meet each share to within one; and
+    top-p's and forbidden tokens never come."""
     rng, n = random.Random(0), 20_000
-    shares = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.15, 0.05, 0.0], [0.2, 0.0, 0.1, 0.0, 0.3, 0.0, 0.4]])
-    for uniforms, near in (([rng.getrandbits(32) / 2**32 for _ in range(n)], None), ([i / n for i in range(n)], 1)):
+    shares = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.15, 0.05, 0.0],
+                           [0.2, 0.0, 0.1, 0.0, 0.3, 0.0, 0.4]])
+    drawn, even = [rng.getrandbits(32) / 2**32 for _ in range(n)], [i / n for i in range(n)]
+    for uniforms, near in ((drawn, None), (even, 1)):
         tokens = invert(shares.log().repeat(n, 1), [u for u in uniforms for _ in shares]).view(n, 2)
-        for found, row in zip(tokens.T, shares):
+        for found, row in zip(tokens.T, shares, strict=True):
             count, expected = found.bincount(minlength=7), n * row
             assert not count[row == 0].any()
             if near:
                 assert (count - expected).abs().max() <= near
             else:
                 possible = row > 0
-                assert ((count - expected)**2 / expected)[possible].sum() < 21    # 3 degrees of freedom: 1 in 8,000
+                chi2 = ((count - expected)**2 / expected)[possible].sum()
+                assert chi2 < 21                     # 3 degrees of freedom: 1 in 8,000
 
 
 def test_the_ends_of_the_unit_interval(policy):
-    """Guards the borders: 0 and the largest number below 1 must give the first and the last possible token, also where the
-    probabilities add up to less than 1 in float32, and never one that is forbidden."""
+    """Guards the borders: 0 and the largest number below 1 must give the first and the last
+    possible token, also where the probabilities add up to less than 1 in float32, and never one
+    that is forbidden."""
     for size in (7, 350, 152_064):
         logits = torch.randn(1, size, generator=torch.Generator().manual_seed(size))
         logits[:, [0, 1, -2, -1]] = -torch.inf
@@ -372,30 +405,41 @@ def test_same_seed_same_tokens(policy):
 
 
 def test_a_longer_prompt_later_on(many_sizes, tiny_folder):
-    """Guards the cache that the first jobs sized: a longer prompt must still be computed right, within the bound."""
+    """Guards the cache that the first jobs sized: a longer prompt must still be computed right,
+    within the bound."""
     policy = many_sizes
-    short, long = (policy.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x" * n}]}],
-                                 [noise(64, 64)]) for n in (2, 150))
-    jobs = [[Sequence(p, rng=random.Random(i)) for i in range(2)] for p in (short, short, long, short, long)]
+    def prompt(length):
+        content = [{"type": "image"}, {"type": "text", "text": "x" * length}]
+        return policy.prompt([{"role": "user", "content": content}], [noise(64, 64)])
+    short, long = prompt(2), prompt(150)
+    jobs = [[Sequence(prompt, rng=random.Random(i)) for i in range(2)]
+            for prompt in (short, short, long, short, long)]
     engine = Engine(policy, turn_tokens=5, response_tokens=20, cache_tokens=2 * (90 + 2 * 20))
     for job in engine.run(iter(jobs), lambda s, truncated: None):
         for sequence in job:
-            assert (plain_log_probs(tiny_folder, policy, sequence) - recorded([[sequence]])).abs().max() < 1e-5
+            plain = plain_log_probs(tiny_folder, policy, sequence)
+            assert (plain - recorded([[sequence]])).abs().max() < 1e-5
         if engine.cache:
-            columns = sum(x[0].shape[1] * x[0].shape[3] for x in (engine.cache.prompt, engine.cache.own))
+            caches = engine.cache.prompt[0], engine.cache.own[0]
+            columns = sum(cache.shape[1] * cache.shape[3] for cache in caches)
             assert engine.slots == 1 or columns <= engine.cache_tokens
 
 
 def test_text_round_trip(policy):
-    """Guards the tiny tokenizer: any text must come back as it was, digits one by one, fixed strings as one token."""
-    for text in ("<think>Card 2 at (37, 5).</think>\n<answer>dotted</answer>", "Grüße, 你好 \n\t 12345 \x00"):
+    """Guards the tiny tokenizer: any text must come back as it was, digits one by one, fixed
+    strings as one token."""
+    texts = ("<think>Card 2 at (37, 5).</think>\n<answer>dotted</answer>",
+             "Grüße, 你好 \n\t 12345 \x00")
+    for text in texts:
         assert policy.decode(policy.encode(text)) == text
-    assert len(policy.encode("12345")) == 5 and len(policy.encode("</think>\n<answer>")) == 1
+    assert len(policy.encode("12345")) == 5
+    assert len(policy.encode("</think>\n<answer>")) == 1
 
 
 def test_questions_cannot_speak_as_the_chat(policy):
     """Guards against chat markers in a data set's text."""
-    special = {number for number, token in policy.tokenizer.added_tokens_decoder.items() if token.special}
+    added = policy.tokenizer.added_tokens_decoder
+    special = {number for number, token in added.items() if token.special}
     text = "".join(map(policy.tokenizer.convert_ids_to_tokens, special))
     assert special == set(policy.encode(text)) and len(special) == 7
     assert not special & set(policy.encode(policy.clean(text + "<|im_<|im_end|>end|>\ud800")))
@@ -407,8 +451,10 @@ def test_plain_transformers_loads_what_we_save(policy, tmp_path):
         policy.model.model.language_model.norm.weight.mul_(1.5)
     policy.save(tmp_path / "out", dialogue={"mode": "zoom"})
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
-    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), policy.model.state_dict().values()))
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == policy.tokenizer.chat_template
+    weights, others = plain.state_dict().values(), policy.model.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+    template = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert template == policy.tokenizer.chat_template
     again = load(str(tmp_path / "out"), device="cpu")
     assert again.image_processor.size == policy.image_processor.size
     assert json.loads((tmp_path / "out" / "dialogue.json").read_text()) == {"mode": "zoom"}
@@ -430,6 +476,8 @@ def test_what_cannot_be_loaded_says_so_in_a_line(tmp_path, tiny_folder):
     cut.mkdir()
     for file in Path(tiny_folder).iterdir():
         data = file.read_bytes()
-        (cut / file.name).write_bytes(data[:len(data) // 2] if file.suffix == ".safetensors" else data)
+        if file.suffix == ".safetensors":
+            data = data[:len(data) // 2]
+        (cut / file.name).write_bytes(data)
     with pytest.raises(UserError, match="cut"):
         load(str(cut))
