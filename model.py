@@ -143,9 +143,8 @@ def load(path, *, max_pixels=None, min_pixels=None, max_image_side=None, dtype=N
         raise UserError(f"{path}: its tokenizer ({len(tokenizer)} tokens) or its chat template is "
                         "missing; put tokenizer.json, tokenizer_config.json and chat_template.json "
                         "of that model beside its config.json")
-    size = dict(processor.size)
-    processor.size = {"shortest_edge": min_pixels or size["shortest_edge"],
-                      "longest_edge": max_pixels or size["longest_edge"]}
+    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+    processor.size = {"shortest_edge": min_pixels or least, "longest_edge": max_pixels or most}
     model.model.language_model.config._attn_implementation = "layout"
     model.model.visual.config._attn_implementation = "flash_by_length"
     return Policy(model.to(device).eval(), tokenizer, processor, max_image_side)
@@ -827,21 +826,22 @@ class Engine:
     def prefill(self, groups, rows):
         """Reads, end to end, the prompts of new groups and what rows have unread. -> the Rows that
         can go on, and the hidden states (rows, hidden) at the end of what each of them read"""
-        batch, parts, ends = PackedBatch(), [], {}
+        todo = []                                            # (rows, chunk, place of its K/V)
         for group in groups:
-            prompt = group.job[0].prompt
-            after = batch.add(self.policy, prompt, 0)
-            parts.append((group.slot, 0, None, 0, len(prompt.ids)))
-            for row in group.rows:
-                row.position, ends[row] = after, len(batch.ids) - 1
+            todo.append((group.rows, group.job[0].prompt, None))
             rows = rows + [row for row in group.rows if row.unread]
-        for row in rows:
-            chunk, row.unread = row.unread, None
-            row.position = batch.add(self.policy, chunk, row.position)
-            parts.append((row.group.slot, len(row.sequence.prompt.ids), row.place, row.column,
-                          len(chunk.ids)))
-            row.column += len(chunk.ids)
-            ends[row] = len(batch.ids) - 1
+        todo += [([row], row.unread, row.place) for row in rows]
+        batch, parts, ends = PackedBatch(), [], {}
+        for readers, chunk, place in todo:
+            first, length = readers[0], len(chunk.ids)
+            after = batch.add(self.policy, chunk, first.position)
+            prompt_length = len(first.sequence.prompt.ids)
+            parts.append((first.group.slot, prompt_length, place, first.column, length))
+            for row in readers:
+                row.position, ends[row] = after, len(batch.ids) - 1
+            if place is not None:
+                first.column += length
+                first.unread = None
         hidden = self.policy.hidden_of(batch, ReadLayout(self.cache, parts))     # (N, hidden)
         return list(ends), hidden[list(ends.values())]
 
@@ -967,13 +967,15 @@ def average_gradients(parameters):
     A missing gradient counts as zeros; where no process has one, none is made."""
     if world_size() == 1 or isinstance(parameters[0], DTensor):
         return
-    present = [float(p.grad is not None) for p in parameters]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([torch.tensor(present, device=parameters[0].device),
-                      *(gradient.flatten().float() for gradient in gradients)])
+    device = parameters[0].device
+    present = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([present, *(p.grad.flatten().float() for p in parameters)])
     dist.all_reduce(flat)
-    sizes = [len(parameters), *(p.numel() for p in parameters)]
-    present, *means = (flat / world_size()).split(sizes)
+    flat /= world_size()
+    present, *means = flat.split([len(parameters), *(p.numel() for p in parameters)])
     for p, share, mean in zip(parameters, present.tolist(), means, strict=True):
         p.grad = mean.view_as(p).to(p.dtype) if share else None
 
