@@ -41,14 +41,18 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-warnings.filterwarnings("ignore", category=FutureWarning)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText, PrinterCallback, Qwen2_5_VLConfig, TrainerCallback
+from transformers import (
+    AutoModelForImageTextToText,
+    PrinterCallback,
+    Qwen2_5_VLConfig,
+    TrainerCallback,
+)
 
 import train_sft as sft
 from evaluate import table, toy_search
@@ -59,16 +63,18 @@ from rollout import rollout as dialogues
 from train_rl import group_advantages, grpo_loss, train_step
 
 GROUP, TURNS = 8, 3
-MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}                                # train_rl.py's defaults
-CROP = (8, 8)                                                               # the crop, in tokens
-SIZES = {16: (4, 4), 100: (10, 10), 400: (20, 20), 1500: (50, 30)}          # image tokens -> wide, high
-UPDATES = {64: (6, 6), 400: (20, 18), 1500: (40, 36)}                       # prompt tokens -> its image, wide, high
+MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}                        # train_rl.py's defaults
+CROP = (8, 8)                                                       # tokens, wide and high
+SIZES = {16: (4, 4), 100: (10, 10), 400: (20, 20), 1500: (50, 30)}  # image tokens -> wide, high
+UPDATES = {64: (6, 6), 400: (20, 18), 1500: (40, 36)}               # prompt tokens -> its image
 SHAPES = {"tiny": {}, "medium": dict(hidden=256, layers=6, heads=4, vision_hidden=128)}
-TEXT_3B = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36, num_attention_heads=16,
-               num_key_value_heads=2, tie_word_embeddings=True,
-               rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
-VISION_3B = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048, patch_size=14,
-                 window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+ROPE_3B = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
+TEXT_3B = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008,
+               num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+               tie_word_embeddings=True, rope_parameters=ROPE_3B)
+VISION_3B = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
+                 out_hidden_size=2048, patch_size=14, window_size=112,
+                 fullatt_block_indexes=[7, 15, 23, 31])
 
 
 # ----------------------------------------------------------------------------- models and questions
@@ -80,8 +86,10 @@ def build(shape, device):
         sft.make_tiny(Path(folder) / "model", sft.tiny_strings(), **SHAPES.get(shape, {}))
         policy = load(f"{folder}/model", device=device, dtype=torch.float32)
     if shape == "3B":
-        ids = {n: v for n, v in vars(policy.model.config).items() if n.endswith("_token_id") and isinstance(v, int)}
-        config = Qwen2_5_VLConfig(text_config=TEXT_3B, vision_config=VISION_3B, tie_word_embeddings=True, **ids)
+        ids = {name: value for name, value in vars(policy.model.config).items()
+               if name.endswith("_token_id") and isinstance(value, int)}
+        config = Qwen2_5_VLConfig(text_config=TEXT_3B, vision_config=VISION_3B,
+                                  tie_word_embeddings=True, **ids)
         with torch.device(device):
             model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
         model.model.language_model.config._attn_implementation = "layout"
@@ -105,7 +113,8 @@ def noise(policy, size, rng):
 def chunk(policy, size, length, rng):
     """An image of size[0] x size[1] tokens and random text behind it, `length` tokens in all."""
     picture, config = policy.picture(noise(policy, size, rng)), policy.model.config
-    ids = [config.vision_start_token_id] + [policy.image_token] * picture.tokens + [config.vision_end_token_id]
+    ids = [config.vision_start_token_id, *[policy.image_token] * picture.tokens,
+           config.vision_end_token_id]
     return Chunk(ids + rng.integers(0, 256, length - len(ids)).tolist(), [picture])
 
 
@@ -124,8 +133,12 @@ def plan_groups(policy, image_tokens, questions, rng):
     groups = []
     for _ in range(questions):
         prompt = chunk(policy, SIZES[image_tokens], image_tokens + 32, rng)
-        groups.append([Planned(prompt, plan=rng.integers(20, 61, TURNS).tolist(),
-                               shown=[chunk(policy, CROP, 80, rng) for _ in range(TURNS - 1)]) for _ in range(GROUP)])
+        group = []
+        for _ in range(GROUP):
+            plan = rng.integers(20, 61, TURNS).tolist()
+            shown = [chunk(policy, CROP, 80, rng) for _ in range(TURNS - 1)]
+            group.append(Planned(prompt, plan=plan, shown=shown))
+        groups.append(group)
     return groups
 
 
@@ -209,7 +222,7 @@ def generate(policy, groups):
             inputs = batch(policy, rows, left=True)
             out = policy.model.generate(**inputs, max_new_tokens=max(s.plan[turn] for s in rows), do_sample=True, top_k=0,
                                         suppress_tokens=forbidden)[:, inputs["input_ids"].shape[1]:]
-            for s, ids in zip(rows, out.tolist()):
+            for s, ids in zip(rows, out.tolist(), strict=True):
                 s.add(Chunk(ids[:s.plan[turn]]), sampled=True)
                 if turn + 1 < TURNS:
                     s.add(s.shown[turn])
@@ -231,11 +244,11 @@ def largest_difference(policy, rng):
     """Between the log-probabilities recorded in rollouts, those of the update and those of the
     padded batch."""
     (group,) = groups = start(plan_groups(policy, 16, 1, rng))
-    (copied,) = copies = start(groups)
+    (copied,) = start(groups)
     roll_out(policy, groups)
-    for ours, copy in zip(group, copied, strict=True):
-        copy.ids, copy.sampled = ours.ids, ours.sampled
-        copy.pictures = [picture for chunk in copy.shown for picture in chunk.pictures]
+    for ours, theirs in zip(group, copied, strict=True):
+        theirs.ids, theirs.sampled = ours.ids, ours.sampled
+        theirs.pictures = [picture for shown in theirs.shown for picture in shown.pictures]
     recorded = torch.tensor([x for s in group for x in s.log_probs if x], device=policy.device)      # injected tokens: 0.0
     with torch.no_grad():
         ours = policy.log_probs(groups)
@@ -308,7 +321,7 @@ def compare(ours, theirs, tokens, args):
 
 
 def summary(times, tokens, memory):
-    ratios = [theirs / ours for ours, theirs in zip(*times)]
+    ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
     spent = [statistics.median(t) for t in times]
     return {"ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)], "seconds": spent,
             "tokens_per_second": [tokens / s for s in spent], "peak_mib": memory}
@@ -356,9 +369,9 @@ def update(policy, shape, args, rng):
 
 def step(policy, image_tokens, args, rng):
     """A step of ours follows every step of TRL's trainer, each on a model of its own."""
-    from trl.trainer.grpo_trainer import Dataset
     from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
     from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_trainer import Dataset
     rows = args.step_questions * GROUP
     plan, rewards = rng.integers(50, 151, rows).tolist(), [float(i % 2) for i in range(rows)]
     images, text = [noise(policy, SIZES[image_tokens], rng) for _ in range(args.step_questions)], "Which one is it?"
@@ -458,13 +471,18 @@ def step_outside(_, folder, args, rng):
         for name in ("hidden", "choose", "features"):
             setattr(policy, name, timed(getattr(Policy, name).__get__(policy)))
         questions = [toy_search("train", args.seed, step * 16 + i) for i in range(16)]
-        groups = list(dialogues(policy, questions, dialogue, GROUP, [q.id for q in questions], **config.sampling()))
+        seeds = [question.id for question in questions]
+        groups = list(dialogues(policy, questions, dialogue, GROUP, seeds, **config.sampling()))
         for name in ("hidden", "choose", "features"):
             delattr(policy, name)
-        pairs = [(traces, group_advantages([score(t).total for t in traces], [True] * GROUP, True)) for traces in groups]
+        pairs = []
+        for traces in groups:
+            rewards = [score(trace).total for trace in traces]
+            pairs.append((traces, group_advantages(rewards, [True] * GROUP, True)))
         timed(train_step)(policy, reference, pairs, optimizers, config, 1.0)
         shares.append(1 - sum(inside) / (time.perf_counter() - began))
-    return {"share": statistics.median(shares[1:]), "range": [min(shares[1:]), max(shares[1:])]}      # the first: warm-up
+    shares = shares[1:]                               # the first is the warm-up
+    return {"share": statistics.median(shares), "range": [min(shares), max(shares)]}
 
 
 BENCHMARKS = {"rollout_tiny": (rollout, "tiny", 16), "rollout_100": (rollout, "medium", 100),
@@ -499,6 +517,7 @@ def main():
     add("--threads", type=int, default=1, help="threads of torch (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, images and lengths (%(default)s)")
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     print(machine(args))

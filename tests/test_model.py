@@ -288,6 +288,25 @@ def test_features_of_many_sizes_are_those_of_each_alone(many_sizes):
         assert (features - alone).abs().max() < 1e-5
 
 
+def test_windows_in_a_batch_are_those_one_by_one(many_sizes):
+    """Guards the vision tower's attention by lengths: images and windows of several sizes, at a
+    border smaller ones, and the gradients, against Hugging Face's loop over windows."""
+    policy = many_sizes
+    policy.train_vision = True                         # so that nothing is kept
+    tower = policy.model.model.visual
+    tower.fullatt_block_indexes = [1]                  # the first layer attends in windows
+    pictures = [policy.picture(noise(*size, seed)) for seed, size in enumerate(SIZES)]
+    results = []
+    for attention in ("flash_by_length", "sdpa"):
+        tower.config._attn_implementation = attention
+        features = torch.cat(policy.features(pictures))
+        policy.model.zero_grad()
+        features.square().mean().backward()
+        results.append([features, *(p.grad for p in tower.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() < 1e-5
+
+
 def test_greedy_tokens_are_those_of_generate(policy):
     """Guards sampling and stopping: temperature 0 must give what `generate` gives."""
     (sequence,) = job = next(prompts(policy, 1, 1))
