@@ -398,15 +398,15 @@ class Policy:
 
         Text counts on in all three rows. An image stands at one time; its tokens count down and
         across from there, and the text behind it goes on after its longer side."""
-        parts, end = [], 0
+        parts, end = [], 0                                   # tokens that have positions
         for picture in pictures:
             first = ids.index(self.image_token, end)
-            parts.append(torch.arange(start, start + first - end).expand(3, -1))
-            start += first - end
+            origin = start + first - end
             _, height, width = (side // self.merge for side in picture.grid)     # in tokens
             grid = [torch.arange(side) for side in (1, height, width)]
-            parts.append(torch.cartesian_prod(*grid).T + start)                  # (3, tokens)
-            start += max(height, width)
+            parts.append(torch.arange(start, origin).expand(3, -1))
+            parts.append(torch.cartesian_prod(*grid).T + origin)                 # (3, tokens)
+            start = origin + max(height, width)
             end = first + picture.tokens
         after = start + len(ids) - end
         parts.append(torch.arange(start, after).expand(3, -1))
@@ -743,7 +743,7 @@ class Engine:
         self.groups = {}               # in flight, by slot
         self.cache, self.slots = None, 0
         while self.groups or self.next_job():
-            rows = [row for group in self.groups.values() for row in group.rows]
+            rows = sum((group.rows for group in self.groups.values()), [])
             waiting = [row for row in rows if row.unread]
             ready = [row for row in rows if not row.unread]
             hidden = []
@@ -848,9 +848,8 @@ class Engine:
     def sample(self, rows, hidden, on_turn):
         """Samples a token of each row and appends it. Where a turn ends, what the row goes on from
         is left unread. -> the rows that are done"""
-        rngs = [row.sequence.rng for row in rows]
+        rngs, done = [row.sequence.rng for row in rows], []
         tokens, log_probs = self.policy.choose(hidden, rngs, self.temperature, self.top_p)
-        done = []
         for row, token, log_prob in zip(rows, tokens, log_probs, strict=True):
             sequence = row.sequence
             sequence.ids.append(token)
@@ -858,12 +857,12 @@ class Engine:
             sequence.log_probs.append(log_prob)
             row.turn_tokens += 1
             ended = token in self.policy.end_tokens
-            full = len(sequence.ids) >= self.response_tokens
-            if not (ended or full or row.turn_tokens >= self.turn_tokens):
+            room = self.response_tokens - len(sequence.ids)
+            if not ended and room > 0 and row.turn_tokens < self.turn_tokens:
                 continue
             row.turn_tokens = 0
             chunk = on_turn(sequence, truncated=not ended)
-            if chunk is None or len(sequence.ids) + len(chunk.ids) >= self.response_tokens:
+            if chunk is None or len(chunk.ids) >= room:
                 done.append(row)
                 continue
             sequence.add(chunk)
