@@ -36,6 +36,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -441,7 +442,7 @@ def update_memory(policy, _, args, rng):
         policy.model.zero_grad(set_to_none=False)
     run(short[-1:])
     cases = {"1 x 64:100": short[-1:], "4 x 64:100": short[-4:], "8 x 64:100": short, "1 x 400:150": long}
-    found = {name: memory_of(lambda: run(groups), args.device) for name, groups in cases.items()}
+    found = {name: memory_of(partial(run, groups), args.device) for name, groups in cases.items()}
     policy.model.zero_grad(set_to_none=True)
     return found
 
