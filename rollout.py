@@ -828,7 +828,7 @@ def processes_to_start(given):
     asked = given.get("processes")
     if asked is not None and asked < 1:
         raise UserError("--processes must be at least 1")
-    if "WORLD_SIZE" in os.environ or "image" in given or "dry_run" in given:
+    if "WORLD_SIZE" in os.environ or "image" in given or given.get("dry_run"):
         return 1
     if torch.cuda.is_available():
         if asked and asked > 1:

@@ -517,5 +517,4 @@ def main(given):
 
 
 if __name__ == "__main__":
-    run("train_rl", "Train a visually grounded policy with GRPO. Called with nothing, it makes the "
-        "tiny base, searches for traces, fine-tunes on them, and goes on to GRPO.", main)
+    run("train_rl", __doc__.splitlines()[0], main)

@@ -1313,4 +1313,4 @@ def main(given):
 
 
 if __name__ == "__main__":
-    run("train_sft", "Warm start: search for right traces, then fine-tune on them.", main)
+    run("train_sft", __doc__.splitlines()[0], main)
