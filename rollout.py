@@ -83,7 +83,7 @@ class Config:
     top_p: float = 1.0                 # sample from the likeliest tokens that add up to this
     turn_tokens: int = 48              # tokens sampled a turn at most
     response_tokens: int = 288         # tokens behind the question at most, crops included
-    cache_tokens: int = 65_536         # columns of keys and values of all rollouts in flight
+    cache_tokens: int | None = 65_536  # columns of K/V in flight (real: by a GPU's free memory)
 
     # train_sft, train_rl: the run
     out: str = ""                      # the run's folder (runs/TASK-MODE)
@@ -150,7 +150,7 @@ class Config:
 # one counts more. response_tokens: the paper's 2,048 sampled ones, and room for four crops.
 GUI = dict(max_pixels=4_194_304, response_tokens=3072, crop_half=50, crop_size=384, crop_dot=True)
 PRESETS = {
-    "real": dict(turn_tokens=1024, response_tokens=4608, cache_tokens=262_144,
+    "real": dict(turn_tokens=1024, response_tokens=4608, cache_tokens=None,
                  crop_half=182, crop_size=672),
     "spatial": dict(max_pixels=4_194_304),
     "search": dict(max_pixels=2_850_000),
@@ -219,7 +219,8 @@ def default_text(name):
     """A field's defaults: "[48; real 1024; single turn 2048]"; nothing where there is none."""
     default = getattr(Config, name)
     values = [] if default in (None, "", False) else [str(default)]
-    values += [f"{key} {preset[name]}" for key, preset in PRESETS.items() if name in preset]
+    values += [f"{key} {preset[name]}" for key, preset in PRESETS.items()
+               if preset.get(name) is not None]
     return f" [{'; '.join(values)}]" if values else ""
 
 

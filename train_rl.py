@@ -404,8 +404,9 @@ def memory(config, settings):
     """An estimate of the GPU memory of one of world_size() processes, {what for: GiB}.
 
     config: of the checkpoint; settings: a Config. Weights and gradients have 2 bytes a parameter,
-    AdamW's moments 8; a prompt has an image of --max-pixels and 512 tokens of text. A rollout needs
-    all but gradients and activations, an update all but whole weights, keys and values."""
+    AdamW's moments 8; a prompt has an image of --max-pixels and 512 tokens of text. Keys and values
+    are those of --cache-tokens, or of one group at least. A rollout needs all but gradients and
+    activations, an update all but whole weights, keys and values."""
     total, tower = count_parameters(config)
     text, vision, gpus = config.text_config, config.vision_config, world_size()
     trained = total if settings.train_vision else total - tower
@@ -419,7 +420,7 @@ def memory(config, settings):
         "AdamW's moments": 8 * trained / gpus,
         "rollout: whole weights": 2 * trained * (gpus > 1),
         "rollout: keys and values":
-            2 * max(settings.cache_tokens, longest) * column * text.num_hidden_layers,
+            2 * max(settings.cache_tokens or 0, longest) * column * text.num_hidden_layers,
         "update: gradients": 2 * trained / gpus,
         "update: activations":
             update_bytes(text, prompt, settings.group, settings.response_tokens),
