@@ -775,6 +775,21 @@ def replay(policy, dialogue, question, texts):
 
 # ------------------------------------------------------------------------------------------------ traces on disk
 
+def describe_tree(node, above="", depth=0):
+    """A tree as indented text, a node a line: visits, value, and the step that leads to it."""
+    path = "".join(turn.text for turn in node.trace.turns) + node.trace.prefix
+    step = in_a_line(path[len(above):] or node.trace.question.text)
+    lines = [f"{'  ' * depth}{node.visits} visits, value {node.value:.2f}: {step}"]
+    lines += [describe_tree(child, path, depth + 1) for child in node.children]
+    return "\n".join(lines)
+
+
+def in_a_line(text):
+    """Turns' text without tags, and of a zoom call only its point."""
+    text = re.sub(r'\{"name".*?(\[[^\]]*\])\}\}', r"zoom \1", text)
+    return " ".join(re.sub(r"</?\w+>", " ", text).split())[:300]
+
+
 def write_traces(path, chains):
     """chains: [(question, turns' texts)] -> JSON lines that a person can read, written whole."""
     rows = [json.dumps({"id": q.id, "question": q.text, "answer": q.answer, "turns": turns}, ensure_ascii=False, default=str)
@@ -895,10 +910,15 @@ def make_traces(config, base, out, log):
     seeds = [f"search {config.seed} {i}" for i in range(len(questions))]
     mine = slice(rank(), None, world_size())
     roots = search(teacher, questions[mine], dialogue, seeds[mine], config.sampling(), simulations=config.simulations, log=log)
-    found = gather_shares([linearise(root) for root in roots])
-    rng, chains = random.Random(f"chains {config.seed}"), []
-    for question, its in zip(questions, found, strict=True):
-        chains += [(question, chain) for chain in rng.sample(its, min(config.chains, len(its)))]
+    found = gather_shares([(linearise(root), describe_tree(root)) for root in roots])
+    rng, chains, trees = random.Random(f"chains {config.seed}"), [], []
+    for question, (its, tree) in zip(questions, found, strict=True):
+        taken = rng.sample(its, min(config.chains, len(its)))
+        chains += [(question, chain) for chain in taken]
+        trees.append("\n".join([tree, *(f"taken: {in_a_line(''.join(chain))}" for chain in taken)]))
+    log("\n\n".join(trees[:config.show_trees]))
+    if rank() == 0:
+        write_text(out / "trees.txt", "\n\n".join(trees) + "\n")
     if not chains:
         raise UserError(f"the search found no right trace in {len(questions)} questions; give a stronger --teacher or more "
                         "--search-questions")
