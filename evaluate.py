@@ -653,16 +653,20 @@ def record_of(index, trace, tool=True):
         **behaviours(trace))
 
 
-def targets_hit(trace):
-    """Of each zoom call that was answered, whether its point lies on what the question is about (a
-    candidate; the box); empty where that is not known."""
-    question = trace.question
-    points = [trace.frames[0].to_original(point) for point in trace.zoom_points]
+def on_target(question, point):
+    """Whether a point (px of the original) lies on what a question is about: a candidate; the box.
+    None where that is not known."""
     if question.scene:
-        return [question.scene.contains(point) for point in points]
-    if question.kind == "point":
-        return [in_region(point, question.answer) for point in points]
-    return []
+        return question.scene.contains(point)
+    return in_region(point, question.answer) if question.kind == "point" else None
+
+
+def targets_hit(trace):
+    """Of each zoom call that was answered, whether its point is on target; empty where that is not
+    known."""
+    points = [trace.frames[0].to_original(point) for point in trace.zoom_points]
+    hits = [on_target(trace.question, point) for point in points]
+    return [hit for hit in hits if hit is not None]
 
 
 def true_thoughts(trace):
@@ -1062,8 +1066,8 @@ class WebAgent:
 
 # ------------------------------------------------------------------------- pages: report and rating
 
-PAGE_TRACES, PAGE_STEPS = 48, 48             # on a page, at most: traces; steps to be rated
-IMAGE_BYTES, CROP_BYTES = 45_000, 24_000     # at most: a question's image; the crops of a trace
+PAGE_TRACES, PAGE_STEPS = 48, 48             # on a page: traces; steps to be rated
+IMAGE_BYTES, CROP_BYTES = 45_000, 24_000     # at most: of a question's image, of a trace's crops
 TEXT_SHOWN = 4_000                           # characters of a text
 HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e"
                     r"\u2060-\u206f\ud800-\udfff\ufeff]")
@@ -1074,8 +1078,9 @@ def sample_traces(policy, questions, dialogue, seed, n, **sampling):
     """A trace of each of the first `n` questions: those that `evaluate` samples with this seed."""
     asked = [questions[number] for number in range(min(n, len(questions)))]
     seeds = [f"evaluation {seed} {number}" for number in range(len(asked))]
-    traces = {trace.question: trace
-              for trace, in rollout(policy, asked, dialogue, 1, seeds, **sampling)}
+    traces = {}
+    for trace, in rollout(policy, asked, dialogue, 1, seeds, **sampling):
+        traces[trace.question] = trace
     return [traces[question] for question in asked]
 
 
@@ -1084,101 +1089,121 @@ def write_report(path, config, traces, folder, rows=()):
 
     traces: {checkpoint: its Traces}, of the same questions in the same order. folder: the run's,
     with log.jsonl and trees.txt if it has them. rows: of the table, the heads first."""
-    log, trees = Path(folder, "log.jsonl"), Path(folder, "trees.txt")
-    lines = log.read_text().splitlines() if log.is_file() else []
-    tree = trees.read_text().partition("\n\n")[0] if trees.is_file() else ""
-    settings = [[name, visible(value)] for name, value in vars(config).items()
-                if name != "given" and value not in (None, "")]
-    write_page(path, kind="report", title=visible(f"{Path(config.task).stem}, {config.mode}", 80),
-               log=[json.loads(line, parse_constant=lambda name: None) for line in lines],
-               table=[[visible(cell) for cell in row] for row in rows], settings=settings,
-               tree=visible(tree, 20_000), cases=describe_cases(traces))
+    first_tree = read_if_there(folder / "trees.txt").split("\n\n")[0]
+    write_page(path, {
+        "kind": "report",
+        "title": visible(f"{config.task}, {config.mode}"),
+        "log": read_if_there(folder / "log.jsonl"),
+        "table": rows,
+        "settings": vars(config),
+        "tree": visible(first_tree),
+        "cases": describe_cases(traces),
+    })
+
+
+def read_if_there(path):
+    return path.read_text() if path.is_file() else ""
 
 
 def write_rating_page(path, config, traces):
     """Writes the page on which a person rates random steps of traces. Raises UserError."""
-    cases, steps = describe_cases({"": traces}), []
-    for number, case in enumerate(cases):
-        for place, point in enumerate(case["traces"][0]["points"]):
-            steps.append({"id": f"{case['id']} point {place + 1}", "case": number, "place": place,
-                          "truth": point["on_target"]})
+    cases = describe_cases({"": traces})
+    steps = []
+    for number, trace in enumerate(traces):
+        for place, point in enumerate(cases[number]["traces"][0]["points"]):
+            steps.append({
+                "id": f"question {number}, point {place}",
+                "case": number,
+                "place": place,
+                "truth": on_target(trace.question, point["at"]),
+            })
     if not steps:
         raise UserError(f"--rate {path}: no trace has a point that could be rated")
     rng = random.Random(str(cases))
-    write_page(path, kind="rating", title=visible(f"Rating: {Path(config.task).stem}", 80),
-               cases=cases, steps=rng.sample(steps, min(PAGE_STEPS, len(steps))), key=f"{rng.random():.12f}")
+    rng.shuffle(steps)
+    write_page(path, {
+        "kind": "rating",
+        "title": visible(f"Rating: {config.task}"),
+        "key": str(rng.random()),
+        "steps": steps[:PAGE_STEPS],
+        "cases": cases,
+    })
 
 
-def write_page(path, **data):
+def write_page(path, data):
     """PAGE with its data, in which "<" is written as its code: no text can end the script."""
-    write_text(path, PAGE.replace("{DATA}", json.dumps(data).replace("<", "\\u003c")))
+    text = json.dumps(data).replace("<", "\\u003c")
+    write_text(path, PAGE.replace("{DATA}", text))
 
 
 def describe_cases(traces):
-    """{checkpoint: its Traces} -> what a page shows of each question: its (first) image and the
-    traces side by side. Places are shares of the image's width and height."""
-    cases, most = [], max(1, PAGE_TRACES // len(traces))
-    for row in list(zip(*traces.values(), strict=True))[:most]:
+    """{checkpoint: its Traces} -> what a page shows of each question: its (first) image, the truth,
+    and the traces side by side. Points and boxes are in px of the original image."""
+    cases = []
+    for row in zip(*traces.values(), strict=True):
         question = row[0].question
-        image, region = question.load()[0], None
-        if question.kind == "point":
-            corners = np.reshape(question.answer, (-1, 2)).tolist()    # of a box, or a polygon
-            region = [as_shares(corner, image.size) for corner in corners]
-        cases.append({"id": visible(question.id, 80), "question": visible(question.text),
-                      "truth": visible(question.answer, 300), "region": region,
-                      "image": picture_uri(image, IMAGE_BYTES),
-                      "traces": [describe_trace(trace, name, image)
-                                 for name, trace in zip(traces, row, strict=True)]})
+        image = question.load()[0]
+        cases.append({
+            "question": visible(question.text),
+            "truth": visible(question.answer, 300),
+            "region": question.answer if question.kind == "point" else None,
+            "image": picture_uri(image, IMAGE_BYTES),
+            "size": image.size,
+            "checkpoints": list(traces),
+            "traces": [describe_trace(trace, image) for trace in row],
+        })
         question.release()
     return cases
 
 
-def describe_trace(trace, checkpoint, image):
-    """What a page shows of a trace; its turns' texts are in pieces that end with a point each."""
-    scored, points, turns = trace.score or score(trace), [], []
+def describe_trace(trace, image):
+    """What a page shows of a trace."""
+    scored = trace.score or score(trace)
+    frame = trace.frames[0]
+    points, turns = [], []
     for turn in trace.turns:
-        pieces, last = [], 0
-        for found in POINT.finditer(turn.text[:TEXT_SHOWN]):
-            point, = parse_points(found[0])
-            if points[-1:] != [point]:       # else the zoom call is at the point of the thought
-                points.append(point)
-            pieces.append([visible(turn.text[last:found.end()]), len(points) - 1])
-            last = found.end()
-        pieces.append([visible(turn.text[last:]), None])
-        turns.append({"pieces": pieces, "error": visible(turn.error)})
+        pieces = split_at_points(turn.text, points)
+        crop = None
         if turn.crop:
-            most = CROP_BYTES // len(trace.zoom_points)
-            turns[-1]["crop"] = picture_uri(image.crop(turn.crop), most, 256)
-            turns[-1]["box"] = [as_shares(turn.crop[:2], image.size),
-                                as_shares(turn.crop[2:], image.size)]
+            crop = picture_uri(image.crop(turn.crop), CROP_BYTES // len(trace.zoom_points))
+        error = visible(turn.error)
+        turns.append({"pieces": pieces, "error": error, "box": turn.crop, "crop": crop})
     state = "right" if scored.correct else "wrong"
     if trace.ended in OVERLONG:
         state = "truncated"
     elif trace.question.answer == "":        # a question of the user's own
         state = "open"
-    parts = [f"{name.replace('_', ' ')} {value:.3g}" for name, value in vars(scored).items()
-             if name not in ("total", "why")]
-    return {"checkpoint": visible(checkpoint, 80), "state": state, "ended": trace.ended,
-            "answer": visible(trace.answer or "none", 300), "turns": turns,
-            "reward": f"reward {scored.total:.3g}: {', '.join(parts)}", "why": visible(scored.why),
-            "points": [describe_point(point, trace) for point in points]}
+    return {
+        "state": state,
+        "ended": trace.ended,
+        "answer": visible(trace.answer or "none", 300),
+        "reward": vars(scored),
+        "turns": turns,
+        "points": [describe_point(point, frame) for point in points],
+    }
 
 
-def describe_point(point, trace):
-    """on_target: whether it lies on what the question is about; None where that is not known."""
-    frame, question, on_target = trace.frames[0], trace.question, None
-    place = frame.to_original(point)
-    if question.scene:
-        on_target = question.scene.contains(place)
-    elif question.kind == "point":
-        on_target = in_region(place, question.answer)
-    at = [min(max(share, 0), 1) for share in as_shares(place, frame.original_size)]
-    return {"text": format_point(point), "at": at, "inside": frame.contains(point),
-            "on_target": on_target}
+def describe_point(point, frame):
+    return {
+        "text": format_point(point),
+        "at": frame.to_original(point),
+        "inside": frame.contains(point),
+    }
 
 
-def as_shares(point, size):
-    return [round(value / length, 4) for value, length in zip(point, size, strict=True)]
+def split_at_points(text, points):
+    """A turn's text in pieces [text, number of the point that ends it, or None].
+
+    points: those of the turns before, to which the turn's are added. A zoom call at the point of
+    its thought is no other point."""
+    pieces, last = [], 0
+    for found in POINT.finditer(text[:TEXT_SHOWN]):
+        point, = parse_points(found[0])
+        if points[-1:] != [point]:
+            points.append(point)
+        pieces.append([visible(text[last:found.end()]), len(points) - 1])
+        last = found.end()
+    return [*pieces, [visible(text[last:]), None]]
 
 
 def visible(text, most=TEXT_SHOWN):
@@ -1191,42 +1216,48 @@ def visible(text, most=TEXT_SHOWN):
 
 def picture_uri(image, most, side=1024):
     """An image of at most `most` bytes as a data URI: a drawing as PNG, a photograph as JPEG."""
-    small, file = image.copy(), io.BytesIO()
+    small = image.copy()
     small.thumbnail((side, side))
+    file = io.BytesIO()
     kind = "png" if small.getcolors(2**13) else "jpeg"
     small.save(file, kind, quality=80)
     if file.tell() > most and side > 32:
         return picture_uri(image, most, max(small.size) * 3 // 4)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    data = base64.b64encode(file.getvalue()).decode()
+    return f"data:image/{kind};base64,{data}"
 
 
 def print_ratings(paths):
     """Prints what raters said, each in a file that the rating page exported. Raises UserError."""
-    raters = {path: read_ratings(path) for path in paths}
-    if len({key for key, _ in raters.values()}) > 1:
-        raise UserError(f"--ratings: {', '.join(raters)} are not of one page; give those of one")
-    rows = [["", "rated", "on the thing", "cannot tell", "helpful, 1-5", "agrees with the truth"]]
-    for path, (_, ratings) in raters.items():
-        said = [row["on"] for row in ratings if row["on"]]
-        judged = [row for row in ratings if row["on"] in ("yes", "no")]
-        rows.append([Path(path).stem, len(said),
-                     mean_text(row["on"] == "yes" for row in judged),
-                     mean_text(verdict == "cannot tell" for verdict in said),
-                     mean_text(row["helps"] for row in ratings if row["helps"]),
-                     mean_text((row["on"] == "yes") == row["truth"] for row in judged
-                               if row["truth"] is not None)])
-    print(table(rows))
-    for name, values in (("on", VERDICTS), ("helps", range(1, 6))):
-        steps = zip(*(ratings for _, ratings in raters.values()), strict=True)
-        said = [[row[name] for row in step] for step in steps]
-        counts = [[step.count(value) for value in values] for step in said if None not in step]
-        if counts and len(raters) > 1:
-            print(f"Fleiss' kappa of {name!r}, {len(counts)} steps: {fleiss_kappa(counts):.3f}")
+    keys, raters = zip(*map(read_ratings, paths), strict=True)
+    if len(set(keys)) > 1:
+        raise UserError(f"--ratings {' '.join(paths)}: they are not of one page; give those of one")
+    for path, ratings in zip(paths, raters, strict=True):
+        said = [row["on"] for row in ratings]
+        told = [row for row in ratings if row["on"] in ("yes", "no")]
+        known = [row for row in told if row["truth"] is not None]
+        yes = said.count("yes")
+        agree = sum((row["on"] == "yes") == row["truth"] for row in known)
+        helps = mean(row["helps"] for row in ratings if row["helps"])
+        print(path)
+        print(f"  points on the thing named: {yes} of {len(told)}, {yes / max(1, len(told)):.3f}")
+        print(f"  cannot tell: {said.count('cannot tell')}")
+        print(f"  helpfulness, 1 to 5: {helps:.2f}")
+        print(f"  agrees with the truth: {agree} of {len(known)}")
+    if len(paths) > 1:
+        print_agreement("on", VERDICTS, raters)
+        print_agreement("helps", (1, 2, 3, 4, 5), raters)
 
 
-def mean_text(values):
-    found = mean(values, None)
-    return "-" if found is None else f"{found:.3f}"
+def print_agreement(name, values, raters):
+    """Prints Fleiss' kappa of the steps that all have rated."""
+    counts = []
+    for step in zip(*raters, strict=True):
+        said = [row[name] for row in step]
+        if None not in said:
+            counts.append([said.count(value) for value in values])
+    if counts:
+        print(f"Fleiss' kappa of {name!r}, {len(counts)} steps: {fleiss_kappa(counts):.3f}")
 
 
 def read_ratings(path):
@@ -1234,9 +1265,9 @@ def read_ratings(path):
     try:
         exported = json.loads(Path(path).read_text())
         for row in exported["ratings"]:
-            if (row["on"] not in (*VERDICTS, None) or row["helps"] not in (*range(1, 6), None)
-                    or row["truth"] not in (True, False, None)):
+            if row["on"] not in (*VERDICTS, None) or row["helps"] not in (1, 2, 3, 4, 5, None):
                 raise ValueError(f"{row} is no rating")
+            row.setdefault("truth")
         return exported["key"], exported["ratings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as ratings ({error!r}); export them again from "
@@ -1248,24 +1279,29 @@ def fleiss_kappa(counts):
 
     counts: of each thing rated, how many raters chose each category; each row has the same sum."""
     raters = sum(counts[0])
-    agreed = mean(sum(n * (n - 1) for n in row) for row in counts) / (raters * (raters - 1))
+    pairs = raters * (raters - 1)
+    agreed = mean(sum(n * (n - 1) for n in row) for row in counts) / pairs
     chance = sum((mean(column) / raters)**2 for column in zip(*counts, strict=True))
-    return 1.0 if chance == 1 else (agreed - chance) / (1 - chance)
+    if chance == 1:
+        return 1.0
+    return (agreed - chance) / (1 - chance)
 
 
 def write_drawings(config):
     """--draw: writes pictures of a synthetic task and questions.jsonl, which --task can read."""
     if config.draw not in TOYS or not config.out:
         raise UserError(f"--draw {config.draw}: needs one of {', '.join(TOYS)}, and --out FOLDER")
-    folder, rows = Path(config.out), []
+    folder = Path(config.out)
+    lines = ""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(config.n or 5):
         question = TOYS[config.draw]("test", config.seed, index)
         name = f"{question.id}.png"
         question.load()[0].save(folder / name)
-        rows.append({"problem": question.text, "answer": question.answer, "images": [name]})
+        row = {"problem": question.text, "answer": question.answer, "images": [name]}
+        lines += json.dumps(row) + "\n"
         print(f"{folder / name}: {question.text} ({question.answer})")
-    write_text(folder / "questions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(folder / "questions.jsonl", lines)
 
 
 PAGE = r"""<!DOCTYPE html>
@@ -1278,43 +1314,38 @@ PAGE = r"""<!DOCTYPE html>
   --line: #cfd5dc; --lit: #ffe08a; --c0: #0072b2; --c1: #c04a00; --c2: #00805c; --c3: #a8477f; }
 @media (prefers-color-scheme: dark) { :root { --ground: #15181c; --text: #e6e8eb; --soft: #a0a9b4;
   --line: #3a424c; --lit: #6b5200; --c0: #56b4e9; --c1: #f09a4a; --c2: #3fc79a; --c3: #e39cc6; } }
-* { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem;
   background: var(--ground); color: var(--text); overflow-wrap: anywhere; }
 .grid { display: grid; gap: 1.2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); }
-nav, fieldset { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center;
-  border: 0; padding: 0; margin: .8rem 0; }
+.bar { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .8rem 0; }
 button { font: inherit; color: inherit; background: var(--ground); border: 1px solid var(--soft);
   border-radius: .4rem; padding: .3rem .8rem; }
 button[aria-pressed=true] { background: var(--text); color: var(--ground); }
-:focus-visible { outline: 3px solid var(--c1); outline-offset: 2px; }
 figure { margin: 0; }
+figcaption span { margin-right: .8rem; border-bottom: 2px solid; }
 svg { display: block; width: 100%; fill: none; stroke-width: 2; overflow: visible; }
 svg text { fill: var(--soft); font-size: 12px; text-anchor: end; }
 .axis { stroke: var(--line); stroke-width: 1; }
-figcaption span { margin-right: .8rem; white-space: nowrap; border-bottom: 2px solid; }
+.band { fill: var(--c0); opacity: .25; }
 .line0 { color: var(--c0); }
 .line1 { color: var(--c1); stroke-dasharray: 7 3; border-bottom-style: dashed; }
 .line2 { color: var(--c2); stroke-dasharray: 2 3; border-bottom-style: dotted; }
 .line3 { color: var(--c3); stroke-dasharray: 9 3 2 3; border-bottom-style: double; }
-.band { fill: var(--c0); opacity: .25; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; }
 td, th { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: left; }
 .scroll :is(td, th):not(:first-child) { white-space: nowrap; text-align: right; }
 pre, .turn { white-space: pre-wrap; }
-.soft, .tag { color: var(--soft); }
-.tag { font-size: .8em; }
+.soft { color: var(--soft); font-size: .85em; }
 .stage { position: relative; max-width: 30rem; }
 .stage img { display: block; width: 100%; }
-.stage svg { position: absolute; inset: 0; height: 100%; stroke: #fff; }
+.stage svg { position: absolute; inset: 0; stroke: #fff; }
 .stage path { vector-effect: non-scaling-stroke; filter: drop-shadow(0 0 1px #000); }
 .truth { stroke-dasharray: 5 4; }
 .point { position: absolute; translate: -50% -50%; width: 1.6rem; height: 1.6rem; padding: 0;
   border: 2px solid #fff; border-radius: 50%; background: #0060a0; color: #fff; line-height: 1; }
 .point.lit { background: #ffd24a; color: #000; border-color: #000; z-index: 1; }
-.outside { border-style: dotted; }
 .step.lit { background: var(--lit); }
 .turn { display: flex; gap: .7rem; justify-content: space-between; margin: .7rem 0;
   border-left: 3px solid var(--line); padding-left: .7rem; }
@@ -1326,37 +1357,26 @@ pre, .turn { white-space: pre-wrap; }
 <script id="data" type="application/json">{DATA}</script>
 <script>
 const data = JSON.parse(document.getElementById("data").textContent);
-const main = document.querySelector("main");
+const main = document.querySelector("main"), keys = {};
 document.title = document.querySelector("h1").textContent = data.title;
-
-// An element with attributes and children. Texts become text, never markup.
-function fill(element, attributes, ...children) {
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
-const make = (name, attributes = {}, ...children) =>
-  fill(document.createElement(name), attributes, ...children);
-const shape = (name, attributes, ...children) =>
-  fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, ...children);
-function button(text, action, attributes = {}) {
-  const element = make("button", {type: "button", ...attributes}, text);
-  element.onclick = action;
-  return element;
-}
-function picture(source, text) {
-  const image = make("img", {src: source, alt: text});
-  image.onload = () => image.classList.toggle("sharp", image.naturalWidth <= 256);
-  return image;
-}
-const rows = (table, name) =>
-  table.map(row => make("tr", {}, ...row.map(cell => make(name, {}, cell))));
-const folded = (title, ...children) => make("details", {}, make("summary", {}, title), ...children);
-
-const keys = {};
 document.addEventListener("keydown", event => {
   if (event.key in keys && !event.ctrlKey && !event.altKey && !event.metaKey) keys[event.key]();
 });
+
+// An element with attributes, listeners and children. A text becomes text, never markup.
+function make(name, attributes = {}, ...children) {
+  const space = ["svg", "path", "text"].includes(name) ? "2000/svg" : "1999/xhtml";
+  const element = document.createElementNS(`http://www.w3.org/${space}`, name);
+  for (const [key, value] of Object.entries(attributes))
+    if (key.startsWith("on")) element[key] = value; else element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+const button = (text, onclick, more) => make("button", {type: "button", onclick, ...more}, text);
+const picture = (src, alt) => make("img", {src, alt, onload: ({target}) =>
+  target.classList.toggle("sharp", target.naturalWidth <= 256)});
+const rows = (table, name) =>
+  table.map(row => make("tr", {}, ...row.map(cell => make(name, {}, cell))));
 
 // Buttons and the arrow keys step through items, of which show() makes elements. -> start(items)
 function pager(show, ...buttons) {
@@ -1369,7 +1389,7 @@ function pager(show, ...buttons) {
   }
   keys.ArrowLeft = () => start(items, number - 1);
   keys.ArrowRight = () => start(items, number + 1);
-  main.append(make("nav", {}, ...buttons, button("\u2039 before", keys.ArrowLeft),
+  main.append(make("nav", {class: "bar"}, ...buttons, button("\u2039 before", keys.ArrowLeft),
     button("next \u203a", keys.ArrowRight), place), view);
   return start;
 }
@@ -1382,81 +1402,76 @@ const CHARTS = [["reward and its parts, a trace", "reward", "format", "grounded"
 const short = value => value.toLocaleString("en", {maximumSignificantDigits: 3});
 
 // The chart of some values of the log's lines, or nothing where the log has none of them.
-function chart([title, ...names]) {
-  const log = data.log.filter(line => names.some(name => line[name] != null));
-  if (!log.length) return "";
-  const first = log[0].step, last = Math.max(first + 1, log.at(-1).step);
+function chart(log, [title, ...names]) {
+  const series = names.map(name => log.map(({step, [name]: value}) => [step, value])
+    .filter(([_, value]) => Number.isFinite(value)));
   const bounds = names[0] == "accuracy" ? log.filter(line => line.ci95) : [];
-  const all = log.flatMap(line => names.map(name => line[name])).concat(
-    bounds.map(line => line.ci95[1]));
-  const most = Math.max(...all.filter(Number.isFinite)) || 1;
+  const band = bounds.map(line => [line.step, line.ci95[0]]).concat(
+    bounds.map(line => [line.step, line.ci95[1]]).reverse());
+  const all = series.flat().concat(band), steps = all.map(([step]) => step);
+  if (!all.length) return "";
+  const first = Math.min(...steps), last = Math.max(first + 1, ...steps);
+  const most = Math.max(...all.map(([_, value]) => value)) || 1;
   const unit = 10 ** Math.floor(Math.log10(most));
   const top = [1, 2, 4, 6, 8, 10].find(times => times * unit > 0.999 * most) * unit;
   const x = step => 46 + (step - first) / (last - first) * 304;
   const y = value => 170 - value / top * 155;
   const path = points => "M" + points.map(([step, value]) => `${x(step)},${y(value)}`).join("L");
-  const svg = shape("svg", {viewBox: "0 0 360 205", role: "img"});
-  for (const value of [0, top / 4, top / 2, top * 3 / 4, top])
-    svg.append(shape("path", {class: "axis", d: `M46,${y(value)}H350`}),
-      shape("text", {x: 41, y: y(value) + 4}, short(value)));
-  for (const step of new Set([first, Math.round((first + last) / 2), last]))
-    svg.append(shape("text", {x: x(step) + 4, y: 187}, short(step)));
-  svg.append(shape("text", {x: 210, y: 203}, "step"));
-  const low = bounds.map(line => [line.step, line.ci95[0]]);
-  const high = bounds.map(line => [line.step, line.ci95[1]]);
-  if (low.length) svg.append(shape("path", {class: "band", d: path([...low, ...high.reverse()])}));
   const legend = make("figcaption", {}, make("b", {}, title), make("br")), told = [title];
-  names.forEach((name, i) => {
-    const points = log.map(line => [line.step, line[name]]).filter(point => point[1] != null);
+  const svg = make("svg", {viewBox: "0 0 360 205", role: "img"});
+  for (const value of [0, top / 4, top / 2, top * 3 / 4, top])
+    svg.append(make("path", {class: "axis", d: `M46,${y(value)}H350`}),
+      make("text", {x: 41, y: y(value) + 4}, short(value)));
+  for (const step of new Set([first, Math.round((first + last) / 2), last]))
+    svg.append(make("text", {x: x(step) + 4, y: 187}, short(step)));
+  svg.append(make("text", {x: 210, y: 203}, "step"));
+  if (band.length) svg.append(make("path", {class: "band", d: path(band)}));
+  series.forEach((points, i) => {
     if (!points.length) return;
-    const values = points.map(point => short(point[1]));
-    svg.append(shape("path", {class: `line${i}`, stroke: "currentColor", d: path(points)}));
-    if (names.length > 1) legend.append(make("span", {class: `line${i}`}, name));
-    told.push(`${name} ${values[0]} at first, ${values.at(-1)} at last`);
+    svg.append(make("path", {class: `line${i}`, stroke: "currentColor", d: path(points)}));
+    if (names.length > 1) legend.append(make("span", {class: `line${i}`}, names[i]));
+    told.push(`${names[i]} ${short(points[0][1])} at first, ${short(points.at(-1)[1])} at last`);
   });
-  return make("figure", {}, legend, fill(svg, {"aria-label": told.join(". ")}));
+  svg.setAttribute("aria-label", told.join(". "));
+  return make("figure", {}, legend, svg);
 }
 
 // ------------------------------------------------------------------------------------------ traces
 const MARKS = {right: "\u2713", wrong: "\u2717", truncated: "\u2026", open: "?"};
+const line = points => "M" + points.map(([x, y]) => `${x},${y}`).join("L");
 
-const line = points => "M" + points.map(([x, y]) => `${100 * x},${100 * y}`).join("L");
-
-// A polygon, or a box that is given by two of its corners.
-function outline(corners) {
-  const [[left, top], [right, bottom]] = corners;
-  if (corners.length > 2) return line(corners) + "Z";
-  return line([[left, top], [right, top], [right, bottom], [left, bottom]]) + "Z";
+// A box, as its left, top, right and bottom, or a polygon.
+function outline(region) {
+  const [left, top, right, bottom] = region;
+  return region[0].length ? `${line(region)}Z` : `M${left},${top}H${right}V${bottom}H${left}Z`;
 }
 
-function showImage(item, trace, only) {
-  const over = shape("svg", {viewBox: "0 0 100 100", preserveAspectRatio: "none"});
-  const boxes = trace.turns.filter(turn => turn.box), path = trace.points.map(point => point.at);
+function showImage({image, size: [width, height], region}, {points, turns}, only) {
+  const svg = make("svg", {viewBox: `0 0 ${width} ${height}`});
   if (only === undefined) {
-    over.append(...boxes.map(turn => shape("path", {d: outline(turn.box)})));
-    if (item.region) over.append(shape("path", {class: "truth", d: outline(item.region)}));
-    if (path.length) over.append(shape("path", {d: line(path)}));
+    for (const {box} of turns) if (box) svg.append(make("path", {d: outline(box)}));
+    if (region) svg.append(make("path", {class: "truth", d: outline(region)}));
+    if (points.length) svg.append(make("path", {d: line(points.map(point => point.at))}));
   }
-  const points = trace.points.map(({at: [x, y], text, inside}, i) => button(String(i + 1), null, {
-    class: inside ? "point" : "point outside", "data-point": i,
-    style: `left: ${100 * x}%; top: ${100 * y}%`,
-    "aria-label": `point ${i + 1} at ${text}${inside ? "" : ", outside the image"}`}));
-  return make("div", {class: "stage"}, picture(item.image, "the image of the question"), over,
-    ...points.filter((_, i) => only === undefined || only == i));
+  const dots = points.map(({at: [x, y], text, inside}, i) => button(i + 1, null, {class: "point",
+    style: `left: clamp(0%, ${100 * x / width}%, 100%); top: clamp(0%, ${100 * y / height}%, 100%)`,
+    "data-point": i, "aria-label": `point ${i + 1} at ${text}${inside ? "" : ", outside"}`}));
+  return make("div", {class: "stage"}, picture(image, "the image of the question"), svg,
+    ...dots.filter((_, i) => only === undefined || only == i));
 }
 
-function showTurn(turn, number) {
+function showTurn({pieces, error, crop}, number) {
   const text = make("div");
-  for (const [piece, point] of turn.pieces) {
+  for (const [piece, point] of pieces) {
+    const parts = piece.split(/(<\/?(?:think|tool_call|answer)>|\{"name.*"coordinate": |\}\})/);
     const step = point === null ? {} : {class: "step", tabindex: 0, "data-point": point};
-    const parts = piece.split(/(<\/?(?:think|tool_call|answer)>|\{"name.*"coordinate": |\}\})/)
-      .map((part, i) => make("span", i % 2 ? {class: "tag"} : {}, part));
-    if (point !== null) parts.push(make("sup", {}, ` ${point + 1}`));
-    text.append(make("span", {...step, dir: "auto"}, ...parts));
+    text.append(make("span", {...step, dir: "auto"},
+      ...parts.map((part, i) => i % 2 ? make("span", {class: "soft"}, part) : part),
+      point === null ? "" : make("sup", {}, ` ${point + 1}`)));
   }
-  if (turn.error) text.append(make("p", {class: "soft"}, `answered: ${turn.error}`));
-  return make("div", {class: "turn"}, text,
-    turn.crop ? picture(turn.crop, `crop of turn ${number + 1}`) : "");
+  if (error) text.append(make("p", {class: "soft"}, `answered: ${error}`));
+  const shown = crop ? picture(crop, `crop of turn ${number + 1}`) : "";
+  return make("div", {class: "turn"}, text, shown);
 }
 
 // only: the point that is rated. Its turn is the last one shown, and its crop, so that nothing
@@ -1464,30 +1479,35 @@ function showTurn(turn, number) {
 function showTrace(item, trace, only) {
   const end = trace.turns.findIndex(turn => turn.pieces.some(([_, point]) => point === only));
   const turns = only === undefined ? trace.turns : trace.turns.slice(0, end + 1);
-  const card = make("article", {}, showImage(item, trace, only), ...turns.map(showTurn));
-  function light(point, on) {
-    card.querySelectorAll(`[data-point="${point}"]`).forEach(
-      part => part.classList.toggle("lit", on || point == only));
+  const card = make("div", {}, showImage(item, trace, only), ...turns.map(showTurn));
+  const light = (point, on) => card.querySelectorAll(`[data-point="${point}"]`).forEach(
+    part => part.classList.toggle("lit", on || point == only));
+  for (const part of card.querySelectorAll("[data-point]")) {
+    part.onmouseenter = part.onfocus = () => light(part.dataset.point, true);
+    part.onmouseleave = part.onblur = () => light(part.dataset.point, false);
   }
-  for (const part of card.querySelectorAll("[data-point]"))
-    for (const name of ["mouseenter", "focus", "mouseleave", "blur"])
-      part.addEventListener(name, () => light(part.dataset.point, /enter|focus/.test(name)));
   light(only, true);
-  if (only !== undefined) return card;
-  card.prepend(make("h3", {}, `${trace.checkpoint}: ${MARKS[trace.state]} ${trace.state}`));
-  card.append(make("p", {}, `answer: ${trace.answer} (${trace.ended}); ${trace.reward}`),
-    make("p", {}, trace.why && `fault: ${trace.why}`));
   return card;
+}
+
+function showReward({answer, ended, reward: {why, total, ...parts}}) {
+  const told = Object.entries(parts).map(([name, value]) => `${name} ${short(value)}`).join(", ");
+  return make("p", {}, `answer: ${answer} (${ended})`, make("br"),
+    `reward ${short(total)}: ${told.replace("_", " ")}`, make("br"), why && `fault: ${why}`);
 }
 
 const showQuestion = item => make("h2", {dir: "auto"}, item.question);
 
 // ------------------------------------------------------------------------------------------ report
 function report() {
-  main.append(make("div", {class: "grid"}, ...CHARTS.map(chart)),
+  const log = data.log.split("\n").slice(0, -1).map(
+    text => JSON.parse(text.replace(/-?(NaN|Infinity)/g, "null")));
+  const settings = Object.entries(data.settings).filter(([_, value]) => value !== "" && value);
+  const folded = (title, part) => make("details", {}, make("summary", {}, title), part);
+  main.append(make("div", {class: "grid"}, ...CHARTS.map(names => chart(log, names))),
     make("div", {class: "scroll"}, make("table", {}, ...rows(data.table.slice(0, 1), "th"),
       ...rows(data.table.slice(1), "td"))),
-    folded("settings", make("table", {class: "left"}, ...rows(data.settings, "td"))),
+    folded("settings", make("table", {}, ...rows(settings, "td"))),
     folded("a search tree", make("pre", {class: "scroll"}, data.tree || "none")));
   const buttons = ["all", "right", "wrong", "truncated"].map(name => {
     const chosen = data.cases.filter(item => name == "all" || item.traces.at(-1).state == name);
@@ -1498,15 +1518,17 @@ function report() {
   });
   const start = pager(item => [showQuestion(item),
     make("p", {dir: "auto"}, item.truth && `truth: ${item.truth}`),
-    make("div", {class: "grid"}, ...item.traces.map(trace => showTrace(item, trace)))], ...buttons);
+    make("div", {class: "grid"}, ...item.traces.map((trace, i) => make("article", {},
+      make("h3", {}, `${item.checkpoints[i]}: ${MARKS[trace.state]} ${trace.state}`),
+      showTrace(item, trace), showReward(trace))))], ...buttons);
   buttons[0].click();
 }
 
 // ------------------------------------------------------------------------------------------ rating
 const ASKED = [["on", "Is the point on the thing that the step names?",
-    [["y", "yes"], ["n", "no"], ["c", "cannot tell"]]],
+    {y: "yes", n: "no", c: "cannot tell"}],
   ["helps", "Does it help to follow the step? (1 not at all, 5 very much)",
-    [1, 2, 3, 4, 5].map(value => [value, value])]];
+    {1: 1, 2: 2, 3: 3, 4: 4, 5: 5}]];
 const ratings = {};
 
 function exported() {
@@ -1517,34 +1539,34 @@ function exported() {
 function rating() {
   let now;
   try { Object.assign(ratings, JSON.parse(localStorage.getItem(data.key))); } catch { }
-  function rate(name, value) {
-    ratings[now.id] = {...ratings[now.id], [name]: value};
-    try { localStorage.setItem(data.key, JSON.stringify(ratings)); } catch { }
-    start(data.steps, data.steps.indexOf(now));
-  }
-  const done = make("p", {class: "soft", "aria-live": "polite"});
   main.append(make("p", {class: "soft"}, `Keys: y, n, c and 1 to 5 rate the step in colour; the
     arrows step on. Your answers are kept in this browser; export them at the end.`));
-  const choices = ASKED.flatMap(([name, question, values]) => {
-    const own = values.map(([key, value]) => {
-      keys[key] = () => rate(name, value);
-      return button(key == value ? value : `${value} (${key})`, keys[key], {"data-name": name,
-        "data-value": value});
-    });
-    main.append(make("fieldset", {}, make("legend", {}, question), ...own));
-    return own;
-  });
-  const save = button("export", () => make("a", {download: "ratings.json",
-    href: URL.createObjectURL(new Blob([exported()]))}).click());
+  const choices = [], done = make("p", {class: "soft", "aria-live": "polite"});
+  for (const [name, question, values] of ASKED) {
+    const bar = make("div", {class: "bar", role: "group", "aria-label": question}, question);
+    for (const [key, value] of Object.entries(values)) {
+      keys[key] = () => {
+        ratings[now.id] = {...ratings[now.id], [name]: value};
+        try { localStorage.setItem(data.key, JSON.stringify(ratings)); } catch { }
+        start(data.steps, data.steps.indexOf(now));
+      };
+      const choice = button(key == value ? key : `${value} (${key})`, keys[key]);
+      choices.push([choice, name, value]);
+      bar.append(choice);
+    }
+    main.append(bar);
+  }
+  const href = () => URL.createObjectURL(new Blob([exported()]));
+  const save = () => make("a", {download: "ratings.json", href: href()}).click();
   const start = pager(step => {
     now = step;
-    const item = data.cases[step.case], own = ratings[step.id] || {};
-    choices.forEach(choice => choice.setAttribute("aria-pressed",
-      choice.dataset.value == String(own[choice.dataset.name])));
+    for (const [choice, name, value] of choices)
+      choice.setAttribute("aria-pressed", ratings[step.id]?.[name] === value);
     const full = data.steps.filter(({id}) => ratings[id]?.on && ratings[id]?.helps);
     done.textContent = `${full.length} of ${data.steps.length} steps are rated`;
+    const item = data.cases[step.case];
     return [showQuestion(item), showTrace(item, item.traces[0], step.place)];
-  }, save);
+  }, button("export", save));
   main.append(done);
   start(data.steps);
 }

@@ -208,7 +208,7 @@ def train(policy, reference, dialogue, config, out):
             print_trace(groups[0][0])
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             save_state(policy, optimizers, out, step + 1)
-            traces = {f"step {step + 1}": [traces[0] for traces in groups]}
+            traces = {f"step {step + 1}": [traces[0] for traces in groups[:PAGE_TRACES]]}
             if rank() == 0:
                 write_report(out / "report.html", config, traces, out)
 

@@ -86,30 +86,24 @@ def report(tmp_path):
 def test_a_report_has_all_of_a_run(report):
     """A page without its curves, or with the traces of a question in different places."""
     data = data_of(report)
-    assert [line["step"] for line in data["log"]] == [1, 2, 3]
+    assert [json.loads(line)["step"] for line in data["log"].splitlines()] == [1, 2, 3]
     assert data["table"][2] == ["rl", "0.333"]
-    assert ["task", "toy-search"] in data["settings"]
+    assert data["settings"]["task"] == "toy-search"
     assert data["tree"] == "1 visits, value 1.00: first"
-    assert [case["traces"][0]["checkpoint"] for case in data["cases"]] == ["sft"] * 3
+    assert [case["checkpoints"] for case in data["cases"]] == [["sft", "rl"]] * 3
     states = [[trace["state"] for trace in case["traces"]] for case in data["cases"]]
     assert states == [["wrong", "right"], ["right", "wrong"], ["right", "truncated"]]
     case = data["cases"][0]
     assert case["truth"] == "dotted" and image_of(case["image"]).size == (256, 256)
-    assert "reward 1: correct 1, format 1" in case["traces"][1]["reward"]
+    assert case["traces"][1]["reward"]["total"] == 1 > case["traces"][0]["reward"]["total"]
 
 
 def test_a_page_needs_nothing_else(report):
     """A page that loads a script, a style or a picture is empty offline."""
     text = report.read_text()
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)""", text)
-    assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text)
+    assert not re.findall(r"https?://(?!www\.w3\.org/)", text)
     assert "@import" not in text and "url(" not in text
-
-
-def test_not_a_number_is_left_out(report):
-    """NaN is no JSON: one in the log, and the browser read nothing of the page."""
-    assert "NaN" not in report.read_text().partition('type="application/json">')[2].partition("<")[0]
-    assert data_of(report)["log"][1]["kl"] is None
 
 
 def test_points_are_numbered_where_they_are():
@@ -121,26 +115,24 @@ def test_points_are_numbered_where_they_are():
     case, = evaluation.describe_cases({"rl": [trace]})
     points = case["traces"][0]["points"]
     assert [point["text"] for point in points] == ["(11, 56)", "(60, 2)", "(11, 56)", "(99, -5)"]
-    assert points[0]["at"] == [0.1719, 0.875]           # 11 and 56 of 64 px
+    assert points[0]["at"] == (44, 224)
     assert [point["inside"] for point in points] == [True, True, True, False]
-    assert points[3]["at"] == [1, 0]
-    assert [point["on_target"] for point in points] == [True, False, True, False]
+    on_target = [evaluation.on_target(question, point["at"]) for point in points]
+    assert on_target == [True, False, True, False]
     first, second, rest = case["traces"][0]["turns"][0]["pieces"]
     assert first == ["<think>Card 1 at (11, 56)", 0] and second[1] == 0 and rest[1] is None
     texts = ["".join(text for text, _ in turn["pieces"]) for turn in case["traces"][0]["turns"]]
     assert texts == [turn.text for turn in trace.turns]
 
 
-@pytest.mark.parametrize("answer, corners", [
-    ((20, 30, 40, 80), [[0.1, 0.3], [0.2, 0.8]]),
-    ([(20, 30), (40, 30), (40, 80)], [[0.1, 0.3], [0.2, 0.3], [0.2, 0.8]])])
-def test_the_region_of_a_truth_is_shown(answer, corners):
-    """A box and a polygon are both a list of numbers once they are JSON."""
+@pytest.mark.parametrize("answer", [(20, 30, 40, 80), [[20, 30], [40, 30], [40, 80]]])
+def test_the_region_of_a_truth_is_shown(answer):
+    """Only a text was shown of a truth that is a place."""
     question = Question("send", [Image.new("RGB", (200, 100))], answer, "point")
     trace = make_trace(question, answer_turn("(10, 32)"), size=(200, 100))
     case, = evaluation.describe_cases({"rl": [trace]})
-    assert case["region"] == corners
-    assert case["traces"][0]["points"][0]["on_target"] is True
+    assert case["region"] == answer
+    assert evaluation.on_target(question, case["traces"][0]["points"][0]["at"]) is True
 
 
 def test_a_question_without_truth_is_neither_right_nor_wrong():
@@ -150,7 +142,7 @@ def test_a_question_without_truth_is_neither_right_nor_wrong():
     assert case["traces"][0]["state"] == "open"
 
 
-# --------------------------------------------------------------------------- what others have written
+# ------------------------------------------------------------------------- what others have written
 
 def hostile_page(path):
     """A report in which every text is hostile."""
@@ -163,8 +155,9 @@ def hostile_page(path):
         traces.append(make_trace(question, f"<think>{text} (5, 5)</think>{format_call((5, 5))}",
                                  f"{text}<tool_call>{text}</tool_call>", answer_turn(text)))
     traces[0].turns[1].error = HOSTILE
-    config = Config(task=HOSTILE, model=LONG)
-    evaluation.write_report(path / "hostile.html", config, {HOSTILE: traces}, path, [[HOSTILE]] * 2)
+    own = HOSTILE.replace("\ud800", "")                 # what a user can give
+    config = Config(task=own, model=own)
+    evaluation.write_report(path / "hostile.html", config, {own: traces}, path, [[own]] * 2)
     return path / "hostile.html"
 
 
@@ -181,7 +174,7 @@ def test_no_text_leaves_its_place(tmp_path):
 
 
 def test_what_is_not_seen_is_written_out():
-    """A right-to-left mark turns the rest of a line around; a control character shows as nothing."""
+    """A right-to-left mark turns the rest of a line around; a control character is not seen."""
     assert visible("a\u202eb\x00\n\tc\u2066") == "a[U+202E]b[U+0000]\n\tc[U+2066]"
     assert visible("x" * 50, 10) == "x" * 10 + " ... (40 more characters)"
     assert visible("naïve 红色 שלום") == "naïve 红色 שלום"
@@ -199,20 +192,19 @@ def test_pictures_are_small():
     assert np.array_equal(image_of(picture_uri(drawing, 45_000)), drawing)    # sharp
 
 
-def test_fifty_traces_are_less_than_5_mb(tmp_path, monkeypatch):
+def test_fifty_traces_are_less_than_5_mb(tmp_path):
     """The bound is for a question of each trace's own, and for many crops."""
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (600, 800, 3), dtype=np.uint8))
+    noise = np.random.default_rng(0).integers(0, 255, (600, 800, 3), dtype=np.uint8)
+    noise = Image.fromarray(noise)
     turns = [call_turn((x, 30)) for x in (5, 15, 25, 35, 45, 55)]
     traces = [make_trace(Question("which?", [noise], "red"), *turns, answer_turn("red"),
                          size=noise.size) for _ in range(4)]
     evaluation.write_report(tmp_path / "page.html", Config(), {"rl": traces}, tmp_path)
     data = data_of(tmp_path / "page.html")
     assert len(json.dumps(data["cases"])) < 5e6 * 4 / 50
-    monkeypatch.setattr(evaluation, "PAGE_TRACES", 6)
-    assert len(evaluation.describe_cases({"sft": traces, "rl": traces})) == 3
 
 
-# ------------------------------------------------------------------------------------------- ratings
+# ------------------------------------------------------------------------------------------ ratings
 
 def test_fleiss_kappa_of_the_textbook():
     """Fleiss 1971: 10 subjects, 14 raters, 5 categories; kappa is 0.210."""
@@ -238,15 +230,23 @@ def test_what_raters_said(tmp_path, capsys):
     ben = write_ratings(tmp_path / "ben.json", [
         ("yes", 5, True), ("no", 1, True), ("cannot tell", 3, False), (None, None, None)])
     evaluation.print_ratings([anna, ben])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["anna", "4", "0.667", "0.250", "3.250", "0.500"]
-    assert lines[2].split() == ["ben", "3", "0.500", "0.333", "3.000", "0.500"]
-    assert lines[3:] == ["Fleiss' kappa of 'on', 3 steps: 1.000",
-                         "Fleiss' kappa of 'helps', 3 steps: 1.000"]
+    assert capsys.readouterr().out.splitlines() == [
+        anna,
+        "  points on the thing named: 2 of 3, 0.667",
+        "  cannot tell: 1",
+        "  helpfulness, 1 to 5: 3.25",
+        "  agrees with the truth: 1 of 2",
+        ben,
+        "  points on the thing named: 1 of 2, 0.500",
+        "  cannot tell: 1",
+        "  helpfulness, 1 to 5: 3.00",
+        "  agrees with the truth: 1 of 2",
+        "Fleiss' kappa of 'on', 3 steps: 1.000",
+        "Fleiss' kappa of 'helps', 3 steps: 1.000"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"key": "a"}', '{"key": "a", "ratings": [{}]}',
-                                  '{"key": "a", "ratings": [{"on": "maybe", "helps": 1, "truth": 1}]}'])
+                                  '{"key": "a", "ratings": [{"on": "maybe", "helps": 1}]}'])
 def test_ratings_that_cannot_be_read(tmp_path, text):
     """A file that was edited, or is something else, is a line and no traceback."""
     path = tmp_path / "a.json"
@@ -262,7 +262,7 @@ def test_ratings_of_different_pages(tmp_path):
         evaluation.print_ratings(paths)
 
 
-# ---------------------------------------------------------------------------------------- the scripts
+# -------------------------------------------------------------------------------------- the scripts
 
 def test_drawings_are_questions(tmp_path, capsys):
     """The pictures that --draw writes could not be asked about without typing them in."""
@@ -283,7 +283,8 @@ def test_evaluate_writes_both_pages(tiny_folder, tmp_path, monkeypatch):
     given = {"model": tiny_folder, "turn_tokens": 8, "response_tokens": 40, "n": 3}
     evaluation.main({**given, "report": "report.html", "json": "figures.json"})
     data = data_of(tmp_path / "report.html")
-    records = [json.loads(line) for line in open("figures.jsonl").readlines()[1:]]
+    lines = (tmp_path / "figures.jsonl").read_text().splitlines()[1:]
+    records = map(json.loads, lines)
     answers = [visible(samples[0]["answer"] or "none", 300) for samples in records
                if samples[0]["tool"]]
     assert [case["traces"][0]["answer"] for case in data["cases"]] == answers
@@ -318,10 +319,11 @@ def test_a_tree_as_text():
         "    1 visits, value 1.00: Dotted. dotted"]
 
 
-# --------------------------------------------------------------------------------------- in a browser
+# ------------------------------------------------------------------------------------- in a browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium to open the pages in")
+NAMES = "chromium", "chromium-browser", "google-chrome"
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason=f"there is no {', '.join(NAMES)}")
 
 
 def browse(page, script, profile):
@@ -362,6 +364,7 @@ def test_the_report_in_a_browser(report, tmp_path):
         seen.charts = all("figure svg").map(part => part.getAttribute("aria-label"));
         seen.lines = all("figure path:not(.axis)").length;
         seen.heads = texts("h3");
+        seen.shown = texts("article > p")[1];
         press("ArrowRight");
         seen.second = texts("h3");
         press("ArrowRight", {altKey: true});
@@ -389,12 +392,15 @@ def test_the_report_in_a_browser(report, tmp_path):
     assert len(seen["charts"]) == 7
     assert seen["charts"][1].startswith("accuracy with its 95 % interval. accuracy 0.5 at first")
     assert seen["lines"] == 4 + 6 + 1                    # a line a value, and the interval
+    assert seen["charts"][5].endswith("kl 0.01 at first, 0.01 at last")    # without the NaN
     assert seen["heads"] == ["sft: \u2717 wrong", "rl: \u2713 right"]
     assert seen["second"] == ["sft: \u2713 right", "rl: \u2717 wrong"]
     assert seen["last"] == ["3 of 3"] and seen["back"] == ["2 of 3"]
     assert seen["wrong"] == ["sft: \u2713 right", "rl: \u2717 wrong"]
     assert seen["pressed"] == ["wrong (1)"]
     assert seen["truncated"] == ["sft: \u2713 right", "rl: \u2026 truncated"]
+    assert seen["shown"] == ("answer: dotted (answer)reward 1: correct 1, format 1, "
+                             "grounded 1, diversity 0, zoom calls 1")
     assert sorted(seen["focused"]) == ["point lit", "step lit", "step lit"]
     assert seen["blurred"] == []
     assert sorted(seen["hovered"]) == ["point lit", "step lit", "step lit"]
@@ -448,4 +454,7 @@ def test_rating_in_a_browser(tmp_path, capsys):
     (tmp_path / "me.json").write_text(again["exported"])
     capsys.readouterr()
     evaluation.print_ratings([str(tmp_path / "me.json")])
-    assert capsys.readouterr().out.splitlines()[1].split()[:5] == ["me", "2", "1.000", "0.500", "3.000"]
+    assert capsys.readouterr().out.splitlines()[1:4] == [
+        "  points on the thing named: 1 of 1, 1.000",
+        "  cannot tell: 1",
+        "  helpfulness, 1 to 5: 3.00"]
