@@ -1177,7 +1177,7 @@ def describe_trace(trace, image):
         "state": state,
         "ended": trace.ended,
         "answer": visible(trace.answer or "none", 300),
-        "reward": vars(scored),
+        "reward": {**vars(scored), "why": visible(scored.why)},
         "turns": turns,
         "points": [describe_point(point, frame) for point in points],
     }
@@ -1335,8 +1335,8 @@ svg text { fill: var(--soft); font-size: 12px; text-anchor: end; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; }
 td, th { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: left; }
-.scroll :is(td, th):not(:first-child) { white-space: nowrap; text-align: right; }
-pre, .turn { white-space: pre-wrap; }
+.scroll :is(td, th) { white-space: nowrap; }
+.scroll :is(td, th):not(:first-child) { text-align: right; }
 .soft { color: var(--soft); font-size: .85em; }
 .stage { position: relative; max-width: 30rem; }
 .stage img { display: block; width: 100%; }
@@ -1347,8 +1347,8 @@ pre, .turn { white-space: pre-wrap; }
   border: 2px solid #fff; border-radius: 50%; background: #0060a0; color: #fff; line-height: 1; }
 .point.lit { background: #ffd24a; color: #000; border-color: #000; z-index: 1; }
 .step.lit { background: var(--lit); }
-.turn { display: flex; gap: .7rem; justify-content: space-between; margin: .7rem 0;
-  border-left: 3px solid var(--line); padding-left: .7rem; }
+.turn { display: flex; gap: .7rem; justify-content: space-between; max-width: 40rem;
+  margin: .7rem 0; border-left: 3px solid var(--line); padding-left: .7rem; white-space: pre-wrap; }
 .turn img { width: 7rem; height: 7rem; object-fit: contain; flex: none; }
 .sharp { image-rendering: pixelated; }
 </style>
@@ -1467,7 +1467,7 @@ function showTurn({pieces, error, crop}, number) {
     const step = point === null ? {} : {class: "step", tabindex: 0, "data-point": point};
     text.append(make("span", {...step, dir: "auto"},
       ...parts.map((part, i) => i % 2 ? make("span", {class: "soft"}, part) : part),
-      point === null ? "" : make("sup", {}, ` ${point + 1}`)));
+      point === null ? "" : make("sup", {}, `\u00a0${point + 1}`)));
   }
   if (error) text.append(make("p", {class: "soft"}, `answered: ${error}`));
   const shown = crop ? picture(crop, `crop of turn ${number + 1}`) : "";
@@ -1556,6 +1556,7 @@ function rating() {
     }
     main.append(bar);
   }
+  main.append(done);
   const href = () => URL.createObjectURL(new Blob([exported()]));
   const save = () => make("a", {download: "ratings.json", href: href()}).click();
   const start = pager(step => {
@@ -1567,7 +1568,6 @@ function rating() {
     const item = data.cases[step.case];
     return [showQuestion(item), showTrace(item, item.traces[0], step.place)];
   }, button("export", save));
-  main.append(done);
   start(data.steps);
 }
 
