@@ -1313,7 +1313,7 @@ PAGE = r"""<!DOCTYPE html>
 :root { color-scheme: light dark; --ground: #fff; --text: #1b1e23; --soft: #5c6570;
   --line: #cfd5dc; --lit: #ffe08a; --c0: #0072b2; --c1: #c04a00; --c2: #00805c; --c3: #a8477f; }
 @media (prefers-color-scheme: dark) { :root { --ground: #15181c; --text: #e6e8eb; --soft: #a0a9b4;
-  --line: #3a424c; --lit: #6b5200; --c0: #56b4e9; --c1: #f09a4a; --c2: #3fc79a; --c3: #e39cc6; } }
+  --line: #3a424c; --lit: #4d3b00; --c0: #56b4e9; --c1: #f09a4a; --c2: #3fc79a; --c3: #e39cc6; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem;
   background: var(--ground); color: var(--text); overflow-wrap: anywhere; }
 .grid { display: grid; gap: 1.2rem;
@@ -1646,7 +1646,8 @@ def evaluate_task(policy, dialogue, config):
     sample = partial(sample_traces, policy, questions, dialogue, config.seed, PAGE_TRACES,
                      **config.sampling())
     if config.rate:
-        return write_rating_page(config.rate, config, sample())
+        write_rating_page(config.rate, config, sample())
+        return print(f"rating page: {config.rate}")
     answered, path = [], None
     if config.json:
         path = Path(config.json).with_suffix(".jsonl")
@@ -1667,6 +1668,7 @@ def evaluate_task(policy, dialogue, config):
         rows = [HEADS, cells(Path(config.task).stem, figures, no_tool)]
         folder = Path(config.model).parent
         write_report(config.report, config, {config.model: sample()}, folder, rows)
+        print(f"report: {config.report}")
     if config.json and rank() == 0:
         summary = dict(vars(figures))
         if no_tool or not config.tool:

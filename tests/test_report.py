@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
@@ -321,13 +322,24 @@ def test_a_tree_as_text():
 
 # ------------------------------------------------------------------------------------- in a browser
 
-NAMES = "chromium", "chromium-browser", "google-chrome"
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason=f"there is no {', '.join(NAMES)}")
+@pytest.fixture(scope="session")
+def chromium():
+    """The browser's path; some systems have one that only says how to install it."""
+    names = "chromium", "chromium-browser", "google-chrome"
+    for path in filter(None, map(shutil.which, names)):
+        if subprocess.run([path, "--version"], capture_output=True).returncode == 0:
+            return path
+    pytest.skip(f"no browser to open the pages in, neither of {', '.join(names)}")
 
 
-def browse(page, script, profile):
-    """Opens a copy of a page with a script appended, whose result `seen` is returned."""
+@pytest.fixture
+def browse(chromium, tmp_path):
+    """browse(page, script) -> `seen`, of a script at the end of a copy of the page. What a page
+    keeps in the browser is kept until the test ends."""
+    return partial(open_copy, chromium, tmp_path / "profile")
+
+
+def open_copy(chromium, profile, page, script):
     script = f"""<script>
         const all = what => [...document.querySelectorAll(what)];
         const press = (key, more = {{}}) =>
@@ -347,7 +359,7 @@ def browse(page, script, profile):
         </script>"""
     copy = page.with_name("copy-" + page.name)
     copy.write_text(page.read_text() + script)
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
                "--virtual-time-budget=2000", f"--user-data-dir={profile}", copy.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)
@@ -355,8 +367,7 @@ def browse(page, script, profile):
     return json.loads(html.unescape(found[1]))
 
 
-@needs_chromium
-def test_the_report_in_a_browser(report, tmp_path):
+def test_the_report_in_a_browser(report, browse):
     """Filters that showed the same, keys that did nothing, points that lit nothing: a page can be
     well-formed and dead."""
     seen = browse(report, """
@@ -387,7 +398,7 @@ def test_the_report_in_a_browser(report, tmp_path):
         seen.hovered = lit();
         seen.labels = all(".point").map(part => part.getAttribute("aria-label"));
         seen.table = texts("table:first-of-type td");
-        """, tmp_path / "profile")
+        """)
     assert seen["filters"] == ["all (3)", "right (1)", "wrong (1)", "truncated (1)"]
     assert len(seen["charts"]) == 7
     assert seen["charts"][1].startswith("accuracy with its 95 % interval. accuracy 0.5 at first")
@@ -409,22 +420,20 @@ def test_the_report_in_a_browser(report, tmp_path):
     assert "0.333" in seen["table"] and "error" not in seen
 
 
-@needs_chromium
-def test_a_hostile_page_in_a_browser(tmp_path):
+def test_a_hostile_page_in_a_browser(browse, tmp_path):
     """What a browser makes of hostile texts, not what we think that it makes."""
     seen = browse(hostile_page(tmp_path), """
         seen.title = document.title;
         seen.scripts = all("script").length;
         seen.strange = all("img:not([src^='data:image/'])").length;
         seen.question = texts("h2")[0];
-        """, tmp_path / "profile")
+        """)
     assert seen["title"] != "broken" and seen["pictures"] == [True] * 2
     assert seen["scripts"] == 3 and seen["strange"] == 0 and "error" not in seen
     assert seen["question"].startswith("</script><script>document.title")
 
 
-@needs_chromium
-def test_rating_in_a_browser(tmp_path, capsys):
+def test_rating_in_a_browser(browse, tmp_path, capsys):
     """A rater's work was gone after a reload; a page that tells the answer is no test."""
     page = tmp_path / "rate.html"
     traces = drawn_traces([True, False, True], points=((11, 56), (30, 30)))
@@ -442,14 +451,14 @@ def test_rating_in_a_browser(tmp_path, capsys):
         named("cannot tell").click();
         named("2").click();
         seen.tells = texts("h3").length;
-        """, tmp_path / "profile")
+        """)
     assert seen["place"] == ["1 of 6"] and seen["points"] == "1 of 1" and seen["steps"]
     assert seen["pressed"] == ["yes (y)", "4"] and seen["fresh"] == []
     assert seen["done"][-1] == "1 of 6 steps are rated" and seen["tells"] == 0
     again = browse(page, """
         seen.done = texts("main > p.soft");
         seen.exported = exported();
-        """, tmp_path / "profile")
+        """)
     assert again["done"][-1] == "2 of 6 steps are rated" and "error" not in again
     (tmp_path / "me.json").write_text(again["exported"])
     capsys.readouterr()
