@@ -1229,8 +1229,8 @@ def picture_uri(image, most, side=1024):
 
 def print_ratings(paths):
     """Prints what raters said, each in a file that the rating page exported. Raises UserError."""
-    keys, raters = zip(*map(read_ratings, paths), strict=True)
-    if len(set(keys)) > 1:
+    pages, raters = zip(*map(read_ratings, paths), strict=True)
+    if len(set(pages)) > 1:
         raise UserError(f"--ratings {' '.join(paths)}: they are not of one page; give those of one")
     for path, ratings in zip(paths, raters, strict=True):
         said = [row["on"] for row in ratings]
@@ -1261,14 +1261,14 @@ def print_agreement(name, values, raters):
 
 
 def read_ratings(path):
-    """A file that the rating page exported -> the page's key, a row a step. Raises UserError."""
+    """A file that the rating page exported -> its page, and a row a step. Raises UserError."""
     try:
         exported = json.loads(Path(path).read_text())
         for row in exported["ratings"]:
             if row["on"] not in (*VERDICTS, None) or row["helps"] not in (1, 2, 3, 4, 5, None):
                 raise ValueError(f"{row} is no rating")
             row.setdefault("truth")
-        return exported["key"], exported["ratings"]
+        return (exported["key"], len(exported["ratings"])), exported["ratings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as ratings ({error!r}); export them again from "
                         "the page that --rate wrote") from None
@@ -1322,9 +1322,9 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; pad
 button { font: inherit; color: inherit; background: var(--ground); border: 1px solid var(--soft);
   border-radius: .4rem; padding: .3rem .8rem; }
 button[aria-pressed=true] { background: var(--text); color: var(--ground); }
-figure { margin: 0; }
-figcaption span { margin-right: .8rem; border-bottom: 2px solid; }
-svg { display: block; width: 100%; fill: none; stroke-width: 2; overflow: visible; }
+figure { margin: 0; align-self: end; }
+figcaption span { margin-right: .4rem; border-bottom: 2px solid; white-space: nowrap; }
+svg { display: block; width: 100%; fill: none; stroke-width: 2; }
 svg text { fill: var(--soft); font-size: 12px; text-anchor: end; }
 .axis { stroke: var(--line); stroke-width: 1; }
 .band { fill: var(--c0); opacity: .25; }
@@ -1398,7 +1398,7 @@ function pager(show, ...buttons) {
 const CHARTS = [["reward and its parts, a trace", "reward", "format", "grounded", "diversity"],
   ["accuracy with its 95 % interval", "accuracy"], ["zoom calls a trace", "zoom_calls"],
   ["overlong: share of traces", "overlong"], ["sampled tokens a step", "tokens"],
-  ["KL to the SFT model, nats a token", "kl"], ["time, s a step", "seconds"]];
+  ["KL to SFT, nats a token", "kl"], ["time, s a step", "seconds"]];
 const short = value => value.toLocaleString("en", {maximumSignificantDigits: 3});
 
 // The chart of some values of the log's lines, or nothing where the log has none of them.
@@ -1502,7 +1502,8 @@ const showQuestion = item => make("h2", {dir: "auto"}, item.question);
 function report() {
   const log = data.log.split("\n").slice(0, -1).map(
     text => JSON.parse(text.replace(/-?(NaN|Infinity)/g, "null")));
-  const settings = Object.entries(data.settings).filter(([_, value]) => value !== "" && value);
+  const given = ([_, value]) => value !== "" && value !== null;
+  const settings = Object.entries(data.settings).filter(given);
   const folded = (title, part) => make("details", {}, make("summary", {}, title), part);
   main.append(make("div", {class: "grid"}, ...CHARTS.map(names => chart(log, names))),
     make("div", {class: "scroll"}, make("table", {}, ...rows(data.table.slice(0, 1), "th"),

@@ -398,6 +398,7 @@ def test_the_report_in_a_browser(report, browse):
         seen.hovered = lit();
         seen.labels = all(".point").map(part => part.getAttribute("aria-label"));
         seen.table = texts("table:first-of-type td");
+        seen.settings = texts("details tr");
         """)
     assert seen["filters"] == ["all (3)", "right (1)", "wrong (1)", "truncated (1)"]
     assert len(seen["charts"]) == 7
@@ -418,6 +419,8 @@ def test_the_report_in_a_browser(report, browse):
     assert seen["pictures"] == [True] * 4
     assert seen["labels"] == ["point 1 at (11, 56)"] * 2
     assert "0.333" in seen["table"] and "error" not in seen
+    assert {"seed0", "diversity0", "dry_runfalse"} <= set(seen["settings"])    # 0 is a setting too
+    assert "model" not in seen["settings"]
 
 
 def test_a_hostile_page_in_a_browser(browse, tmp_path):
