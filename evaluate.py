@@ -64,14 +64,21 @@ COLOURS = {"red": (190, 50, 50), "green": (50, 170, 70), "blue": (60, 80, 200),
            "yellow": (200, 190, 50), "purple": (150, 50, 180), "cyan": (60, 180, 190)}
 CONTRAST = 36
 LEVELS = {"0": 0.0, "+": 1.0, "-": -1.0, "#": 1.5, ".": -0.5}
-PATTERNS = {               # a block of each, row by row, with a mean of zero
-    "plain": "0000" "0000" "0000" "0000",
-    "horizontal": "++++" "++++" "----" "----",
-    "vertical": "++--" "++--" "++--" "++--",
-    "checked": "++--" "++--" "--++" "--++",
-    "rising": "++--" "+--+" "--++" "-++-",
-    "falling": "+--+" "++--" "-++-" "--++",
-    "dotted": "...." ".##." ".##." "....",
+
+
+def block(drawing):
+    """16 letters, row by row -> (4, 4), what is added to a card's colour, times CONTRAST."""
+    return np.array([LEVELS[letter] for letter in drawing]).reshape(BLOCK, BLOCK)
+
+
+PATTERNS = {               # each has a mean of zero
+    "plain": block("0000" "0000" "0000" "0000"),
+    "horizontal": block("++++" "++++" "----" "----"),
+    "vertical": block("++--" "++--" "++--" "++--"),
+    "checked": block("++--" "++--" "--++" "--++"),
+    "rising": block("++--" "+--+" "--++" "-++-"),
+    "falling": block("+--+" "++--" "-++-" "--++"),
+    "dotted": block("...." ".##." ".##." "...."),
 }
 ANSWERS = tuple(pattern for pattern in PATTERNS if pattern != "plain")
 NOTHING = "nothing"        # said of a crop that shows no candidate
@@ -88,9 +95,8 @@ def draw_background():
 
 
 def draw_card(colour, pattern):
-    block = np.array([LEVELS[level] for level in PATTERNS[pattern]]).reshape(BLOCK, BLOCK, 1)
-    tile = np.tile(block, (CARD // BLOCK, CARD // BLOCK, 1))
-    return (COLOURS[colour] + CONTRAST * tile).astype(np.uint8)
+    tile = np.tile(PATTERNS[pattern], (CARD // BLOCK, CARD // BLOCK))
+    return (COLOURS[colour] + CONTRAST * tile[..., None]).astype(np.uint8)
 
 
 BACKGROUND = draw_background()
@@ -225,6 +231,7 @@ OPTIONS = (re.compile(r"\(([A-Z])\)\s*(.*?)(?=\s*\([A-Z]\)|\n|$)"),    # (A) red
 BOX = re.compile(r"[(\[]\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]")
 NUMBERS = re.compile(r"[(\[]+\s*-?[\d.]+(?:[\s,()\[\]]+-?[\d.]+)+\s*[)\]]+")
 ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S)
+NEVER = "(?!)"    # matches nothing
 # What an answer of a kind shall look like, for rows that do not say it ("Description: the search
 # button"), and how to know the rows that do. The actions are always listed: a web page that is
 # quoted in the question must not be able to suppress that.
@@ -233,9 +240,8 @@ HINTS = {
               "image, between <answer> and </answer>."),
     "choice": (r"<answer>|\b(answer|respond|reply)\b[^.:\n]{0,40}\b(letter|text|option)",
                "The answer is the letter or the text of one of the options."),
-    "action": ("(?!)", "The answer is one of these actions, with numbers and words that fit: "
+    "action": (NEVER, "The answer is one of these actions, with numbers and words that fit: "
                f"{', '.join(USAGE.values())}."),
-    "string": ("", ""),
 }
 
 
@@ -245,7 +251,7 @@ class Unusable(Exception):
 
 def hint_for(kind, text):
     """What an answer of a kind shall look like, or "" where the question's text says so itself."""
-    said, hint = HINTS[kind]
+    said, hint = HINTS.get(kind, (NEVER, ""))
     return "" if re.search(said, text, re.I) else hint
 
 
@@ -320,8 +326,10 @@ CATEGORY = re.compile(r"^(?:val|test)_(\S+)_\d+ |(direct_attributes|relative_pos
 def read_conversation(row):
     """ViGoRL, evaluation and search: the first value is the question, the second its answer."""
     turns = row["conversations"]
-    said = turns["value"] if isinstance(turns, dict) else [turn["value"] for turn in turns]
-    if isinstance(said[0], list):
+    if isinstance(turns, dict):
+        turns = [turns]
+    said = [turn["value"] for turn in turns]
+    if isinstance(said[0], list):                      # {"from": [...], "value": [...]}
         said = said[0]
     text, answer = said[:2]
     found = CATEGORY.search(f"{row.get('id')} {row.get('image')}")
@@ -1637,7 +1645,8 @@ def show_trace(policy, dialogue, config, question, seed):
 
 
 def evaluate_task(policy, dialogue, config):
-    """Evaluates a task with and without the tool; shows a trace, prints a table, writes --json."""
+    """Evaluates a task, with and without the tool; shows its first trace, prints the table, writes
+    --json."""
     if config.task in TOYS:
         questions = questions_of(config, "test", config.n or 512)
     else:
@@ -1653,18 +1662,17 @@ def evaluate_task(policy, dialogue, config):
     if config.json:
         path = Path(config.json).with_suffix(".jsonl")
         answered = read_records(path, settings_of(config, dialogue, len(questions)))
-    if rank() == 0:
-        show_trace(policy, dialogue, config, questions[0], f"evaluation {config.seed} 0")
     run_with = partial(evaluate, policy, questions, seed=config.seed, samples=config.samples,
                        answered=answered, path=path, **config.sampling())
     figures, no_tool = run_with(dialogue, log=print), None
     if config.mode == "zoom" and config.tool:
         no_tool = run_with(replace(dialogue, tool=False), log=partial(print, "without tool:"))
+    if rank() == 0:
+        show_trace(policy, dialogue, config, questions[0], f"evaluation {config.seed} 0")
     print_report(config, figures, no_tool)
     if config.task in TOYS:
-        for zoom_calls in (0, 1, 4):
-            accuracy = random_zoom_accuracy(questions, dialogue, zoom_calls)
-            print(f"random-zoom baseline, {zoom_calls} zoom calls: {accuracy:.3f}")
+        baseline = [f"{random_zoom_accuracy(questions, dialogue, n):.3f}" for n in (0, 1, 4)]
+        print("random-zoom baseline, 0 / 1 / 4 zoom calls:", " / ".join(baseline))
     if config.report and rank() == 0:
         rows = [HEADS, cells(Path(config.task).stem, figures, no_tool)]
         folder = Path(config.model).parent

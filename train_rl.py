@@ -389,55 +389,44 @@ def count_parameters(config):
 
 
 def update_bytes(text, prompt, group, response, width=2):
-    """Bytes of activations at the peak of an update's pass with gradient checkpointing.
+    """Bytes of activations at the peak of an update with gradient checkpointing.
 
     text: the language model's config; prompt, response: tokens; group: responses a prompt; width:
     bytes of a number. One hidden state a layer and token is kept. Then comes the larger of a layer
-    run again (a token has 6 numbers an inner unit of the MLP, 8 a hidden unit, 3 each of queries,
-    keys and values; a response has a copy of its prompt's keys and values), and the logits (3 times
-    in float32, once in `width`, and once more the output matrix's gradient)."""
+    run again (about 6 numbers an inner unit of the MLP and 16 a hidden unit for each token), and
+    the logits (3 times in float32, once in `width`)."""
     hidden, tokens = text.hidden_size, prompt + group * response
-    kv = 2 * hidden // text.num_attention_heads * text.num_key_value_heads
-    kept = (text.num_hidden_layers + 2) * tokens * hidden * width
-    layer = tokens * (width * (6 * text.intermediate_size + 11 * hidden + 3 * kv)
-                      + 16 * hidden * (width < 4))
-    layer += group * (prompt + response) * kv * width
-    logits = min(MAX_LOGITS, group * response * text.vocab_size) * (12 + width)
-    return kept + max(layer, logits + text.vocab_size * hidden * width)
+    kept = (text.num_hidden_layers + 2) * tokens * hidden
+    layer = tokens * (6 * text.intermediate_size + 16 * hidden)
+    logits = min(MAX_LOGITS, group * response * text.vocab_size)
+    return width * kept + max(width * layer, (12 + width) * logits)
 
 
 def memory(config, settings):
     """An estimate of the GPU memory of one of world_size() processes, {what for: GiB}.
 
     config: of the checkpoint; settings: a Config. Weights and gradients have 2 bytes a parameter,
-    AdamW's moments 8; a prompt has an image of --max-pixels and 512 tokens of text."""
+    AdamW's moments 8; a prompt has an image of --max-pixels and 512 tokens of text. A rollout needs
+    all but gradients and activations, an update all but whole weights, keys and values."""
     total, tower = count_parameters(config)
     text, vision, gpus = config.text_config, config.vision_config, world_size()
-    pixels = (vision.patch_size * vision.spatial_merge_size)**2           # of a token
-    image, crop = settings.max_pixels // pixels, settings.crop_size**2 // pixels
-    if settings.mode != "zoom":
-        crop = 0
     trained = total if settings.train_vision else total - tower
-    longest = image + 512 + settings.group * settings.response_tokens     # tokens of a group
-    kv = 2 * text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-    images = settings.questions / gpus * (image + settings.group * settings.max_crops * crop)
-    parts = {
+    token_pixels = (vision.patch_size * vision.spatial_merge_size)**2
+    prompt = settings.max_pixels // token_pixels + 512
+    longest = prompt + settings.group * settings.response_tokens          # tokens of a group
+    column = 2 * text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    found = {
         "weights": 2 * total / gpus,
-        "reference model": 2 * total / gpus if settings.kl else 0,
+        "reference model": 2 * total / gpus * (settings.kl > 0),
         "AdamW's moments": 8 * trained / gpus,
-        "image features": 2 * images * text.hidden_size,
-        "rollout: whole weights": 2 * trained if gpus > 1 else 0,
+        "rollout: whole weights": 2 * trained * (gpus > 1),
         "rollout: keys and values":
-            2 * max(settings.cache_tokens, longest) * kv * text.num_hidden_layers,
+            2 * max(settings.cache_tokens, longest) * column * text.num_hidden_layers,
         "update: gradients": 2 * trained / gpus,
         "update: activations":
-            update_bytes(text, image + 512, settings.group, settings.response_tokens),
+            update_bytes(text, prompt, settings.group, settings.response_tokens),
     }
-    for phase in ("rollout", "update"):
-        other = "update" if phase == "rollout" else "rollout"
-        parts[f"peak of the {phase}"] = sum(n for name, n in parts.items()
-                                            if not name.startswith((other, "peak")))
-    return {name: n / 2**30 for name, n in parts.items()}
+    return {name: n / 2**30 for name, n in found.items()}
 
 
 def print_memory(settings):
@@ -445,8 +434,12 @@ def print_memory(settings):
     if not settings.model or not settings.max_pixels:
         raise UserError("--dry-run needs --model and --max-pixels; the tiny base fits anywhere")
     print(f"estimated GiB on each of {world_size()} GPU(s), weights in bfloat16:")
-    for name, gib in memory(read_config(settings.model), settings).items():
+    parts = memory(read_config(settings.model), settings)
+    for name, gib in parts.items():
         print(f"  {name:<24}  {gib:8.2f}")
+    for phase, other in (("rollout", "update"), ("update", "rollout")):
+        peak = sum(gib for name, gib in parts.items() if not name.startswith(other))
+        print(f"  peak of the {phase:<12}  {peak:8.2f}")
 
 
 # ------------------------------------------------------------------------------------------ the job
