@@ -1,17 +1,20 @@
-"""The policy: load, encode, sample, score, save. It knows tokens and images, and nothing about the task.
+"""The policy: load, encode, sample, score, save. It knows tokens and images, and nothing of tasks.
 
-In:  a Hugging Face folder or hub id of the Qwen2.5-VL family, and dialogues made of text and PIL images.
-Out: `Sequence`s of sampled tokens with their log-probabilities, log-probabilities with gradients, checkpoints.
+In:  a Hugging Face folder or hub id of the Qwen2.5-VL family, and dialogues of text and PIL images.
+Out: `Sequence`s of sampled tokens with their log-probabilities, log-probabilities with gradients,
+     checkpoints.
 
-A GRPO group is one prompt with G continuations, and it is computed as that: image and prompt are run once, the G
-continuations attend to them. The forward pass is Hugging Face's own; ours is only the attention, in three layouts:
+A GRPO group is one prompt with G continuations, and it is computed as that: image and prompt are
+run once, the G continuations attend to them. The forward pass is Hugging Face's own; ours is only
+the attention, in three layouts:
 
-    read      chunks of tokens, each of its own place: prompts (one copy of their K/V a group), or observations of some rows
+    read      chunks of tokens: prompts (one copy of their K/V a group), observations of some rows
     decode    one token of each row, which sees [prompt K/V | own K/V]
     train     [prompt | response 1 | ... | response G]: each response sees the prompt and itself
 
-Where it departs from common practice: vision tokens and unused vocabulary rows are forbidden in sampling *and* in every
-log-softmax, so an image token in a sequence is always one that we placed; and positions are always given explicitly.
+Departures from common practice: vision tokens and unused rows of the vocabulary are forbidden in
+sampling and in every log-softmax, so an image token in a sequence is always one that we placed;
+positions are always given explicitly.
 """
 import json
 import math
@@ -19,44 +22,61 @@ import os
 import random
 import re
 import shutil
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby, pairwise
+from functools import lru_cache, partial
+from itertools import groupby, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, logging
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+    smart_resize,
+)
 from transformers.utils import cached_file
 
 logging.disable_progress_bar()
 
-MAX_LOGITS = 2**26          # floats in the largest (tokens, vocabulary) tensor that is ever made: 256 MiB
+# Of a GPU. Lengths change all the time: less memory is lost between blocks that can grow; and cuDNN
+# would first plan the attention of every new length, for a tenth of a second or more.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+MAX_LOGITS = 2**26          # floats in the largest (tokens, vocabulary) tensor: 256 MiB
 MAX_VISION_PATCHES = 2**16  # patches in one pass of the vision tower
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line: what is wrong, where, and how to mend it."""
+    """A mistake of the user's, told in one line: what is wrong, where, and how to repair it."""
 
 
 @dataclass(eq=False)
 class Picture:
     """An image as the model sees it.
 
-    image: RGB, of the size that is seen; grid (t, h, w) in patches; tokens: how many stand for it;
-    features (tokens, hidden), kept only while the vision tower is frozen. Pixels are kept as bytes:
-    as what the tower gets, floats and each of them twice, they would take eight times as much."""
-    image: Image.Image
+    image: RGB, of the model input's size; grid (t, h, w) in patches; tokens: how many stand for it.
+    While the vision tower is frozen, its features (tokens, hidden) are kept, and then the image is
+    dropped. Pixels are kept as bytes: what the tower gets, floats and each twice, is eight times as
+    large."""
+    image: Image.Image | None
     grid: tuple[int, int, int]
     tokens: int
     features: torch.Tensor | None = None
@@ -71,9 +91,12 @@ class Chunk:
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt and what follows it. `sampled[i]` says whether the policy sampled `ids[i]`: it is known by construction, and
-    exactly these tokens are trained on. `log_probs[i]` is the log-probability of sampling it (0.0 where it was injected).
-    rng: its own random numbers: what is sampled does not depend on what runs beside it. Greedy decoding needs none."""
+    """A prompt and what follows it.
+
+    sampled[i]: whether the policy sampled ids[i]; it is known by construction, and exactly these
+    tokens are trained on. log_probs[i]: the log-probability of sampling it (0.0 where it was
+    injected). rng: its own random numbers, so what is sampled does not depend on what runs beside
+    it; greedy decoding needs none."""
     prompt: Chunk
     ids: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
@@ -89,275 +112,70 @@ class Sequence:
         return self
 
 
-# ------------------------------------------------------------------------------------------------ the policy
+# ------------------------------------------------------------------------------------ load and save
 
-class Policy:
-    """Model, tokenizer and image processor of one checkpoint, and the few numbers that depend on them."""
+def load(path, *, max_pixels=None, min_pixels=None, max_image_side=None, dtype=None, device=None):
+    """Loads a checkpoint folder or hub id of the Qwen2.5-VL family. -> Policy
 
-    def __init__(self, model, tokenizer, image_processor, max_image_side=None):
-        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
-        self.max_image_side = max_image_side         # px, of the model input; None: any
-        config = model.config
-        self.text_config = config.text_config
-        self.image_token = config.image_token_id
-        self.factor = config.vision_config.patch_size * config.vision_config.spatial_merge_size   # px a token, each side
-        ends = model.generation_config.eos_token_id
-        self.end_tokens = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        vision = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
-        forbidden = torch.zeros(self.text_config.vocab_size, dtype=torch.bool)
-        forbidden[len(tokenizer):] = True            # rows of the matrix that stand for no token
-        forbidden[[t for t in vision if t is not None and t < len(forbidden)]] = True
-        self.forbidden = forbidden.to(model.device)
-        self.train_vision = False
-        self.within = lambda function: function()    # of a sharded model: with the weights gathered, see `rollout.shard`
-        self._offsets, self._encoded, self._rendered = {}, {}, {}   # what recurs: positions, tokens, chat templates
+    max_pixels, min_pixels: bounds of the model input's area (px), instead of the checkpoint's own.
+    max_image_side: of its longest side (px). dtype: bfloat16 on a GPU and float32 on a CPU, if not
+    given. Raises UserError where it is no such checkpoint."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    config = read_config(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        template = cached_file(path, "chat_template.json",
+                               _raise_exceptions_for_missing_entries=False)
+        if template:                # of older checkpoints; it counts more than the tokenizer's own
+            tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
+        processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    except Exception as error:      # of many kinds, for a missing, foreign or truncated file alike
+        raise not_a_checkpoint(truncated_file(path), error) from error
+    mismatched = {name for name, *_ in report["mismatched_keys"]}
+    if missing := sorted(report["missing_keys"] | mismatched):      # they would stay random
+        raise UserError(f"{path}: {len(missing)} weights are missing or of another size than "
+                        f"config.json says, the first is {missing[0]}; get all its files again")
+    if len(tokenizer) <= config.image_token_id or not tokenizer.chat_template:
+        raise UserError(f"{path}: its tokenizer ({len(tokenizer)} tokens) or its chat template is "
+                        "missing; put tokenizer.json, tokenizer_config.json and chat_template.json "
+                        "of that model beside its config.json")
+    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+    processor.size = {"shortest_edge": min_pixels or least, "longest_edge": max_pixels or most}
+    model.model.language_model.config._attn_implementation = "layout"
+    model.model.visual.config._attn_implementation = "flash_by_length"
+    return Policy(model.to(device).eval(), tokenizer, processor, max_image_side)
 
-    @property
-    def device(self):
-        return self.model.device
 
-    def trainable(self):
-        """The parameters that training changes: all, or all but the vision tower's."""
-        return [p for n, p in self.model.named_parameters() if self.train_vision or ".visual." not in n]
+def read_config(path):
+    """The config of a checkpoint folder or hub id; no weights are read. Raises UserError."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:      # of many kinds, for a missing or foreign folder alike
+        raise not_a_checkpoint(path, error) from error
+    if config.model_type != "qwen2_5_vl":
+        raise UserError(f"{path}: model type '{config.model_type}' is not Qwen2.5-VL's; give a "
+                        "checkpoint of that family")
+    return config
 
-    # -------------------------------------------------------------------------------------------- encoding
 
-    def encode(self, text):
-        if text not in self._encoded:
-            self._encoded = self._encoded if len(self._encoded) < 50_000 else {}
-            self._encoded[text] = self.tokenizer.encode(text, add_special_tokens=False)
-        return list(self._encoded[text])
+def not_a_checkpoint(path, error):
+    why = (str(error).strip() or repr(error)).splitlines()[0]
+    return UserError(f"{path}: cannot be loaded as a checkpoint ({why}); give a folder with "
+                     "config.json, complete weights and tokenizer, or a hub id")
 
-    def decode(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def input_size(self, width, height, rounded=True):
-        """(width, height) in px of the model input made of an image of this size.
-
-        rounded False: before the sides are rounded to whole tokens."""
-        size = self.image_processor.size
-        scale = min(1, (self.max_image_side or math.inf) / max(width, height))
-        width, height = max(1, round(width * scale)), max(1, round(height * scale))
-        if not rounded:
-            scale = min(1, math.sqrt(size["longest_edge"] / (width * height)))
-            return int(width * scale), int(height * scale)
+def truncated_file(path):
+    """The first weights file of a folder whose header cannot be read, or else the folder."""
+    for file in sorted(Path(path).glob("*.safetensors")):
         try:
-            h, w = smart_resize(height, width, self.factor, size["shortest_edge"], size["longest_edge"])
-        except ValueError as error:
-            raise UserError(f"an image of {width}x{height} px cannot be encoded: {error}") from None
-        return w, h
-
-    def picture(self, image):
-        """PIL image -> Picture. Transparency is ignored."""
-        size = self.input_size(*image.size)
-        image = image.convert("RGB").resize(size, self.image_processor.resample)
-        columns, rows = (side // self.image_processor.patch_size for side in size)
-        tokens = columns * rows // self.image_processor.merge_size**2
-        return Picture(image, (1, rows, columns), tokens)
-
-    def pixel_values(self, pictures):
-        """What the vision tower gets of some pictures: their patches, in the pictures' order,
-        (patches, channels * 2 * patch * patch) float32.
-
-        The image processor would loop over a list. But its patches run from top to bottom, so it is
-        given one tall image of neighbours that are equally wide: the patches are the same."""
-        found = []
-        for width, same in groupby(pictures, lambda picture: picture.image.width):
-            images = [picture.image for picture in same]
-            tall, top = Image.new("RGB", (width, sum(image.height for image in images))), 0
-            for image in images:
-                tall.paste(image, (0, top))
-                top += image.height
-            out = self.image_processor(images=[tall], do_resize=False, return_tensors="pt")
-            found.append(out["pixel_values"])
-        return torch.cat(found)
-
-    def chunk(self, text, images=()):
-        """Text in which every "<|image_pad|>" stands for one of `images` (PIL or Picture) -> Chunk."""
-        pictures = [image if isinstance(image, Picture) else self.picture(image) for image in images]
-        pad = self.tokenizer.convert_ids_to_tokens(self.image_token)
-        first, *rest = text.split(pad)
-        if len(rest) != len(pictures):
-            raise ValueError(f"{len(rest)} image places in the text, {len(pictures)} images")
-        ids = self.encode(first)
-        for picture, piece in zip(pictures, rest):
-            ids += [self.image_token] * picture.tokens + self.encode(piece)
-        return Chunk(ids, pictures)
-
-    def prompt(self, messages, images=()):
-        """Chat messages -> the Chunk after which the assistant speaks. Content: text, or a list of {"type": "image"} and
-        {"type": "text", "text": ...}; `images` in the order of their places."""
-        return self.chunk(self.render(messages), images)
-
-    def render(self, messages):
-        key = json.dumps(messages)
-        if key not in self._rendered:
-            self._rendered = self._rendered if len(self._rendered) < 10_000 else {}
-            self._rendered[key] = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self._rendered[key]
-
-    def reply(self, content, images=()):
-        """A user turn between an end token of the assistant's and its next turn, as a Chunk."""
-        before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\0"}]
-        text = self.render([*before, {"role": "user", "content": content}]).partition("\0")[2]
-        return self.chunk(text.removeprefix(self.tokenizer.eos_token), images)
-
-    def default_system_message(self):
-        """What the chat template says where a dialogue has no system message; "" for nothing, or for
-        the sentence of the Qwen models that says nothing of a task."""
-        text = self.render([{"role": "user", "content": "?"}])
-        found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", text, re.S)
-        message = found[1].strip() if found else ""
-        return "" if message == "You are a helpful assistant." else message
-
-    def clean(self, text):
-        """Text of unknown origin, with the tokenizer's special tokens broken up, so that it cannot speak as the chat itself.
-        Half characters, which no tokenizer takes, become question marks."""
-        for token in self.tokenizer.added_tokens_decoder.values():      # `all_special_tokens` lacks some, <|im_start|> for one
-            if token.special:
-                text = text.replace(token.content, token.content.replace("|", " "))
-        return text.encode(errors="replace").decode()
-
-    # -------------------------------------------------------------------------------------------- embedding
-
-    def features(self, pictures):
-        """Vision features of several pictures, each (tokens, hidden). With the vision tower frozen
-        they are computed once and kept in the picture.
-
-        Those of one size are given to the tower as the frames of one film: it encodes each frame by
-        itself, and works out positions and windows once for all of them."""
-        found = {}
-        once = {id(p): p for p in pictures if p.features is None}.values()
-        todo = sorted(once, key=lambda p: p.grid)
-        while todo:
-            ends = torch.tensor([math.prod(p.grid) for p in todo]).cumsum(0)
-            n = max(1, int((ends <= MAX_VISION_PATCHES).sum()))
-            part, todo = todo[:n], todo[n:]
-            pixels = self.pixel_values(part).to(self.device, self.model.dtype)
-            grids = [(len(list(same)), *size) for (_, *size), same in groupby(p.grid for p in part)]
-            grids = torch.tensor(grids, device=self.device)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_vision):
-                out = self.model.model.get_image_features(pixels, grids).pooler_output
-            parts = torch.cat(out).split([p.tokens for p in part])
-            for picture, features in zip(part, parts):
-                found[id(picture)] = features
-                if not self.train_vision:
-                    picture.features = features
-        return [p.features if p.features is not None else found[id(p)] for p in pictures]
-
-    def embed(self, ids, pictures):
-        """Token ids (list, N) and the pictures of their image tokens -> embeddings (N, hidden)."""
-        ids = torch.tensor(ids, device=self.device)
-        x = self.model.model.language_model.embed_tokens(ids)                            # (N, hidden)
-        if pictures:
-            where = (ids == self.image_token).nonzero()[:, 0]
-            x = x.index_put((where,), torch.cat(self.features(pictures)).to(x.dtype))
-        return x
-
-    def positions(self, ids, pictures, start=0):
-        """m-RoPE positions (3, N) of a chunk that starts at position `start`, and the position after it."""
-        if not pictures:
-            return torch.arange(start, start + len(ids)).expand(3, -1), start + len(ids)
-        key = (len(ids), ids.index(self.image_token), *(p.grid for p in pictures)) if len(pictures) == 1 else None
-        offsets = self._offsets.get(key)
-        if offsets is None:
-            tensor = torch.tensor([ids])
-            offsets = self.model.model.get_rope_index(tensor, mm_token_type_ids=(tensor == self.image_token).int(),
-                                                      image_grid_thw=torch.tensor([p.grid for p in pictures]))[0][:, 0]
-            if key and len(self._offsets) < 10_000:
-                self._offsets[key] = offsets
-        return offsets + start, start + int(offsets.max()) + 1
-
-    # -------------------------------------------------------------------------------------------- running
-
-    def hidden(self, x, positions, layout):
-        """Embeddings (B, L, hidden) at positions (3, B, L) through the language model, attending as `layout` says."""
-        masks = {"full_attention": None, "sliding_attention": None}   # the layout is the mask
-        return self.model.model.language_model(inputs_embeds=x, position_ids=positions.to(self.device), attention_mask=masks,
-                                               use_cache=False, layout=layout).last_hidden_state
-
-    def log_softmax(self, hidden, temperature=1.0):
-        """Hidden states (N, hidden) -> log-probabilities (N, vocabulary), float32, of the distribution sampled from."""
-        logits = self.model.lm_head(hidden).float()
-        return torch.log_softmax(logits.masked_fill(self.forbidden, -torch.inf) / temperature, -1)
-
-    def choose(self, hidden, rngs, temperature=1.0, top_p=1.0):
-        """Samples a token from each of N hidden states (N, hidden), by the next number of each of N random rngs.
-
-        temperature 0: the likeliest token, and no number is drawn. -> N tokens, N log-probabilities, as lists"""
-        log_probs = self.log_softmax(hidden, temperature or 1.0)                         # (N, vocabulary)
-        if top_p < 1:
-            log_probs = nucleus(log_probs, top_p)
-        if temperature == 0:
-            tokens = log_probs.argmax(-1, keepdim=True)
-        else:
-            tokens = invert(log_probs, [rng.getrandbits(32) / 2**32 for rng in rngs])
-        return tokens[:, 0].tolist(), log_probs.gather(1, tokens)[:, 0].tolist()
-
-    def token_log_probs(self, hidden, targets, temperature):
-        """log-probabilities (N,) of `targets` (N,), never holding more than MAX_LOGITS logits at a time."""
-        def chunk(h, t):
-            return self.log_softmax(h, temperature).gather(1, t[:, None])[:, 0]
-        size = max(1, MAX_LOGITS // self.text_config.vocab_size)
-        if len(targets) <= size:
-            return chunk(hidden, targets)
-        return torch.cat([checkpoint(chunk, h, t, use_reentrant=False)
-                          for h, t in zip(hidden.split(size), targets.split(size))])
-
-    def log_probs(self, groups, temperature=1.0):
-        """Log-probabilities, with gradients, of every sampled token of some groups: each prompt is run once.
-
-        groups: lists of Sequences, those of a list sharing one prompt. -> (N,), ordered by group, sequence and token."""
-        return self.within(lambda: self._log_probs(groups, temperature).clone())     # FSDP wants no view
-
-    def _log_probs(self, groups, temperature):
-        ids, pictures, positions, sizes, source, target = [], [], [], [], [], []
-        for group in groups:
-            prompt = group[0].prompt
-            start, prompt_length = len(ids), len(prompt.ids)
-            place, after = self.positions(prompt.ids, prompt.pictures)
-            ids += prompt.ids
-            pictures += prompt.pictures
-            positions.append(place)
-            for sequence in group:
-                first = len(ids)
-                for i, sampled in enumerate(sequence.sampled):
-                    if sampled:            # predicted by the token before it, the first by the prompt's last
-                        source.append(first + i - 1 if i else start + prompt_length - 1)
-                        target.append(first + i)
-                positions.append(self.positions(sequence.ids, sequence.pictures, after)[0])
-                ids += sequence.ids
-                pictures += sequence.pictures
-            sizes.append((prompt_length, [len(s.ids) for s in group]))
-        x = self.embed(ids, pictures)[None]                                                # (1, N, hidden)
-        hidden = self.hidden(x, torch.cat(positions, 1)[:, None], TrainLayout(sizes))[0]   # (N, hidden)
-        targets = torch.tensor(ids, device=self.device)[target]
-        return self.token_log_probs(hidden[source], targets, temperature)
-
-    def save(self, folder, **notes):
-        """Writes a Hugging Face checkpoint folder, whole or not at all. notes: what else is kept in
-        it, each as NAME.json. Where there are several processes, all have to call it, and the first
-        one writes."""
-        folder, state = Path(folder), self.model.state_dict(keep_vars=True)
-        first, gathered = not dist.is_initialized() or dist.get_rank() == 0, {}
-        for x in state.values():                        # one at a time, and tied ones once
-            full = full_tensor(x.detach())
-            gathered[id(x)] = full.cpu() if first else None
-        if not first:
-            return
-        part = folder.with_name(folder.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        self.model.save_pretrained(part, state_dict={name: gathered[id(x)] for name, x in state.items()})
-        self.tokenizer.save_pretrained(part)
-        self.image_processor.save_pretrained(part)
-        for name, note in notes.items():
-            (part / f"{name}.json").write_text(json.dumps(note, indent=1) + "\n")
-        move_into_place(part, folder)
-
-
-def full_tensor(x):
-    """A tensor that is shared out over processes, gathered (all have to call it); anything else as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+            load_state_dict(file, map_location="meta")
+        except Exception:
+            return file
+    return path
 
 
 def move_into_place(part, final):
@@ -373,258 +191,514 @@ def move_into_place(part, final):
 
 
 def write_text(path, text):
-    """Writes a file whole or not at all."""
+    """Writes a file completely or not at all."""
     part = Path(f"{path}.part")
     part.write_text(text)
     move_into_place(part, Path(path))
 
 
-def read_config(path):
-    """The config of a checkpoint folder or hub id; no weights are read. Raises UserError where it is not Qwen2.5-VL's."""
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except Exception as error:                  # of many kinds, for a missing or foreign folder alike
-        why = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{path}: cannot be loaded as a checkpoint ({why}); "
-                        "give a folder with config.json, whole weights and tokenizer, or a hub id") from error
-    if config.model_type != "qwen2_5_vl":
-        raise UserError(f"{path}: model type '{config.model_type}' is not Qwen2.5-VL's; give a checkpoint of that family")
-    return config
+# --------------------------------------------------------------------------------------- the policy
 
+class Policy:
+    """Model, tokenizer and image processor of a checkpoint, and the few numbers they imply."""
 
-def load(path, *, max_pixels=None, min_pixels=None, max_image_side=None, dtype=None, device=None):
-    """Loads a checkpoint folder or hub id of the Qwen2.5-VL family.
+    def __init__(self, model, tokenizer, image_processor, max_image_side=None):
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.max_image_side = max_image_side         # px, of the model input; None: any
+        self.train_vision = False
+        config = model.config
+        self.text_config = config.text_config
+        self.image_token = config.image_token_id
+        self.merge = config.vision_config.spatial_merge_size         # patches a token, each side
+        self.factor = config.vision_config.patch_size * self.merge   # px a token, each side
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.end_tokens = {tokenizer.eos_token_id, *ends} - {None}
+        forbidden = torch.zeros(self.text_config.vocab_size, dtype=torch.bool)
+        forbidden[len(tokenizer):] = True            # rows of the matrix that stand for no token
+        for name in ("image", "video", "vision_start", "vision_end"):
+            token = getattr(config, f"{name}_token_id")
+            if token is not None and token < len(forbidden):
+                forbidden[token] = True
+        self.forbidden = forbidden.to(model.device)
+        self.cached_encode = lru_cache(50_000)(self.tokenize)
+        self.cached_render = lru_cache(10_000)(self.apply_template)
 
-    max_pixels, min_pixels: bounds of the area that the model sees (px), instead of the checkpoint's own.
-    dtype: default bfloat16 on a GPU and float32 on a CPU. Raises UserError where it is no such model."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-    try:
-        config = read_config(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        template = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
-        if template:                             # where older checkpoints have it, beside another in the tokenizer's files
-            tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
-        processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        model, found = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=None, output_loading_info=True,
-                                                                   ignore_mismatched_sizes=True)
-    except UserError:
-        raise
-    except Exception as error:   # Hugging Face raises many kinds here, for a missing, foreign or truncated checkpoint alike
-        why = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{cut_off(path)}: cannot be loaded as a checkpoint ({why}); "
-                        "give a folder with config.json, whole weights and tokenizer, or a hub id") from error
-    if lacking := sorted(found["missing_keys"] | {key for key, *_ in found["mismatched_keys"]}):    # they would stay random
-        raise UserError(f"{path}: {len(lacking)} weights are missing or of another size than config.json says, the first is "
-                        f"{lacking[0]}; get the whole checkpoint again")
-    if len(tokenizer) <= config.image_token_id or not tokenizer.chat_template:      # nor does it mind an empty tokenizer
-        raise UserError(f"{path}: its tokenizer ({len(tokenizer)} tokens) or its chat template is missing; put tokenizer.json, "
-                        "tokenizer_config.json and chat_template.json of that model beside its config.json")
-    size = dict(processor.size)
-    processor.size = {"shortest_edge": min_pixels or size["shortest_edge"], "longest_edge": max_pixels or size["longest_edge"]}
-    model.model.language_model.config._attn_implementation = "layout"
-    return Policy(model.to(device).eval(), tokenizer, processor, max_image_side)
+    @property
+    def device(self):
+        return self.model.device
 
+    def trainable(self):
+        """The parameters that training changes: all, or all but the vision tower's."""
+        return [parameter for name, parameter in self.model.named_parameters()
+                if self.train_vision or ".visual." not in name]
 
-def cut_off(path):
-    """The first weights file of a folder that is not whole, or the folder."""
-    for file in sorted(Path(path).glob("*.safetensors")):
+    def save(self, folder, **notes):
+        """Writes a Hugging Face checkpoint folder, completely or not at all. notes: what else is
+        kept in it, each as NAME.json. All processes have to call it; the first one writes."""
+        folder, state = Path(folder), self.model.state_dict(keep_vars=True)
+        gathered = {}
+        for weight in state.values():                # one at a time, and tied ones once
+            full = full_tensor(weight.detach())
+            gathered[id(weight)] = full.cpu() if rank() == 0 else None
+        if rank():
+            return
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        state = {name: gathered[id(weight)] for name, weight in state.items()}
+        self.model.save_pretrained(part, state_dict=state)
+        self.tokenizer.save_pretrained(part)
+        self.image_processor.save_pretrained(part)
+        for name, note in notes.items():
+            (part / f"{name}.json").write_text(json.dumps(note, indent=1) + "\n")
+        move_into_place(part, folder)
+
+    # -------------------------------------------------------------------- text and images to tokens
+
+    def encode(self, text):
+        return list(self.cached_encode(text))
+
+    def tokenize(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False,
+                                     clean_up_tokenization_spaces=False)
+
+    def input_size(self, width, height, rounded=True):
+        """(width, height) in px of the model input made of an image of this size.
+
+        rounded False: before the sides are rounded to whole tokens."""
+        size = self.image_processor.size
+        scale = min(1, (self.max_image_side or math.inf) / max(width, height))
+        width, height = max(1, round(width * scale)), max(1, round(height * scale))
+        if not rounded:
+            scale = min(1, math.sqrt(size["longest_edge"] / (width * height)))
+            return int(width * scale), int(height * scale)
         try:
-            load_state_dict(file, map_location="meta")          # reads its header
-        except Exception:
-            return file
-    return path
+            height, width = smart_resize(height, width, self.factor, size["shortest_edge"],
+                                         size["longest_edge"])
+        except ValueError as error:
+            raise UserError(f"an image of {width}x{height} px cannot be encoded: {error}") from None
+        return width, height
+
+    def picture(self, image):
+        """PIL image -> Picture. Transparency is ignored."""
+        size = self.input_size(*image.size)
+        image = image.convert("RGB").resize(size, self.image_processor.resample)
+        columns, rows = (side // self.image_processor.patch_size for side in size)
+        return Picture(image, (1, rows, columns), rows * columns // self.merge**2)
+
+    def chunk(self, text, images=()):
+        """Text in which every "<|image_pad|>" stands for one of `images` (PIL or Picture)."""
+        first, *rest = text.split(self.tokenizer.convert_ids_to_tokens(self.image_token))
+        if len(rest) != len(images):
+            raise ValueError(f"{len(rest)} image places in the text, {len(images)} images")
+        chunk = Chunk(self.encode(first))
+        for image, text_behind in zip(images, rest, strict=True):
+            picture = image if isinstance(image, Picture) else self.picture(image)
+            chunk.pictures.append(picture)
+            chunk.ids += [self.image_token] * picture.tokens + self.encode(text_behind)
+        return chunk
+
+    def render(self, messages):
+        """Chat messages -> text, by the chat template, up to where the assistant speaks."""
+        return self.cached_render(json.dumps(messages))
+
+    def apply_template(self, messages):
+        return self.tokenizer.apply_chat_template(json.loads(messages), tokenize=False,
+                                                  add_generation_prompt=True)
+
+    def prompt(self, messages, images=()):
+        """Chat messages -> the Chunk after which the assistant speaks.
+
+        Content: text, or a list of {"type": "image"} and {"type": "text", "text": ...}; `images` in
+        the order of their places."""
+        return self.chunk(self.render(messages), images)
+
+    def reply(self, content, images=()):
+        """A user turn between an end token of the assistant's and its next turn, as a Chunk."""
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\0"},
+                    {"role": "user", "content": content}]
+        text = self.render(messages).partition("\0")[2]
+        return self.chunk(text.removeprefix(self.tokenizer.eos_token), images)
+
+    def default_system_message(self):
+        """The system message that the chat template adds where a dialogue has none. "": nothing, or
+        the Qwen models' sentence, which says nothing of a task."""
+        text = self.render([{"role": "user", "content": "?"}])
+        system = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", text, re.S)
+        message = system[1].strip() if system else ""
+        return "" if message == "You are a helpful assistant." else message
+
+    def clean(self, text):
+        """Text of unknown origin, with special tokens broken up, so that it cannot speak as the
+        chat itself. Half characters, which no tokenizer takes, become question marks."""
+        for token in self.tokenizer.added_tokens_decoder.values():   # all_special_tokens lacks some
+            if token.special:
+                text = text.replace(token.content, token.content.replace("|", " "))
+        return text.encode(errors="replace").decode()
+
+    # ----------------------------------------------------------- tokens to embeddings and positions
+
+    def pixel_values(self, pictures):
+        """What the vision tower gets of some pictures: their patches, in the pictures' order,
+        (patches, channels * 2 * patch * patch) float32.
+
+        The image processor would loop over a list. Its patches run from top to bottom, so
+        neighbours of equal width are given to it as one tall image: the patches are the same."""
+        values = []
+        for width, neighbours in groupby(pictures, lambda picture: picture.image.width):
+            images = [picture.image for picture in neighbours]
+            tall, top = Image.new("RGB", (width, sum(image.height for image in images))), 0
+            for image in images:
+                tall.paste(image, (0, top))
+                top += image.height
+            out = self.image_processor(images=[tall], do_resize=False, return_tensors="pt")
+            values.append(out["pixel_values"])
+        return torch.cat(values)
+
+    def features(self, pictures):
+        """Vision features of several pictures, each (tokens, hidden). With the vision tower frozen
+        they are computed once and kept in the picture."""
+        new = [picture for picture in dict.fromkeys(pictures) if picture.features is None]
+        new.sort(key=lambda picture: picture.grid)
+        features = {}
+        for part in split_by_size(new, lambda picture: math.prod(picture.grid), MAX_VISION_PATCHES):
+            features |= zip(part, self.run_vision_tower(part), strict=True)
+        if not self.train_vision:
+            for picture in new:
+                picture.features, picture.image = features[picture], None
+        return [features.get(picture, picture.features) for picture in pictures]
+
+    def run_vision_tower(self, pictures):
+        """Pictures in the order of their sizes -> features, each (tokens, hidden).
+
+        Those of one size are given to it as the frames of one film: it encodes each frame by
+        itself, and works out positions and windows once for all of them."""
+        pixels = self.pixel_values(pictures).to(self.device, self.model.dtype)
+        grids = [(len(list(same)), height, width)
+                 for (_, height, width), same in groupby(picture.grid for picture in pictures)]
+        grids = torch.tensor(grids, device=self.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_vision):
+            out = self.model.model.get_image_features(pixels, grids).pooler_output
+        return torch.cat(out).split([picture.tokens for picture in pictures])
+
+    def embed(self, ids, pictures):
+        """Token ids (list, N) and the pictures of their image tokens -> embeddings (N, hidden)."""
+        ids = torch.tensor(ids, device=self.device)
+        x = self.model.model.language_model.embed_tokens(ids)                    # (N, hidden)
+        if pictures:
+            places = (ids == self.image_token).nonzero()[:, 0]
+            x = x.index_put((places,), torch.cat(self.features(pictures)).to(x.dtype))
+        return x
+
+    def positions(self, ids, pictures, start=0):
+        """m-RoPE positions (3, N) of a chunk that starts at position `start`, and the one after it.
+
+        Text counts on in all three rows. An image stands at one time; its tokens count down and
+        across from there, and the text behind it goes on after its longer side."""
+        parts, end = [], 0                                   # tokens that have positions
+        for picture in pictures:
+            first = ids.index(self.image_token, end)
+            origin = start + first - end
+            _, height, width = (side // self.merge for side in picture.grid)     # in tokens
+            grid = [torch.arange(side) for side in (1, height, width)]
+            parts.append(torch.arange(start, origin).expand(3, -1))
+            parts.append(torch.cartesian_prod(*grid).T + origin)                 # (3, tokens)
+            start = origin + max(height, width)
+            end = first + picture.tokens
+        after = start + len(ids) - end
+        parts.append(torch.arange(start, after).expand(3, -1))
+        return torch.cat(parts, 1), after
+
+    # ------------------------------------------------------------- hidden states, log-probabilities
+
+    def hidden(self, x, positions, layout):
+        """Embeddings (B, L, hidden) at positions (3, B, L) through the language model -> (B, L,
+        hidden). layout: what attends to what."""
+        masks = {"full_attention": None, "sliding_attention": None}      # the layout is the mask
+        out = self.model.model.language_model(
+            inputs_embeds=x, position_ids=positions.to(self.device), attention_mask=masks,
+            use_cache=False, layout=layout)
+        return out.last_hidden_state
+
+    def hidden_of(self, batch, layout):
+        """A PackedBatch of N tokens -> (N, hidden)."""
+        x = self.embed(batch.ids, batch.pictures)[None]                          # (1, N, hidden)
+        positions = torch.cat(batch.positions, 1)[:, None]                       # (3, 1, N)
+        return self.hidden(x, positions, layout)[0]
+
+    def log_softmax(self, hidden, temperature=1.0):
+        """Hidden states (N, hidden) -> log-probabilities (N, vocabulary) of the distribution that
+        is sampled from, float32."""
+        logits = self.model.lm_head(hidden).float()
+        return torch.log_softmax(logits.masked_fill(self.forbidden, -torch.inf) / temperature, -1)
+
+    def choose(self, hidden, rngs, temperature=1.0, top_p=1.0):
+        """Samples a token from each of N hidden states (N, hidden), by the next number of each of N
+        random rngs. -> N tokens, N log-probabilities, as lists
+
+        temperature 0: the likeliest token, and no number is drawn."""
+        log_probs = self.log_softmax(hidden, temperature or 1.0)                 # (N, vocabulary)
+        if top_p < 1:
+            log_probs = nucleus(log_probs, top_p)
+        if temperature == 0:
+            tokens = log_probs.argmax(-1, keepdim=True)                          # (N, 1)
+        else:
+            tokens = invert(log_probs, [rng.getrandbits(32) / 2**32 for rng in rngs])
+        return tokens[:, 0].tolist(), log_probs.gather(1, tokens)[:, 0].tolist()
+
+    def token_log_probs(self, hidden, targets, temperature):
+        """Log-probabilities (N,) of `targets` (N,) after hidden states (N, hidden), with MAX_LOGITS
+        logits in memory at most."""
+        def log_probs_of(h, t):
+            return self.log_softmax(h, temperature).gather(1, t[:, None])[:, 0]
+        size = max(1, MAX_LOGITS // self.text_config.vocab_size)
+        if len(targets) <= size:
+            return log_probs_of(hidden, targets)
+        parts = zip(hidden.split(size), targets.split(size), strict=True)
+        return torch.cat([checkpoint(log_probs_of, *part, use_reentrant=False) for part in parts])
+
+    def log_probs(self, groups, temperature=1.0):
+        """Log-probabilities, with gradients, of every sampled token: each prompt is run once.
+
+        groups: lists of Sequences, those of a list sharing one prompt. -> (N,), ordered by group,
+        sequence and token"""
+        batch = pack(self, groups)
+        hidden = self.hidden_of(batch, TrainLayout(batch.lengths))               # (tokens, hidden)
+        targets = torch.tensor(batch.ids, device=self.device)[batch.targets]     # (N,)
+        return self.token_log_probs(hidden[batch.predicted_from], targets, temperature)
 
 
-# ------------------------------------------------------------------------------------------------ attention layouts
+@dataclass
+class PackedBatch:
+    """Chunks end to end, as one row of N tokens; ids, pictures and positions (3, length) of all.
 
-def causal_attention(q, k, v, scale):
-    """q (B, H, L, D), k and v (B, Hk, M, D) with M >= L: the queries are the last L of the M columns. -> (B, H, L, D)"""
-    L, M = q.shape[2], k.shape[2]
-    if L == M or L == 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=L > 1, scale=scale, enable_gqa=True)
-    if q.is_cuda:                                    # a bias that the flash kernel knows
-        mask = causal_lower_right(L, M)
-    else:
-        mask = torch.ones(L, M, dtype=torch.bool, device=q.device).tril(M - L)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    Of training batches also: lengths, of each group: [prompt, response 1, ..., response G];
+    targets: places of the sampled tokens; predicted_from: of each the place of the token before
+    it."""
+    ids: list = field(default_factory=list)
+    pictures: list = field(default_factory=list)
+    positions: list = field(default_factory=list)
+    lengths: list = field(default_factory=list)
+    targets: list = field(default_factory=list)
+    predicted_from: list = field(default_factory=list)
+
+    def add(self, policy, chunk, start):
+        """Appends a Chunk, or a Sequence without its prompt, from position `start` on. -> the
+        position after it"""
+        positions, after = policy.positions(chunk.ids, chunk.pictures, start)
+        self.ids += chunk.ids
+        self.pictures += chunk.pictures
+        self.positions.append(positions)
+        return after
 
 
-def layout_attention(module, q, k, v, mask, scaling=None, layout=None, **kwargs):
-    """Hugging Face's attention interface: q (B, H, L, D), k, v (B, Hk, L, D) -> (B, L, H, D). Without a layout: plain SDPA."""
+def pack(policy, groups):
+    """Groups of Sequences -> the PackedBatch [prompt | response 1 | ... | response G] of each."""
+    batch = PackedBatch()
+    for group in groups:
+        prompt = group[0].prompt
+        after = batch.add(policy, prompt, 0)
+        prompt_end = len(batch.ids) - 1
+        lengths = [len(prompt.ids)]
+        for sequence in group:
+            before, place = prompt_end, len(batch.ids)
+            batch.add(policy, sequence, after)
+            lengths.append(len(sequence.ids))
+            for sampled in sequence.sampled:
+                if sampled:
+                    batch.predicted_from.append(before)
+                    batch.targets.append(place)
+                before, place = place, place + 1
+        if len(group) == 1:                          # a single response is its prompt's end
+            lengths = [sum(lengths)]
+        batch.lengths.append(lengths)
+    return batch
+
+
+def invert(log_probs, uniforms):
+    """Inverse transform sampling: the first token at which the cumulated probability exceeds the
+    uniform number in [0, 1). log_probs (N, vocabulary); uniforms: N numbers. -> tokens (N, 1)
+
+    A token of probability 0 is never the first."""
+    cumulated = log_probs.exp().cumsum(-1, dtype=torch.float64)                  # (N, vocabulary)
+    uniforms = torch.tensor(uniforms, dtype=torch.float64, device=log_probs.device)
+    return torch.searchsorted(cumulated, uniforms[:, None] * cumulated[:, -1:], right=True)
+
+
+def nucleus(log_probs, top_p):
+    """Keeps the fewest tokens whose probabilities add up to top_p, and renormalises; (N,
+    vocabulary) both."""
+    ordered, index = log_probs.sort(-1, descending=True)
+    beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
+    dropped = torch.zeros_like(beyond).scatter(-1, index, beyond)
+    return torch.log_softmax(log_probs.masked_fill(dropped, -torch.inf), -1)
+
+
+# -------------------------------------------------------------------------- attention and its cache
+
+def layout_attention(module, q, k, v, attention_mask, scaling=None, layout=None, **kwargs):
+    """Hugging Face's attention interface, of the language model: q (B, H, L, D), k, v (B, Hk, L, D)
+    -> (B, L, H, D). Without a layout: plain SDPA."""
     if layout is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, scaling=scaling, **kwargs)
+        plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return plain(module, q, k, v, attention_mask, scaling=scaling, **kwargs)
     return layout(module.layer_idx, q, k, v, scaling).transpose(1, 2), None
+
+
+def window_attention(module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
+    """The same of the vision tower: q, k, v (1, H, N, D), N patches of windows or images that begin
+    at cu_seq_lens_q (W + 1,). All windows of one length are a batch: one call, not one a window."""
+    out, starts = torch.empty_like(q), cu_seq_lens_q[:-1]
+    lengths = cu_seq_lens_q.diff()                                               # (W,)
+    for length in lengths.unique().tolist():
+        offsets = torch.arange(length, device=q.device)
+        index = starts[lengths == length][:, None] + offsets                     # (w, length)
+        windows = [x[0, :, index].transpose(0, 1) for x in (q, k, v)]            # (w, H, length, D)
+        attended = F.scaled_dot_product_attention(*windows, scale=scaling)
+        out[0, :, index] = attended.transpose(0, 1)                              # (H, w, length, D)
+    return out.transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register("layout", layout_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("layout", sdpa_mask)
-
-# What F.scaled_dot_product_attention calls on a CPU; it keeps the log-sum-exps to itself, which SharedPrompt needs.
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# transformers calls one named "flash" once, with cu_seq_lens_q, and all others once a window
+ALL_ATTENTION_FUNCTIONS.register("flash_by_length", window_attention)
 
 
-class SharedPrompt(torch.autograd.Function):
-    """q (1, H, N, D), k, v (1, Hk, N, D), scale, parts: TrainLayout's -> (1, H, N, D), on a CPU.
-
-    What a response sees of itself and of its prompt is computed apart, and put together by the log-sum-exps of the two: nothing
-    is copied or padded, and all responses meet their prompt in one product. Backward: with the output and the log-sum-exp of
-    both, the gradient of flash attention for one part is that part's share of the whole gradient."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, scale, parts):
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        for queries, keys, causal in parts:
-            o, l = FLASH(q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, causal, scale=scale)
-            if not causal:                   # the prompt, after the responses themselves: its share in the sum of weights
-                before = lse[:, :, queries]
-                o = out[:, :, queries].lerp(o, torch.sigmoid(l - before)[..., None].to(o.dtype))
-                l = torch.logaddexp(l, before)
-            out[:, :, queries], lse[:, :, queries] = o, l
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.scale, ctx.parts = scale, parts
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, out, lse = ctx.saved_tensors
-        grads = [torch.zeros_like(x) for x in (q, k, v)]
-        for queries, keys, causal in ctx.parts:
-            new = FLASH_BACKWARD(grad[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys], out[:, :, queries],
-                                 lse[:, :, queries], 0.0, causal, scale=ctx.scale)
-            for whole_grad, part, place in zip(grads, new, (queries, keys, keys)):
-                whole_grad[:, :, place] += part
-        return *grads, None, None
+def causal_attention(q, k, v, scale):
+    """q (B, H, L, D), k, v (B, Hk, M, D), M >= L: the queries are the last L of the M columns.
+    -> (B, H, L, D)"""
+    mask = causal_lower_right(q.shape[2], k.shape[2])        # a bias that the flash kernel knows
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
 
 class TrainLayout:
-    """Tokens (1, N): for each group [prompt | response 1 | ... | response G]. sizes: [(prompt length, [response lengths])].
+    """Tokens (1, N), of each group [prompt | response 1 | ... | response G]. Each response is
+    computed with a copy of its prompt's K/V. lengths: see PackedBatch."""
 
-    A single response is computed as its prompt's end."""
-
-    def __init__(self, sizes):
-        self.groups, start = [], 0                          # slices of the N tokens, a group's prompt first
-        for prompt, responses in sizes:
-            lengths = [prompt, *responses] if len(responses) > 1 else [prompt + sum(responses)]
-            ends = list(accumulate(lengths, initial=start))
-            self.groups.append([slice(*ab) for ab in pairwise(ends)])
-            start = ends[-1]
-        parts = [(piece, piece, True) for group in self.groups for piece in group]             # (queries, keys, causal)
-        parts += [(slice(first.stop, rest[-1].stop), first, False) for first, *rest in self.groups if rest]
-        self.parts = [part for part in parts if part[0].start < part[0].stop]                  # the kernel takes no empty ones
+    def __init__(self, lengths):
+        self.lengths = lengths
 
     def __call__(self, layer, q, k, v, scale):
-        if q.device.type == "cpu":
-            return SharedPrompt.apply(q, k, v, scale, self.parts)
-        return self.plain(q, k, v, scale)
-
-    def plain(self, q, k, v, scale):
-        """The same by PyTorch's public functions, as a GPU computes it: each response with a copy of its prompt's K/V."""
+        flat = sum(self.lengths, [])
+        parts = zip(q.split(flat, 2), k.split(flat, 2), v.split(flat, 2), strict=True)
         out = []
-        for group in self.groups:
-            for i, piece in enumerate(group):
-                seen = [group[0], piece] if i else [piece]
-                keys, values = (torch.cat([x[:, :, s] for s in seen], 2) for x in (k, v))
-                out.append(causal_attention(q[:, :, piece], keys, values, scale))
+        for _, *responses in self.lengths:
+            q, prompt_k, prompt_v = next(parts)
+            out.append(causal_attention(q, prompt_k, prompt_v, scale))
+            for q, k, v in islice(parts, len(responses)):
+                k, v = torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
+                out.append(causal_attention(q, k, v, scale))
         return torch.cat(out, 2)
 
 
 class Cache:
-    """K/V of what is in flight: S slots, each with a prompt, and R rows, each with what came behind its prompt. Slots and rows
-    in use are always the first ones."""
+    """K/V of what is in flight: S slots have a prompt each, and the G rows of each slot what came
+    behind it. Row i of slot s has place s * G + i."""
 
-    def __init__(self, config, slots, rows, prompt_columns, own_columns, dtype, device):
+    def __init__(self, policy, slots, rows, prompt_columns, own_columns):
+        config, model = policy.text_config, policy.model
+        self.rows, self.prompt_columns = rows, prompt_columns                    # G, P
         self.heads = config.num_key_value_heads
-        dim, layers = config.hidden_size // config.num_attention_heads, config.num_hidden_layers
-        def new(places, columns):
-            return [torch.zeros(places, self.heads, columns, dim, dtype=dtype, device=device) for _ in range(layers)]
-        self.prompt_k, self.prompt_v = new(slots, prompt_columns), new(slots, prompt_columns)     # (S, Hk, P, D) a layer
-        self.own_k, self.own_v = new(rows, own_columns), new(rows, own_columns)                   # (R, Hk, T, D) a layer
-
-    def move_slot(self, source, target, columns):
-        for kv in self.prompt_k + self.prompt_v:
-            kv[target, :, :columns] = kv[source, :, :columns]
-
-    def move_row(self, source, target, columns):
-        for kv in self.own_k + self.own_v:
-            kv[target, :, :columns] = kv[source, :, :columns]
-
-    def resize(self, slots, rows, prompt_columns):
-        """Keeps the first slots and rows only, and makes room for longer prompts."""
-        for kv in (self.prompt_k, self.prompt_v):
-            kv[:] = [F.pad(x[:slots], (0, 0, 0, prompt_columns - x.shape[2])) for x in kv]
-        for kv in (self.own_k, self.own_v):
-            kv[:] = [x[:rows].clone() for x in kv]
+        dim = config.hidden_size // config.num_attention_heads
+        self.prompt, self.own = [], []                       # K and V of each layer
+        for _ in range(config.num_hidden_layers):
+            new = partial(torch.zeros, dtype=model.dtype, device=model.device)
+            self.prompt.append(new(2, slots, self.heads, prompt_columns, dim))   # (2, S, Hk, P, D)
+            self.own.append(new(2, slots * rows, self.heads, own_columns, dim))  # (2, SG, Hk, T, D)
 
 
 class ReadLayout:
-    """Tokens (1, N): chunks, end to end, to be kept in the cache. places: [(slot, prompt, row, column, length)], where a prompt
-    itself has prompt 0 and row None, and what is behind one the prompt's length and where its own columns begin."""
+    """Tokens (1, N): chunks, end to end, to be kept in the cache.
 
-    def __init__(self, cache, places):
-        self.cache, self.places = cache, places
+    parts: of each (slot, prompt length, place of its row, own column where it begins, length); the
+    place of a prompt itself is None."""
+
+    def __init__(self, cache, parts):
+        self.cache, self.parts = cache, parts
 
     def __call__(self, layer, q, k, v, scale):
-        cache, out, start = self.cache, [], 0
-        for slot, prompt, row, column, length in self.places:
-            part, keys = slice(start, start + length), []
-            for own, shared, new in ((cache.own_k, cache.prompt_k, k), (cache.own_v, cache.prompt_v, v)):
-                kept = (shared[layer][slot] if row is None else own[layer][row])[:, :column + length]     # (Hk, M, D)
-                kept[:, column:] = new[0, :, part]
-                keys.append(torch.cat([shared[layer][slot, :, :prompt], kept], 1)[None])
-            out.append(causal_attention(q[:, :, part], *keys, scale))
-            start += length
+        prompt, own = self.cache.prompt[layer], self.cache.own[layer]
+        lengths = [length for *_, length in self.parts]
+        queries, new = q.split(lengths, 2), torch.cat([k, v]).split(lengths, 2)
+        out = []
+        for part, q, kv in zip(self.parts, queries, new, strict=True):           # kv (2, Hk, L, D)
+            slot, prompt_length, place, column, length = part
+            if place is None:
+                prompt[:, slot, :, :length] = kv
+            else:
+                end = column + length
+                own[:, place, :, column:end] = kv
+                kv = torch.cat([prompt[:, slot, :, :prompt_length], own[:, place, :, :end]], 2)
+            out.append(causal_attention(q, kv[:1], kv[1:], scale))
         return torch.cat(out, 2)
 
 
 class DecodeLayout:
-    """A token of each of the first N rows: q (N, H, 1, D). places (N,): slot * group + index in the group; prompts (N,): tokens
-    of its prompt; columns (N,): where its K/V goes. Of the cache, `slots` slots and `width` own columns are read.
+    """A token of each of N rows: q (N, H, 1, D). (N,) each: their places, the columns where their
+    new K/V goes, the lengths of their prompts.
 
-    The queries of a group meet the prompt's K/V as one matrix product, so the prompt is read once a group, not once a row."""
+    The queries of a group meet its prompt's K/V as one matrix product, with zeros for idle rows:
+    the prompt is read once a group, not once a row."""
 
-    def __init__(self, cache, group, places, prompts, columns, slots, width):
-        self.cache, self.group, self.slots, self.width = cache, group, slots, width
-        device, P, T = places.device, cache.prompt_k[0].shape[2], cache.own_k[0].shape[2]
-        seen = torch.cat([torch.arange(P, device=device) < prompts[:, None],
-                          torch.arange(width, device=device) <= columns[:, None]], 1)                 # (N, P + t)
-        self.bias = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)[:, None, None]
-        head, rows = (torch.arange(n, device=device) for n in (cache.heads, len(places)))
-        row_of = torch.zeros(slots * group, dtype=torch.long, device=device).index_copy_(0, places, rows)     # idle places: any
-        self.target = ((rows[:, None] * cache.heads + head) * T + columns[:, None]).flatten()       # in (R * Hk * T, D)
-        self.to_slots = (row_of.view(slots, 1, group) * cache.heads + head[:, None]).flatten()      # (S * Hk * G): row, head
-        slot, index = (places // group)[:, None], (places % group)[:, None]
-        self.to_rows = ((slot * cache.heads + head) * group + index).flatten()                      # and back (N * Hk)
+    def __init__(self, cache, places, columns, prompts):
+        G, Hk, device = cache.rows, cache.heads, cache.own[0].device
+        self.cache, self.slots = cache, int(places.max()) // G + 1               # S
+        self.prompt_width = int(prompts.max())                                   # P
+        self.own_width = int(columns.max()) + 1                                  # T
+        places, columns, prompts = (x[:, None].to(device) for x in (places, columns, prompts))
+        seen_prompt = torch.arange(self.prompt_width, device=device) < prompts   # (N, P)
+        seen_own = torch.arange(self.own_width, device=device) <= columns        # (N, T)
+        hidden = torch.cat([seen_prompt, seen_own], 1).logical_not().repeat_interleave(Hk, 0)
+        bias = torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)
+        self.bias = bias[:, None]                                               # (N * Hk, 1, P + T)
+        self.places, self.columns = places[:, 0], columns[:, 0]
+        heads = torch.arange(Hk, device=device)
+        by_slot = (places // G * Hk + heads) * G + places % G                    # in (S * Hk * G)
+        self.by_slot = by_slot.flatten()                                         # (N * Hk)
 
     def __call__(self, layer, q, k, v, scale):
-        cache, S, G, Hk, (N, H, _, D) = self.cache, self.slots, self.group, self.cache.heads, q.shape
-        f = H // Hk                                                       # query heads that share one K/V head
-        own = []
-        for kv, new in ((cache.own_k[layer], k), (cache.own_v[layer], v)):
-            kv.view(-1, D).index_copy_(0, self.target, new.reshape(-1, D))
-            own.append(kv[:N, :, :self.width])                                                        # (N, Hk, t, D)
-        prompt_k, prompt_v = cache.prompt_k[layer][:S], cache.prompt_v[layer][:S]                     # (S, Hk, P, D)
-        P = prompt_k.shape[2]
-        def by_slot(x):                                                   # (N, Hk, f, X) -> (S, Hk, G * f, X)
-            return x.reshape(N * Hk, -1).index_select(0, self.to_slots).view(S, Hk, G * f, -1)
-        def by_row(x):                                                    # and back
-            return x.view(S * Hk * G, -1).index_select(0, self.to_rows).view(N, Hk, f, -1)
-        q = q.view(N, Hk, f, D) * scale
-        scores = torch.cat([by_row(by_slot(q) @ prompt_k.mT), q @ own[0].mT], -1)                     # (N, Hk, f, P + t)
-        weights = (scores + self.bias).softmax(-1).to(q.dtype)
-        out = weights[..., P:] @ own[1] + by_row(by_slot(weights[..., :P]) @ prompt_v)                # (N, Hk, f, D)
-        return out.view(N, H, 1, D)
+        N, H, _, D = q.shape
+        Hk, P, T = k.shape[1], self.prompt_width, self.own_width
+        prompt, own = self.cache.prompt[layer], self.cache.own[layer]
+        own[:, self.places, :, self.columns] = torch.stack([k, v], 1)[..., 0, :]
+        prompt_k, prompt_v = prompt[:, :self.slots, :, :P].flatten(1, 2)         # (S * Hk, P, D)
+        own_k, own_v = own[:, self.places, :, :T].flatten(1, 2)                  # (N * Hk, T, D)
+        q = q.view(N * Hk, H // Hk, D)                       # f query heads share one K/V head
+        scores = torch.cat([self.in_groups(q, prompt_k.mT), product(q, own_k.mT)], -1)
+        weights = (scores * scale + self.bias).softmax(-1).to(q.dtype)          # (N * Hk, f, P + T)
+        to_prompt, to_own = weights.split([P, T], -1)
+        out = self.in_groups(to_prompt, prompt_v) + product(to_own, own_v)       # (N * Hk, f, D)
+        return out.view(N, H, 1, D).to(q.dtype)
+
+    def in_groups(self, x, prompt):
+        """x (N * Hk, f, a), prompt (S * Hk, a, b) -> their products (N * Hk, f, b)"""
+        rows, f = self.cache.rows, x.shape[1]
+        spread = x.new_zeros(len(prompt) * rows, *x.shape[1:])                  # (S * Hk * G, f, a)
+        spread[self.by_slot] = x
+        out = product(spread.view(len(prompt), rows * f, -1), prompt)           # (S * Hk, G * f, b)
+        return out.view(len(spread), f, -1)[self.by_slot]
 
 
-# ------------------------------------------------------------------------------------------------ the roll-out engine
+def product(a, b):
+    """Batched matrix product (B, m, n) x (B, n, k) with a float32 result, as the kernels of
+    training have it: scores rounded to bfloat16 would be those of another policy."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
+
+
+# ------------------------------------------------------------------------------- the rollout engine
 
 @dataclass(eq=False)
 class Group:
-    """Rows in flight that share a prompt."""
-    job: list            # all its sequences
+    """Continuations in flight that share a prompt."""
+    job: list            # all its Sequences
     slot: int
-    running: int         # rows that are not done
+    rows: list           # the Rows that are not done
 
 
 @dataclass(eq=False)
@@ -632,194 +706,173 @@ class Row:
     """One continuation in flight."""
     sequence: Sequence
     group: Group
-    index: int           # in its group
-    position: int = 0    # m-RoPE position of the next token
-    column: int = 0      # own columns in use
-    turn: int = 0        # tokens sampled in this turn
-    queued: Chunk | None = None
+    place: int                     # in the cache, until the group is done
+    position: int = 0              # m-RoPE position of the next token
+    column: int = 0                # own columns in use
+    turn_tokens: int = 0           # sampled in this turn
+    unread: Chunk | None = None    # what has to be read before it goes on
 
 
 class Engine:
-    """Many groups of continuations at once, each row decoded at its own pace.
+    """Runs many groups of continuations at once, each row decoded at its own pace.
 
-    policy, and: temperature (0: greedy), top_p, turn_tokens (sampled tokens a turn at most), response_tokens (all tokens behind
-    the prompt at most), cache_tokens (K/V columns at most: decides how many groups run at once; one always does),
-    A row that waits for its observation to be read holds up
-    nobody: it is read when a tenth of the rows wait, or when there is nothing else to do. A row that is done makes room at
-    once, and the next group begins as soon as there is room for all of its rows."""
+    policy, and: temperature (0: greedy), top_p, turn_tokens (sampled tokens a turn at most),
+    response_tokens (all tokens behind the prompt at most), cache_tokens (K/V columns at most:
+    decides how many groups run at once; one always does).
 
-    def __init__(self, policy, *, temperature=1.0, top_p=1.0, turn_tokens=1024, response_tokens=2048, cache_tokens=65_536,
-                 wait=0.1):
-        self.policy, self.temperature, self.top_p, self.wait = policy, temperature, top_p, wait
-        self.turn_tokens, self.response_tokens, self.cache_tokens = turn_tokens, response_tokens, cache_tokens
+    A row that waits for its observation to be read holds up nobody: it is read when a tenth of the
+    rows wait, or when there is nothing else to do. A row keeps its place until its group is done,
+    and then the next group starts there. For a longer prompt than the cache was made for, all that
+    is in flight is finished first, and the cache is made anew."""
+
+    def __init__(self, policy, *, temperature=1.0, top_p=1.0, turn_tokens=1024,
+                 response_tokens=2048, cache_tokens=65_536):
+        self.policy, self.temperature, self.top_p = policy, temperature, top_p
+        self.turn_tokens, self.response_tokens = turn_tokens, response_tokens
+        self.cache_tokens = cache_tokens
 
     @torch.no_grad()
     def run(self, jobs, on_turn):
-        """jobs: iterable of lists of Sequences that share one prompt, no list longer than the first. A sequence may already
-        have tokens: they are read before it goes on.
-        on_turn(sequence, truncated) is called when the policy ends a turn (truncated: it ran out of tokens instead); it answers with the
-        Chunk to go on from, or None to end. Yields each job as it is finished."""
-        self.rows, self.groups = [], []                # rows[i] has row i of the cache, groups[j] slot j
-        self.cache, self.n, self.size, self.width, self.held = None, math.inf, 0, 0, None
-        jobs = iter(jobs)
-        while True:
-            ready = [r for r in self.rows if r.queued is None]
-            hidden = [self.decode()] if ready else []
-            started = self.admit(jobs)
-            if started:
-                last = self.prefill(started)
-                fresh = [r.queued is None for r in started]
-                ready += [r for r, f in zip(started, fresh) if f]
-                hidden.append(last[torch.tensor(fresh, device=last.device)])
-            waiting = [r for r in self.rows if r.queued is not None]
-            if waiting and (not ready or len(waiting) >= self.wait * len(self.rows)):
-                hidden.append(self.extend(waiting))
-                ready += waiting
-            if not ready:
-                return
+        """jobs: iterable of lists of Sequences that share one prompt, no list longer than the
+        first. A sequence may already have tokens: they are read before it goes on.
+        on_turn(sequence, truncated) is called when the policy ends a turn (truncated: when it ran
+        out of tokens); it returns the Chunk to go on from, or None to end. Yields each job as it is
+        finished."""
+        self.jobs = iter(jobs)
+        self.coming = deque()          # jobs that are known and have not started
+        self.groups = {}               # in flight, by slot
+        self.cache, self.slots = None, 0
+        while self.groups or self.next_job():
+            rows = sum((group.rows for group in self.groups.values()), [])
+            waiting = [row for row in rows if row.unread]
+            ready = [row for row in rows if not row.unread]
+            hidden = []
+            # decode: read the last sampled token of each row that does not wait
+            if ready:
+                hidden.append(self.decode(ready))
+            # admit: start groups where there is room
+            started = self.admit()
+            # prefill: read prompts and observations
+            if (ready or started) and len(waiting) < 0.1 * len(rows):
+                waiting = []
+            if started or waiting:
+                read, hidden_at_end = self.prefill(started, waiting)
+                ready += read
+                hidden.append(hidden_at_end)
+            # sample: the next token of each of these rows
             for row in self.sample(ready, torch.cat(hidden), on_turn):
-                if row.queued is None and self.leave(row):
+                row.group.rows.remove(row)
+                if not row.group.rows:
+                    del self.groups[row.group.slot]
                     yield row.group.job
 
-    def admit(self, jobs):
-        """Begins with those of `jobs` that there is room for. -> their rows
+    def next_job(self):
+        """The job that comes next, which stays the next one; None at the end."""
+        if not self.coming:
+            self.coming.extend(islice(self.jobs, 1))
+        return self.coming[0] if self.coming else None
 
-        n groups have room, in n * size rows of the cache and half as many slots again as groups, for the last rows of a group
-        keep its slot. The first call decides n; a longer prompt lowers it, and waits until what is in flight fits."""
+    def admit(self):
+        """Starts the jobs that there is room for. -> their Groups"""
         started = []
-        while job := self.held or next(jobs, None):
-            self.held, length = job, len(job[0].prompt.ids)
-            self.size, width = self.size or len(job), max(self.width, length)
-            n = min(self.n, max(1, int(self.cache_tokens / (1.5 * width + self.size * self.response_tokens))))
-            if len(self.groups) >= n + n // 2 or len(self.rows) + self.size > n * self.size:
+        while job := self.next_job():
+            if not self.groups and not self.has_room(job):
+                self.make_cache()
+            if not self.has_room(job):
                 break
-            if self.cache and width > self.width:
-                self.cache.resize(n + n // 2, n * self.size, width)
-                self.n = n
-            self.held, self.width = None, width
-            self.groups.append(Group(job, len(self.groups), len(job)))
-            for index, s in enumerate(job):
-                started.append(Row(s, self.groups[-1], index, queued=Chunk(list(s.ids), s.pictures) if s.ids else None))
-            self.rows += started[-len(job):]
-        if started and not self.cache:
-            self.n = n = len(self.groups)
-            self.cache = Cache(self.policy.text_config, n + n // 2, n * self.size, self.width, self.response_tokens,
-                               self.policy.model.dtype, self.policy.device)
+            self.coming.popleft()
+            slot = min(set(range(self.slots)) - self.groups.keys())
+            group = self.groups[slot] = Group(job, slot, [])
+            for place, sequence in enumerate(job, slot * self.cache.rows):
+                row = Row(sequence, group, place)
+                if sequence.ids:
+                    row.unread = Chunk(list(sequence.ids), sequence.pictures)
+                group.rows.append(row)
+            started.append(group)
         return started
 
-    def leave(self, row):
-        """Takes out a row that is done: the last row moves to its place, so rows in use stay the first ones. -> whether its
-        group is done; then the same is done with its slot."""
-        place, last = self.rows.index(row), self.rows.pop()
-        if last is not row:
-            self.cache.move_row(len(self.rows), place, last.column)
-            self.rows[place] = last
-        group = row.group
-        group.running -= 1
-        if group.running == 0:
-            last = self.groups.pop()
-            if last is not group:
-                self.cache.move_slot(len(self.groups), group.slot, len(last.job[0].prompt.ids))
-                self.groups[group.slot], last.slot = last, group.slot
-        return group.running == 0
+    def has_room(self, job):
+        """Whether there is a free slot, with enough columns for the prompt."""
+        return (len(self.groups) < self.slots
+                and len(job[0].prompt.ids) <= self.cache.prompt_columns)
 
-    def prefill(self, rows):
-        """Runs the prompts of some new groups. -> the hidden state at the end of each row's prompt (rows, hidden)"""
-        policy, ids, pictures, positions, places, last = self.policy, [], [], [], [], []
+    def make_cache(self):
+        """A cache for as many of the coming jobs as cache_tokens allow, for prompts that are up to
+        a quarter longer than theirs."""
+        self.cache = None                                    # frees the one before
+        rows = len(self.coming[0])
+        while True:
+            prompt_columns = max(len(job[0].prompt.ids) for job in self.coming) * 5 // 4
+            fits = self.cache_tokens // (prompt_columns + rows * self.response_tokens)
+            job = next(self.jobs, None) if len(self.coming) < fits else None
+            if job is None:
+                break
+            self.coming.append(job)
+        self.slots = max(1, min(fits, len(self.coming)))
+        self.cache = Cache(self.policy, self.slots, rows, prompt_columns, self.response_tokens)
+
+    def decode(self, rows):
+        """Reads the last sampled token of each row. -> hidden states (rows, hidden)"""
+        numbers = [(row.position, row.place, row.column, len(row.sequence.prompt.ids))
+                   for row in rows]
+        positions, places, columns, prompts = torch.tensor(numbers).T            # (rows,) each
+        x = self.policy.embed([row.sequence.ids[-1] for row in rows], [])[:, None]
         for row in rows:
-            prompt = row.sequence.prompt
-            if row.index == 0:
-                place, after = policy.positions(prompt.ids, prompt.pictures)
-                ids += prompt.ids
-                pictures += prompt.pictures
-                positions.append(place)
-                places.append((row.group.slot, 0, None, 0, len(prompt.ids)))
-            row.position = after
-            last.append(len(ids) - 1)
-        hidden = policy.hidden(policy.embed(ids, pictures)[None], torch.cat(positions, 1)[:, None],
-                               ReadLayout(self.cache, places))[0]                                  # (N, hidden)
-        return hidden[torch.tensor(last, device=hidden.device)]
-
-    def decode(self):
-        """Reads the last sampled token of each row. -> hidden states that predict the next, of the rows that do not wait (their
-        number, hidden). A row that waits is computed too: its next column is written twice."""
-        G, slots, width = self.size, len(self.groups), max(r.column for r in self.rows) + 1
-        step = [(r.sequence.ids[-1], r.position, r.group.slot * G + r.index, len(r.sequence.prompt.ids), r.column)
-                for r in self.rows]
-        going = [i for i, r in enumerate(self.rows) if r.queued is None]
-        for i in going:
-            self.rows[i].position += 1
-            self.rows[i].column += 1
-        return self.step(torch.tensor(step).T.to(self.policy.device), slots, width)[torch.tensor(going, device=self.policy.device)]
-
-    def step(self, inputs, slots, width):
-        tokens, positions, places, prompts, columns = inputs                                          # (N,) each
-        layout = DecodeLayout(self.cache, self.size, places, prompts, columns, slots, width)
-        x = self.policy.model.model.language_model.embed_tokens(tokens)[:, None]                      # (N, 1, hidden)
+            row.position += 1
+            row.column += 1
+        layout = DecodeLayout(self.cache, places, columns, prompts)
         return self.policy.hidden(x, positions.expand(3, -1)[..., None], layout)[:, 0]
 
-    def extend(self, rows):
-        """Reads the queued chunk of each row, after its last sampled token. -> hidden states (rows, hidden) at their ends."""
-        policy, ids, pictures, positions, places, last = self.policy, [], [], [], [], []
-        numbers = {id(r): i for i, r in enumerate(self.rows)}
-        for r in rows:
-            chunk, prompt = r.queued, len(r.sequence.prompt.ids)
-            place, r.position = policy.positions(chunk.ids, chunk.pictures, r.position)
-            places.append((r.group.slot, prompt, numbers[id(r)], r.column, len(chunk.ids)))
-            ids += chunk.ids
-            pictures += chunk.pictures
-            positions.append(place)
-            last.append(len(ids) - 1)
-            r.column += len(chunk.ids)
-            r.queued = None
-        hidden = policy.hidden(policy.embed(ids, pictures)[None], torch.cat(positions, 1)[:, None],
-                               ReadLayout(self.cache, places))[0]                                   # (N, hidden)
-        return hidden[torch.tensor(last, device=hidden.device)]
+    def prefill(self, groups, rows):
+        """Reads, end to end, the prompts of new groups and what rows have unread. -> the Rows that
+        can go on, and the hidden states (rows, hidden) at the end of what each of them read"""
+        todo = []                                            # (rows, chunk, place of its K/V)
+        for group in groups:
+            todo.append((group.rows, group.job[0].prompt, None))
+            rows = rows + [row for row in group.rows if row.unread]
+        todo += [([row], row.unread, row.place) for row in rows]
+        batch, parts, ends = PackedBatch(), [], {}
+        for readers, chunk, place in todo:
+            first, length = readers[0], len(chunk.ids)
+            after = batch.add(self.policy, chunk, first.position)
+            prompt_length = len(first.sequence.prompt.ids)
+            parts.append((first.group.slot, prompt_length, place, first.column, length))
+            for row in readers:
+                row.position, ends[row] = after, len(batch.ids) - 1
+            if place is not None:
+                first.column += length
+                first.unread = None
+        hidden = self.policy.hidden_of(batch, ReadLayout(self.cache, parts))     # (N, hidden)
+        return list(ends), hidden[list(ends.values())]
 
     def sample(self, rows, hidden, on_turn):
-        """Samples a token for each row and appends it. -> the rows whose turn is over; what they go on with is queued."""
-        policy, over = self.policy, []
-        rngs = [row.sequence.rng for row in rows]
-        for row, token, log_prob in zip(rows, *policy.choose(hidden, rngs, self.temperature, self.top_p)):
+        """Samples a token of each row and appends it. Where a turn ends, what the row goes on from
+        is left unread. -> the rows that are done"""
+        rngs, done = [row.sequence.rng for row in rows], []
+        tokens, log_probs = self.policy.choose(hidden, rngs, self.temperature, self.top_p)
+        for row, token, log_prob in zip(rows, tokens, log_probs, strict=True):
             sequence = row.sequence
             sequence.ids.append(token)
             sequence.sampled.append(True)
             sequence.log_probs.append(log_prob)
-            row.turn += 1
-            ended = token in policy.end_tokens
-            full = len(sequence.ids) >= self.response_tokens
-            if not (ended or full or row.turn >= self.turn_tokens):
+            row.turn_tokens += 1
+            ended = token in self.policy.end_tokens
+            room = self.response_tokens - len(sequence.ids)
+            if not ended and room > 0 and row.turn_tokens < self.turn_tokens:
                 continue
+            row.turn_tokens = 0
             chunk = on_turn(sequence, truncated=not ended)
-            over.append(row)
-            row.turn = 0
-            if chunk is None or len(sequence.ids) + len(chunk.ids) >= self.response_tokens:
+            if chunk is None or len(chunk.ids) >= room:
+                done.append(row)
                 continue
             sequence.add(chunk)
-            row.queued = Chunk([token, *chunk.ids], chunk.pictures)     # the last sampled token has not been read yet
-        return over
-
-
-def invert(log_probs, uniforms):
-    """Inverse transform sampling: the first token at which the cumulated probability exceeds the uniform number in [0, 1).
-
-    log_probs (N, vocabulary); uniforms: N numbers. A token of probability 0 is never the first. -> tokens (N, 1)"""
-    cumulated = log_probs.exp().cumsum(-1, dtype=torch.float64)                          # (N, vocabulary)
-    uniforms = torch.tensor(uniforms, dtype=torch.float64, device=log_probs.device)
-    return torch.searchsorted(cumulated, uniforms[:, None] * cumulated[:, -1:], right=True)
-
-
-def nucleus(log_probs, top_p):
-    """Keeps the fewest tokens whose probabilities add up to top_p, and renormalises. log_probs (N, vocabulary)."""
-    ordered, index = log_probs.sort(-1, descending=True)
-    beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
-    dropped = torch.zeros_like(beyond).scatter(-1, index, beyond)
-    return torch.log_softmax(log_probs.masked_fill(dropped, -torch.inf), -1)
+            row.unread = Chunk([token, *chunk.ids], chunk.pictures)      # `token` is unread as well
+        return done
 
 
 # -------------------------------------------------------------------------------- several processes
 
-REPLICATED = 100_000_000            # parameters of a model at most that every process keeps whole
+REPLICATED = 100_000_000            # parameters of a model at most of which each process has a copy
 
 
 def rank():
@@ -832,7 +885,8 @@ def world_size():
 
 
 def gather(value):
-    """Every process's `value` (anything that pickles), as a list by rank, on every process. It also waits for all of them."""
+    """Every process's `value` (anything that pickles), as a list by rank, on every process. It also
+    waits for all of them."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -840,80 +894,94 @@ def gather(value):
     return values
 
 
-def sum_over_processes(numbers):
-    """The sums over all processes of some numbers, a list; cheaper than `gather`."""
-    if world_size() == 1:
-        return numbers
-    sums = torch.tensor(numbers, dtype=torch.float64)
-    if torch.cuda.is_available():
-        sums = sums.cuda()                       # NCCL takes no others
-    dist.all_reduce(sums)
-    return sums.tolist()
-
-
 def gather_shares(values):
     """The values of all items in their order, on every process. values: of this process's items,
     number rank, rank + world_size, and so on."""
     shares = gather(values)
-    return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
+    total = sum(len(share) for share in shares)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
+
+
+def sum_over_processes(numbers):
+    """The sums over all processes of some numbers, a list; cheaper than `gather`."""
+    if world_size() == 1:
+        return numbers
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def full_tensor(x):
+    """A sharded tensor, gathered (all processes have to call it); anything else as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def shard_like(x, parameter):
-    """A whole tensor, shared out as the parameter is."""
+    """A full tensor, sharded as the parameter is."""
     if not isinstance(parameter, DTensor):
         return x
-    return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements,
+                             src_data_rank=None)
 
 
-@dataclass
-class MicroBatch:
+def split_by_size(items, size, limit):
+    """Splits a list into lists of neighbours whose sizes add up to `limit` at most, or of one."""
+    parts, room = [], 0
+    for item in items:
+        room -= size(item)
+        if room < 0 or not parts:
+            parts.append([])
+            room = limit - size(item)
+        parts[-1].append(item)
+    return parts
+
+
+class MicroBatch(NamedTuple):
+    """Groups of Sequences in one forward and backward pass, and the weight of its loss: 0.0 for a
+    filler, by which sharded processes make the same number of passes."""
     groups: list
     weight: float = 1.0
 
 
 def micro_batches(groups, tokens, spare=None):
-    """Splits groups of Sequences into batches of at most `tokens` tokens (one group at least),
-    those of like length together. -> [(batch, 1.0)]
+    """Groups of Sequences -> MicroBatches of at most `tokens` tokens (one group at least), those of
+    similar length together.
 
-    spare: a batch, where weights are sharded. All processes gather these together, so each gets as
-    many batches as the one that has most: its list is filled up with (spare, 0.0), whose loss is
-    not to count."""
-    batches, room = [], 0
+    spare: groups of a filler, where weights are sharded. All processes gather these together, so
+    each gets as many micro-batches as the one that has most."""
     def size(group):
-        return len(group[0].prompt.ids) + sum(len(s.ids) for s in group)
-    for group in sorted(groups, key=size):
-        room -= size(group)
-        if room < 0 or not batches:
-            batches.append([])
-            room = tokens - size(group)
-        batches[-1].append(group)
-    weighted = [MicroBatch(batch) for batch in batches]
-    if spare is None:
-        return weighted
-    return weighted + [MicroBatch(spare, 0.0)] * (max(gather(len(batches))) - len(batches))
+        return len(group[0].prompt.ids) + sum(len(sequence.ids) for sequence in group)
+    batches = [MicroBatch(part) for part in split_by_size(sorted(groups, key=size), size, tokens)]
+    if spare is not None:
+        missing = max(gather(len(batches))) - len(batches)
+        batches += [MicroBatch(spare, 0.0)] * missing
+    return batches
 
 
 def average_gradients(parameters):
-    """Makes the gradients of replicated parameters their mean over all processes, by one all-reduce;
-    those of sharded ones are averaged by FSDP already.
+    """Makes the gradients of replicated parameters their mean over all processes, by one all-reduce
+    in float32; those of sharded ones are averaged by FSDP already.
 
-    The sum is in float32. A missing gradient counts as zeros; where no process has one, none is made."""
+    A missing gradient counts as zeros; where no process has one, none is made."""
     if world_size() == 1 or isinstance(parameters[0], DTensor):
         return
     device = parameters[0].device
     present = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([present, *(x.flatten().float() for x in gradients)])
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([present, *(p.grad.flatten().float() for p in parameters)])
     dist.all_reduce(flat)
-    sizes = [len(parameters), *(p.numel() for p in parameters)]
-    present, *means = (flat / world_size()).split(sizes)
-    for p, anywhere, mean in zip(parameters, present.tolist(), means):
-        p.grad = mean.view_as(p).to(p.dtype) if anywhere else None
+    flat /= world_size()
+    present, *means = flat.split([len(parameters), *(p.numel() for p in parameters)])
+    for p, share, mean in zip(parameters, present.tolist(), means, strict=True):
+        p.grad = mean.view_as(p).to(p.dtype) if share else None
 
 
 def shard_if_large(policy):
-    """Prepares a policy for training in several processes: a large one is sharded, a small one
-    stays whole in each."""
+    """Prepares a policy for training in several processes: a large one is sharded, of a small one
+    each keeps a copy."""
     if world_size() > 1 and sum(p.numel() for p in policy.model.parameters()) > REPLICATED:
         shard(policy)
 
@@ -923,29 +991,39 @@ def is_sharded(policy):
 
 
 def shard(policy):
-    """FSDP2: each process keeps a part of every weight, gradient and optimizer state. In an update, the weights of the language
-    model are gathered layer by layer, and all others at once; gradients are averaged over the processes. A frozen vision tower
-    stays whole: which process has images to encode, and when, is its own affair."""
-    how = dict(mesh=init_device_mesh(policy.device.type, (world_size(),)),
-               mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    """FSDP2: each process keeps a part of every weight, gradient and optimizer state. In an update,
+    the weights of the language model are gathered layer by layer, and all others at once; gradients
+    are averaged over the processes. A frozen vision tower stays unsharded: which process has images
+    to encode, and when, is its own affair.
+
+    With several nodes, each has all the parts, and weights are gathered inside of a node."""
+    gpus = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    mesh = init_device_mesh(policy.device.type, (world_size() // gpus, gpus),
+                            mesh_dim_names=("replicate", "shard"))
+    options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+                   reshard_after_forward=True)
+    trained = set(policy.trainable())
+    frozen = {p for p in policy.model.parameters() if p not in trained}
     for layer in policy.model.model.language_model.layers:
-        fully_shard(layer, **how)
-    trained = {id(p) for p in policy.trainable()}
-    fully_shard(policy.model, **how, ignored_params={p for p in policy.model.parameters() if id(p) not in trained})
-    policy.model.within = policy.within
-    register_fsdp_forward_method(policy.model, "within")
-    policy.within = policy.model.within
-    policy.within(lambda: None)                  # so that the model is FSDP's root, and not the layer that runs first
+        fully_shard(layer, **options)
+    fully_shard(policy.model, **options, ignored_params=frozen)
+    # FSDP gathers the weights around methods of the model, so `log_probs` becomes one
+    policy.model.log_probs = policy.log_probs
+    register_fsdp_forward_method(policy.model, "log_probs")
+    policy.log_probs = policy.model.log_probs
+    with torch.no_grad():          # the first to run becomes FSDP's root: not a layer, in a rollout
+        policy.log_probs([[Sequence(Chunk([0]))]])
 
 
 @contextmanager
 def unsharded(policy):
-    """Inside, every process has all weights of a sharded policy, and samples without waiting for the others."""
-    units = [m for m in policy.model.modules() if isinstance(m, FSDPModule)]
+    """Inside, every process has all weights of a sharded policy, and samples without waiting for
+    the others."""
+    units = [module for module in policy.model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
     yield
     for unit in units:
-        unit.set_reshard_after_forward(unit is not policy.model, recurse=False)
+        unit.set_reshard_after_forward(True, recurse=False)
         unit.reshard()

@@ -36,7 +36,7 @@ from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import UnionType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -97,6 +97,7 @@ class Config:
     base_steps: int = 1600             # pretraining steps of the tiny base before its exam
     teacher: str = ""                  # checkpoint that searches for traces (the policy itself)
     traces: str = ""                   # fine-tune on this file of traces instead of searching
+    export: str = ""                   # also write the traces in the release's form, crops as files
     search_mode: Literal["zoom", "grounded"] = "zoom"    # with --mode zoom: search in single turns?
     search_questions: int = 128        # training questions that are searched
     simulations: int = 8               # of the tree search, a question
@@ -195,6 +196,8 @@ def make_config(given, family, script):
     if script != "evaluate" and config.temperature == 0:
         raise UserError("--temperature 0: the traces of a question would not differ, and there is "
                         "nothing to learn; give one above 0")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"--top-p {config.top_p}: must be above 0 and at most 1")
     least = {"seed": -math.inf, "max_crops": 0, "warm_up": 0, "group": 2, "show_trees": 0}
     for name, value in vars(config).items():
         if type(value) is int and value < least.get(name, 1):
@@ -242,7 +245,7 @@ def read_command_line(script, description):
 
 def options_of(kind):
     """A field's type -> how argparse reads its flag."""
-    if get_origin(kind) is UnionType:                # "int | None": the flag gives the int
+    if get_origin(kind) in (Union, UnionType):       # "int | None": the flag gives the int
         kind = get_args(kind)[0]
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -702,8 +705,14 @@ def read_parts(path):
         for name, value in parts.items():
             if name not in known or type(value) is not type(known[name]):
                 raise ValueError(f"{name!r} has to be one of {', '.join(known)}, of its type")
+        for mode, text in parts.get("system_prompts", {}).items():
+            if mode not in MODES or type(text) is not str:
+                raise ValueError(f"'system_prompts' has to have texts, by {', '.join(MODES)}")
         if parts.get("coordinates", "input") not in ("input", "unrounded"):
             raise ValueError("'coordinates' has to be 'input' or 'unrounded'")
+        for name, least in (("crop_half", 1), ("crop_size", 1), ("max_crops", 0)):
+            if parts.get(name, least) < least:
+                raise ValueError(f"{name!r} has to be at least {least}")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read as parts of a dialogue ({error})") from None
     return parts

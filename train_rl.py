@@ -142,7 +142,7 @@ def train_step(policy, reference, groups, optimizers, config, factor):
         return {**sums, "grad_norm": 0.0, "tokens": 0}
 
     policy.model.train()
-    spare = min(groups, key=total_tokens)[:1] if is_sharded(policy) else None
+    spare = [min(groups, key=total_tokens)[:1]] if is_sharded(policy) else None
     for batch in micro_batches(teaching, config.micro_tokens, spare):
         old, advantages = token_tensors(batch.groups, policy.device)
         ref = None

@@ -1,14 +1,15 @@
-"""Warm start: perception pretraining of the tiny base, tree search for traces, linearising, supervised fine-tuning.
+"""Warm start: tree search for traces, linearising, supervised fine-tuning; and the tiny base.
 
-In:  a task, and a checkpoint to start from (by default the tiny one, made here from random weights).
-Out: `traces.jsonl` (what the search found, to be read by a person and by `--traces`) and a checkpoint `sft/`.
+In:  a task, and a checkpoint to start from (by default the tiny base, made here).
+Out: `search.jsonl` (the traces that the search found) and a checkpoint, `sft/`.
 
-    python train_sft.py                                  # tiny base -> search -> SFT
-    python train_sft.py --model PATH --task FILE --mode zoom --teacher PATH
-    python train_sft.py --model PATH --task FILE --mode zoom --traces FILE
+    python train_sft.py                                  # tiny base -> search -> fine-tuning
+    python train_sft.py --model PATH --task FILE --teacher PATH
+    python train_sft.py --model PATH --task FILE --traces FILE
 
-Departures from the paper: in the mode `zoom` a step of the search is a turn with its real close-up, so that its value depends
-on what it shows; the policy is its own teacher, or `--teacher`; for a base from nothing, pretraining (a) stands in for Qwen's.
+Departures from the paper: in the mode `zoom` a step of the search is a turn with its real crop, so
+that its value depends on what the crop shows; without --teacher the policy is its own; for a base
+from nothing, pretraining (e) stands in for Qwen's.
 """
 import json
 import math
@@ -18,554 +19,102 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
 from torch.distributed.tensor import DTensor
-from transformers import AddedToken, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    AddedToken,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from evaluate import (ANSWERS, BLOCK, CARD, CELL, COLOURS, CONTRAST, JITTER, NOTHING, PATTERNS, QUESTION, SIDE,
-                      Scene, configure, mean, place_cards, questions_of, search_scene)
-from model import (Chunk, Policy, Sequence, UserError, average_gradients, full_tensor, gather, gather_shares,
-                   is_sharded, load, micro_batches, rank, read_config, shard_if_large, shard_like,
-                   sum_over_processes, world_size, write_text)
-from reward import is_correct
-from rollout import (POINT, Dialogue, Frame, Question, Trace, continue_traces, crop_box, describe_config,
-                     format_call, format_point, make_dialogue, parse_points, parse_turn, rollout, run, zoom)
-
-# ------------------------------------------------------------------------------------------------ (a) the tiny base
-
-TINY_PROMPTS = {"direct": "Answer.", "think": "Think.", "grounded": "Point.", "zoom": "Zoom."}
-TINY = Dialogue(system_prompts=TINY_PROMPTS)
-SHOW = ("Show each", " card.")         # instructed dialogue: look at all of them
-LIST = "List the cards."
-PLACES = [cell * CELL + CELL // 2 + shift for cell in range(SIDE // CELL) for shift in JITTER]    # px: where cards' centres are
-BATCH = 16                             # lessons, or images, in a step of its pretraining
-TILES = 4                              # a side of the image of tiles, one for each token
-SEEN = 64                              # px: the side of what the tiny base sees, of drawings and of close-ups
-
-
-def tiny_strings():
-    """What the tiny tokenizer has as single tokens: the fixed strings of the grammar and the words of the drawn questions."""
-    call = format_call((0, 0)).partition("[0, 0]")
-    fixed = ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>", "<observation>", "</observation>",
-             TINY.before_crop, TINY.after_crop, "</think>\n" + call[0] + "[", "]" + call[2], "</think>\n<answer>", "system\n", "user\n", "assistant\n"]
-    words = [*TINY_PROMPTS.values(), *QUESTION, *SHOW, LIST, " Card ", "Card ", " at (", ", ", ").", " None.", "Nothing.", ":"]
-    words += [BACKTRACK] + [" " + c for c in COLOURS] + list(PATTERNS) + [p.capitalize() + "." for p in PATTERNS]
-    return fixed + words
-
-
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-                  "<|video_pad|>"]
-CHAT_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{% if part.type == 'image' %}\
-<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
-
-def make_tiny(folder, strings, *, image_px=SEEN, hidden=96, layers=4, heads=3, vision_hidden=64):
-    """Writes a tiny Qwen2.5-VL with random weights (torch's seed) as a checkpoint folder. strings: what shall be one token
-    each, besides special tokens and bytes. image_px: side of the square that it sees of an image: 8 px a patch, merged 2x2."""
-    alphabet = sorted(chr(c) for c in byte_characters())
-    tokenizer = Qwen2Tokenizer(vocab={c: i for i, c in enumerate(alphabet)}, merges=[], eos_token="<|im_end|>",
-                               pad_token="<|endoftext|>")
-    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(s, normalized=False) for s in strings])
-    tokenizer.chat_template = CHAT_TEMPLATE
-    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)))
-    half = hidden // heads // 2
-    side = half * 3 // 8
-    text = dict(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-                num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, initializer_range=0.1,
-                rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[half - 2 * side, side, side]),
-                tie_word_embeddings=True, bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
-    vision = dict(depth=2, hidden_size=vision_hidden, intermediate_size=2 * vision_hidden, num_heads=4, out_hidden_size=hidden,
-                  patch_size=8, spatial_merge_size=2, temporal_patch_size=2, window_size=64, fullatt_block_indexes=[0, 1],
-                  initializer_range=0.1)
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
-                              video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
-                              vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ids["<|im_end|>"], ids["<|endoftext|>"]
-    processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=image_px**2,
-                                         max_pixels=image_px**2, resample=4,   # box filter: exact means over whole blocks
-                                         image_mean=[0.5] * 3, image_std=[0.25] * 3)
-    Policy(model, tokenizer, processor).save(folder)
-
-
-def byte_characters():
-    """The 256 characters by which byte-level BPE writes bytes: printable ones as themselves, the others from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return printable + [256 + i for i in range(256 - len(printable))]
-
-
-def card_text(number, point):
-    return f"Card {number} at {format_point(point)}."
-
-
-class Lesson:
-    """Writes one pretraining sequence: text that is learned, text that is only read, and images."""
-
-    def __init__(self, policy, system, user, image):
-        content = [{"type": "image"}, {"type": "text", "text": user}]
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-        self.policy, self.sequence = policy, Sequence(policy.prompt(messages, [image]))
-
-    def write(self, text, learned=True):
-        self.sequence.add(Chunk(self.policy.encode(text)), sampled=learned)
-        return self
-
-    def observe(self, image):
-        end = self.policy.tokenizer.eos_token
-        before, after = ({"type": "text", "text": text} for text in (TINY.before_crop, TINY.after_crop))
-        self.write(end).sequence.add(self.policy.reply([before, {"type": "image"}, after], [image]))
-        return self
-
-
-def overview(scene):
-    """The drawing as the tiny base sees it: the means of its blocks (what the image processor's box filter makes of it)."""
-    return scene.draw().reduce(SIDE // SEEN)
-
-
-def mixed_scene(rng, fewest=4, most=9, copies=(1, 2, 3, 3)):
-    """`fewest` to `most` cards, of each colour as many as a draw from `copies` says."""
-    colours = [c for c in rng.sample(list(COLOURS), 6) for _ in range(rng.choice(copies))][:rng.randint(fewest, most)]
-    return Scene(place_cards(rng, [(c, rng.choice(("plain", *PATTERNS))) for c in colours]), colours[0])
-
-
-def draw_tiles(rng):
-    """A crop's size of TILES x TILES tiles, each with a colour and a pattern, in half of the images at any phase.
-    -> image, [(colour, pattern)] in reading order"""
-    side, step = SEEN // TILES, rng.choice((1, BLOCK))
-    image, faces = np.empty((SEEN, SEEN, 3)), []
-    for row in range(TILES):
-        for column in range(TILES):
-            colour, pattern = rng.choice(list(COLOURS)), rng.choice(list(PATTERNS))
-            y, x = rng.randrange(0, BLOCK, step), rng.randrange(0, BLOCK, step)
-            texture = np.tile(PATTERNS[pattern], (side // BLOCK + 1,) * 2)[y:y + side, x:x + side, None]
-            place = slice(row * side, (row + 1) * side), slice(column * side, (column + 1) * side)
-            image[place] = np.array(COLOURS[colour]) + CONTRAST * texture
-            faces.append((colour, pattern))
-    return Image.fromarray(image.astype(np.uint8)), faces
-
-
-def lesson_list(policy, rng, **kind):
-    """Locate: list the cards of every colour, in reading order, and say where there is none (or no more). kind: of the scene."""
-    scene = mixed_scene(rng, **kind)
-    frame = Frame((SEEN, SEEN), (SIDE, SIDE))
-    lesson = Lesson(policy, TINY_PROMPTS["grounded"], LIST, overview(scene))
-    present = {c.colour for c in scene.cards}
-    colours = sorted(present) + [c for c in COLOURS if c not in present][:1]
-    for colour in rng.sample(colours, len(colours)):
-        lesson.write(f" {colour}:", learned=False)
-        for number, card in enumerate(Scene(scene.cards, colour).candidates, 1):
-            lesson.write(" " + card_text(number, frame.to_input((card.x, card.y))))
-        lesson.write(" None.")
-    return lesson.sequence
-
-
-def lesson_read(policy, rng):
-    """Read: what is on the card in the close-up? Up to four of them in turn."""
-    scene = mixed_scene(rng)
-    drawing, lesson = scene.draw(), None
-    for card in rng.sample(scene.cards, min(4, len(scene.cards))):
-        point = card.x + rng.randint(-16, 16), card.y + rng.randint(-16, 16)
-        close_up = zoom(drawing, point, SEEN // 2, SEEN)
-        user = f"{QUESTION[0]} {card.colour}{QUESTION[1]}"
-        if lesson is None:
-            lesson = Lesson(policy, TINY_PROMPTS["direct"], user, close_up)
-        else:
-            lesson.write(policy.tokenizer.eos_token).sequence.add(
-                policy.reply([{"type": "image"}, {"type": "text", "text": user}], [close_up]))
-        lesson.write(f"<answer>{card.pattern}</answer>")
-    return lesson.write(policy.tokenizer.eos_token).sequence
-
-
-def lesson_dialogue(policy, rng, go_on, show):
-    """The dialogue of the mode `zoom`, with decisions that are not sensible: after each look, whatever it showed, it goes on to
-    the next candidate (or back to the one that it missed) with probability `go_on` and otherwise answers, if need be with any
-    pattern. So the base learns the grammar, where cards are and what a close-up shows, but not when to look on. Some looks are
-    astray (their points are not learned): it learns to say that nothing is there. show: the instructed kind, all cards."""
-    colour, count = rng.choice(list(COLOURS)), rng.choice((1, 2, 3, 3))
-    scene = patterned(rng, colour, count)
-    frame, drawing, candidates = Frame((SEEN, SEEN), (SIDE, SIDE)), scene.draw(), scene.candidates
-    words = SHOW if show else QUESTION
-    lesson = Lesson(policy, TINY_PROMPTS["zoom"], f"{words[0]} {colour}{words[1]}", overview(scene))
-    if not show and rng.random() < 0.05:               # answering without a look: a guess
-        guess = rng.choice(ANSWERS) + "</answer>" + policy.tokenizer.eos_token
-        return lesson.write(TINY.forced_answer, learned=False).write(guess).sequence
-    number, thought = 0, ""
-    for turn in range(4):
-        astray = rng.random() < 0.15
-        if astray:
-            target = point = rng.randrange(SIDE), rng.randrange(SIDE)
-        else:
-            target = candidates[number].x, candidates[number].y
-            point = tuple(min(max(v + rng.choice((0, rng.randint(-16, 16))), 0), SIDE - 1) for v in target)
-        spot = frame.to_input(target)
-        lesson.write(f"<think>{thought}Card {number + 1} at (").write(f"{format_point(spot)[1:]}.", learned=not astray)
-        lesson.write(f"</think>\n{format_call(spot)}")
-        box = crop_box(drawing.size, point, SEEN // 2)
-        lesson.observe(zoom(drawing, point, SEEN // 2, SEEN))
-        seen = scene.shown(box)
-        found = seen[0].pattern if seen else None
-        thought = f"{found.capitalize()}. " if found else "Nothing. "
-        left = found is None or number + 1 < len(candidates)
-        if turn == 3 or not left or not (show or rng.random() < go_on):
-            break
-        number += found is not None
-    answer = found if found in ANSWERS else rng.choice(ANSWERS)
-    return lesson.write(f"<think>{thought.strip()}</think>\n<answer>{answer}</answer>{policy.tokenizer.eos_token}").sequence
-
-
-def learning_rate(step, steps, warm_up, final=0.1, cosine=False):
-    """Factor on the learning rate: linear warm-up over `warm_up` steps; decay to `final` at the end, linear or by a cosine."""
-    done = (1 - math.cos(math.pi * step / steps)) / 2 if cosine else step / steps
-    return min(1, (step + 1) / warm_up) * (1 - (1 - final) * done)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: for hidden matrices of small models (Jordan 2024), all of a shape at once. torch.optim.Muon
-    works in bfloat16, which on a CPU without units for it took five times as long as the rest of a step; ours in float32."""
-
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
-                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                           for p in params]
-                grads, momenta = (torch.stack([full_tensor(x) for x in found])  # (n, rows, columns)
-                                  for found in ([p.grad for p in params], momenta))
-                update = orthogonalise(grads.lerp(momenta, group["momentum"]))
-                scale = max(1, shape[0] / shape[1])**0.5
-                for p, u in zip(params, update):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(shard_like(u, p), alpha=-group["lr"] * scale)
-
-
-def orthogonalise(x, steps=5):
-    """Brings the singular values of matrices (n, rows, columns) near 1, by the quintic Newton-Schulz iteration."""
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
-    return x.mT if tall else x
-
-
-class RoundedAdamW(torch.optim.Optimizer):
-    """AdamW for bfloat16 weights. These are 1e-4 apart at 0.02, so a step of 1e-6 would always be rounded away; here what is
-    written back is rounded up or down at random, right on average. Moments are kept in `dtype`; the arithmetic is float32,
-    SLICE elements at a time. The random numbers follow from step and parameter alone: a resumed run goes on as it would."""
-    SLICE = 2**24
-
-    def __init__(self, params, lr, betas=(0.9, 0.999), weight_decay=0.01, dtype=torch.float32):
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            (b1, b2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
-            for number, p in enumerate(p for p in group["params"] if p.grad is not None):
-                state = self.state[p] = self.state[p] or {
-                    "step": 0, **{n: torch.zeros_like(p, dtype=self.dtype) for n in ("exp_avg", "exp_avg_sq")}}
-                state["step"] = t = state["step"] + 1
-                generator = torch.Generator(p.device).manual_seed(t * 100_003 + number)
-                tensors = p, state["exp_avg"], state["exp_avg_sq"], p.grad.contiguous()
-                tensors = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)     # of a sharded one: our part
-                for *kept, grad in zip(*(x.view(-1).split(self.SLICE) for x in tensors)):
-                    w, m, v, g = (x.float() for x in (*kept, grad))
-                    m.lerp_(g, 1 - b1)
-                    v.mul_(b2).addcmul_(g, g, value=1 - b2)
-                    w.mul_(1 - lr * decay).addcdiv_(m, (v / (1 - b2**t)).sqrt_().add_(1e-8), value=-lr / (1 - b1**t))
-                    for old, new in zip(kept, (w, m, v)):
-                        old.copy_(rounded(new, generator) if old.dtype == torch.bfloat16 else new)
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)            # casts moments to the weights' dtype: taken again as they were kept
-        names = [name for group in state_dict["param_groups"] for name in group["params"]]
-        for name, p in zip(names, [p for group in self.param_groups for p in group["params"]]):
-            kept = state_dict["state"].get(name, {})
-            self.state[p].update({k: x.to(p.device) if torch.is_tensor(x) else x for k, x in kept.items()})
-
-
-def rounded(x, generator):
-    """float32 -> bfloat16, to one of the two neighbours, the nearer one the more often: the mean is x."""
-    noise = torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((x.view(torch.int32) + noise) & -2**16).view(torch.float32).bfloat16()
-
-
-def make_optimizers(policy, kind, lr, adamw_lr=None, dtype="float32"):
-    """"adamw", or "muon": Muon for hidden matrices, AdamW for the rest. dtype: of AdamW's moments of bfloat16 weights."""
-    plain = policy.model.dtype != torch.bfloat16
-    adamw = torch.optim.AdamW if plain else partial(RoundedAdamW, dtype=getattr(torch, dtype))
-    if kind == "adamw":
-        return [adamw(policy.trainable(), lr=lr, weight_decay=0.01)]
-    named = dict(policy.model.named_parameters())
-    outer = {id(p) for n, p in named.items() if p.ndim != 2 or "embed_tokens" in n or "lm_head" in n}
-    hidden = [p for p in policy.trainable() if id(p) not in outer]
-    rest = [p for p in policy.trainable() if id(p) in outer]
-    return [Muon(hidden, lr=lr), adamw(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
-
-
-# What a token of the vision tower is to tell: colour or that there is no card, pattern, place in x and in y, and the how manieth
-# card of its colour it is, in reading order.
-CLASSES = (len(COLOURS) + 1, len(PATTERNS), len(PLACES), len(PLACES), 3)
-UNASKED = -1
-
-
-def tile_truths(rng):
-    """-> an image of tiles, and of each of its tokens the numbers of its CLASSES."""
-    image, faces = draw_tiles(rng)
-    return image, [face_truth(colour, pattern) for colour, pattern in faces]
-
-
-def cell_truths(rng):
-    """-> an overview, and of each of its tokens the numbers of its CLASSES; the pattern cannot be seen in it."""
-    scene, colours = mixed_scene(rng), list(COLOURS)
-    truths, seen = [], Counter()
-    for card in scene.cells():
-        if card is None:
-            truths.append((len(colours), *[UNASKED] * 4))
-            continue
-        place = PLACES.index(card.x), PLACES.index(card.y)
-        truths.append((colours.index(card.colour), UNASKED, *place, seen[card.colour]))
-        seen[card.colour] += 1
-    return overview(scene), truths
-
-
-def crop_truths(rng):
-    """-> a crop near a card, and of each of its tokens the numbers of its CLASSES: of what fills it, a card or the ground."""
-    scene, half = mixed_scene(rng), CARD // 2
-    card = rng.choice(scene.cards)
-    point = card.x + rng.randint(-24, 24), card.y + rng.randint(-24, 24)
-    left, top, right, bottom = crop_box((SIDE, SIDE), point, SEEN // 2)
-    side, truths = SEEN // TILES, []
-    for y in range(top, bottom, side):
-        for x in range(left, right, side):
-            over = [c for c in scene.cards if abs(c.x - x - side / 2) < half + side / 2
-                    and abs(c.y - y - side / 2) < half + side / 2]
-            within = [c for c in over if abs(c.x - x - side / 2) <= half - side / 2
-                      and abs(c.y - y - side / 2) <= half - side / 2]
-            if within:
-                truths.append(face_truth(within[0].colour, within[0].pattern))
-            elif over:
-                truths.append((UNASKED,) * 5)
-            else:
-                truths.append((len(COLOURS), *[UNASKED] * 4))
-    return scene.draw().crop((left, top, right, bottom)), truths
-
-
-def face_truth(colour, pattern):
-    return list(COLOURS).index(colour), list(PATTERNS).index(pattern), *[UNASKED] * 3
-
-
-def train_tower(policy, seed, *, steps, log=print):
-    """Teaches the vision tower alone. Its tokens tell their CLASSES by fixed directions, all at right angles: what is told has
-    to fill the token. (By linear heads that learn it can hide in a small part of the token, where the language model does not
-    find it: after 300 lessons it could not place a single card.)"""
-    tower, hidden = policy.model.model.visual, policy.text_config.hidden_size
-    torch.manual_seed(seed)
-    directions = torch.nn.init.orthogonal_(torch.empty(sum(CLASSES), hidden))            # (classes, hidden)
-    matrices = [p for p in tower.parameters() if p.ndim == 2]
-    others = [p for p in tower.parameters() if p.ndim != 2]
-    optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=5e-3, betas=(0.9, 0.98), weight_decay=0.0)]
-    policy.train_vision = True
-    started = time.time()
-    for step in range(steps):
-        kinds = [tile_truths] * 4 + [crop_truths] * 4 + [cell_truths] * 8
-        if step >= steps // 4:                               # what is left to learn is to count
-            kinds = [tile_truths] + [crop_truths] * 2 + [cell_truths] * 13
-        pictures, truths = [], []
-        for i in range(rank(), len(kinds), world_size()):
-            image, truth = kinds[i](random.Random(f"tower {seed} {step} {i}"))
-            pictures.append(policy.picture(image))
-            truths += truth
-        tokens = F.normalize(torch.cat(policy.features(pictures)), dim=-1) * hidden**0.5   # (images * 16, hidden)
-        logits = (tokens @ directions.T).split(CLASSES, -1)                              # (images * 16, classes) each
-        targets = torch.tensor(truths).T                                                 # (classes, images * 16)
-        asked = sum_over_processes((targets != UNASKED).sum(1).tolist())
-        loss = torch.zeros(())
-        for x, target, n in zip(logits, targets, asked):
-            loss = loss + F.cross_entropy(x, target, ignore_index=UNASKED, reduction="sum") / max(1, n)
-        (loss * world_size()).backward()                     # gradients are averaged over the processes
-        optimizer_step(list(tower.parameters()), optimizers, learning_rate(step, steps, 20, 0.05))
-        if step % 100 == 99:
-            log(f"vision tower {step + 1}/{steps}  loss {sum_over_processes([loss.item()])[0]:.3f}  {remaining(started, step + 1, steps)}")
-    policy.train_vision = False
-
-
-def lesson_mix(share):
-    """How many lessons of each kind a step has at `share` of pretraining: lists first, then ever more dialogues."""
-    dialogues = 0 if share < 0.2 else 5 if share < 0.45 else 8
-    return {"read": 1, "dialogue": dialogues, "list": BATCH - 1 - dialogues}
-
-
-def list_kind(share):
-    """The scenes of lessons that list cards: few colours once each, then more cards, then alike, in an eighth of the time."""
-    u = min(1, share / 0.12)
-    if u < 0.33:
-        return dict(fewest=1, most=1 + int(5 * u / 0.33), copies=(1,))
-    if u < 0.66:
-        return dict(fewest=2, most=7, copies=(1, 2, 2, 3))
-    return dict(fewest=4, most=5 + int(4 * u), copies=(1, 2, 3, 3))
-
-
-GO_ON = 0.2      # with this probability a dialogue of the lessons goes on to the next candidate, whatever the crop showed
-
-
-def make_lesson(policy, kind, rng, share):
-    """A pretraining sequence. share: of the curriculum that is over."""
-    if kind == "read":
-        return lesson_read(policy, rng)
-    if kind == "dialogue":
-        return lesson_dialogue(policy, rng, GO_ON, show=rng.random() < 0.8)
-    return lesson_list(policy, rng, **list_kind(share))
-
-
-def pretrain(policy, steps, seed, *, log=print):
-    """Teaches the tiny base to see and to speak: the vision tower first, then, with the tower frozen, the language model.
-
-    After `steps` steps, when the learning rate has decayed, comes an exam. A base that fails it goes on for a quarter of the
-    steps, from a lower learning rate, and tries again; twice `steps` is the bound. A base of few steps has a tower of as few,
-    and a short exam. -> what the last exam found"""
-    train_tower(policy, seed, steps=min(700, steps), log=log)
-    optimizers = make_optimizers(policy, "muon", 0.01, adamw_lr=5e-3)
-    started, done, length, peak = time.time(), 0, steps, 1.0
-    while True:
-        policy.model.train()
-        for step in range(done, done + length):
-            factor = peak * learning_rate(step - done, length, 30, 0.03)
-            loss = learn_lessons(policy, optimizers, step, steps, seed, factor)
-            if step % 50 == 49 or step + 1 == done + length:
-                loss, = sum_over_processes([loss])
-                left = remaining(started, step + 1, done + length)
-                log(f"pretraining {step + 1}/{done + length}  loss {loss:.3f}  {left}")
-        policy.model.eval()
-        done, length, peak = done + length, max(1, steps // 4), 0.4
-        found = exam(policy, seed, n=min(1024, 8 * steps))
-        log("exam: " + "  ".join(f"{name} {share:.3f}" for name, share in found.items()))
-        if failed := [name for name, share in found.items() if share < PASSES[name.split()[0]]]:
-            log(f"exam: NOT PASSED in {', '.join(failed)}" + ", more lessons" * (done < 2 * steps))
-        if not failed or done >= 2 * steps:
-            return found
-
-
-def learn_lessons(policy, optimizers, step, steps, seed, factor):
-    """One pretraining step, each process with its share of the lessons. -> this share's part of the loss"""
-    kinds = [kind for kind, count in lesson_mix(step / steps).items() for _ in range(count)]
-    lessons = []
-    for i in range(rank(), len(kinds), world_size()):
-        rng = random.Random(f"lesson {seed} {step} {i}")
-        lessons.append(make_lesson(policy, kinds[i], rng, step / steps))
-    tokens, = sum_over_processes([sum(sum(lesson.sampled) for lesson in lessons)])
-    loss = -policy.log_probs([[lesson] for lesson in lessons]).sum() / tokens
-    (loss * world_size()).backward()                         # gradients are averaged over the processes
-    optimizer_step(policy.trainable(), optimizers, factor)
-    return loss.item()
-
-
-# ------------------------------------------------------------------------------------------------ its exam
-
-# The least share of each part of the exam that a base passes with.
-PASSES = {"says": 0.98, "target": 0.98, "lists": 0.8}
-
-
-def exam(policy, seed, n=1024):
-    """What the base has to know, on scenes that no lesson showed, sampled at temperature 1. -> {what: share}
-
-    says PATTERN: thoughts after a crop of such a card that name its pattern; target 1, 2, 3: first, second and third looks that
-    lie on the first, second and third candidate; lists: the probability with which all cards of a scene are listed without
-    a mistake."""
-    drawn = [patterned(random.Random(f"exam {seed} {i}")) for i in range(n)]
-    questions = [Question(f"{SHOW[0]} {scene.colour}{SHOW[1]}", [scene.draw], "", scene=scene) for scene in drawn]
-    seeds = [f"exam {seed} {i}" for i in range(n)]
-    mine = slice(rank(), None, world_size())
-    rows = []                                                # (what was examined, right or wrong)
-    for trace, in rollout(policy, questions[mine], TINY, 1, seeds[mine], turn_tokens=48, response_tokens=288):
-        rows += examine(trace)
-    lists = [lesson_list(policy, random.Random(f"exam list {seed} {i}")) for i in range(n // 8)][mine]
-    with torch.no_grad():
-        rows += [("lists", policy.log_probs([[lesson]]).sum().exp().item()) for lesson in lists]
-    found = defaultdict(list)
-    for name, right in sum(gather(rows), []):
-        found[name].append(right)
-    names = ["lists", *(f"says {pattern}" for pattern in PATTERNS), *(f"target {number}" for number in (1, 2, 3))]
-    return {name: mean(found[name]) for name in names}       # 0 for what it was never seen to do
-
-
-def examine(trace):
-    """The parts of the exam that a dialogue of the instructed kind has: [(what was examined, right or wrong)]."""
-    scene, frame = trace.question.scene, trace.frames[0]
-    rows = []
-    for turn, after in pairwise(trace.turns):
-        if turn.crop and not after.forced and scene.face_in(turn.crop) != NOTHING:
-            rows.append((f"says {scene.face_in(turn.crop)}", scene.describes(after.thought, turn.crop)))
-    points = [frame.to_original(point) for point in trace.zoom_points]
-    for number, (point, card) in enumerate(zip(points, scene.candidates), 1):
-        rows.append((f"target {number}", scene.card_at(point) is card))
-    return rows
-
-
-def patterned(rng, colour=None, candidates=None):
-    """A scene as the questions have, but any candidate may bear a pattern, or all, or none."""
-    scene = search_scene(rng, colour, candidates)
-    faces = {id(c): rng.choice(("plain", *ANSWERS)) for c in scene.candidates}
-    return Scene(tuple(replace(c, pattern=faces.get(id(c), c.pattern)) for c in scene.cards), scene.colour)
-
-
-def optimizer_step(parameters, optimizers, factor, clip=1.0):
-    """One step along the accumulated gradients, at `factor` times each optimizer's own learning
-    rate; then they are cleared. All processes have to call it: gradients are averaged over them.
-    -> the norm before clipping to `clip`."""
-    average_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return full_tensor(norm).item()
-
-
-def remaining(started, done, total):
-    """"12 s, 48 s left"."""
-    spent = time.time() - started
-    return f"{spent:.0f} s, {spent / done * (total - done):.0f} s left"
-
-
-# ------------------------------------------------------------------------------------------------ (b) tree search
-
-BACKTRACK = "That was not it. "        # put before a right roll-out that follows a wrong one
+from evaluate import (
+    ANSWERS,
+    BLOCK,
+    CARDS,
+    CELL,
+    COLOURS,
+    JITTER,
+    NOTHING,
+    PATTERNS,
+    QUESTION,
+    SIDE,
+    Scene,
+    Unusable,
+    configure,
+    mean,
+    place_cards,
+    questions_of,
+    scored_by,
+    search_scene,
+)
+from model import (
+    Chunk,
+    Policy,
+    Sequence,
+    UserError,
+    average_gradients,
+    full_tensor,
+    gather,
+    gather_shares,
+    is_sharded,
+    load,
+    micro_batches,
+    rank,
+    read_config,
+    shard_if_large,
+    shard_like,
+    sum_over_processes,
+    world_size,
+    write_text,
+)
+from reward import is_correct, score
+from rollout import (
+    POINT,
+    Dialogue,
+    Frame,
+    Question,
+    Trace,
+    continue_traces,
+    crop_box,
+    describe_config,
+    format_call,
+    format_point,
+    make_dialogue,
+    parse_points,
+    parse_turn,
+    read_image,
+    rollout,
+    run,
+    zoom,
+)
+
+# ---------------------------------------------------------------------------------- (a) tree search
+
+TREES = 64                # that a process searches at a time: their images' features are in memory
 POINT_STEP = re.compile(f"(?:{POINT.pattern})[.,;:!]*")
 SENTENCE_STEP = re.compile(r"[.!?](?=\s)")
 
 
 @dataclass(eq=False)
 class Node:
-    """A path of steps (paper: warm start). trace: the tokens of the path; rollouts: complete traces sampled from here."""
+    """A path of steps (paper: warm start). trace: the tokens of the path."""
     trace: Trace
     parent: "Node | None" = None
-    points: tuple = ()             # the points used on the path, px as seen
+    points: tuple = ()             # on the path, px of the model input
+    depth: int = 0                 # number of its steps
     children: list = field(default_factory=list)
-    rollouts: list = field(default_factory=list)
+    rollouts: list = field(default_factory=list)    # complete traces sampled from here
     visits: int = 0
-    value: float = 0.0             # mean reward of all roll-outs below
+    value: float = 0.0             # mean reward of all rollouts below
 
     def back_up(self, reward):
         node = self
@@ -576,11 +125,12 @@ class Node:
 
     def select(self, c):
         """The leaf that UCB1 leads to: value + c * sqrt(ln(N_parent + 1) / (N_child + 1))."""
-        node = self
-        while node.children:
-            explore = math.log(node.visits + 1)
-            node = max(node.children, key=lambda child: child.value + c * math.sqrt(explore / (child.visits + 1)))
-        return node
+        if not self.children:
+            return self
+        explore = math.log(self.visits + 1)
+        best = max(self.children,
+                   key=lambda child: child.value + c * math.sqrt(explore / (child.visits + 1)))
+        return best.select(c)
 
     def walk(self):
         yield self
@@ -588,181 +138,217 @@ class Node:
             yield from child.walk()
 
 
-def first_step_end(policy, trace, begin):
-    """Where the step of a complete trace that begins at token `begin` ends. In the mode `zoom` a step is a turn with its
-    observation; in the others it is a sentence with its point (`think`: a sentence), and the last one runs to the end."""
-    if trace.mode == "zoom":
-        return next((start for start in trace.turn_starts if start > begin), len(trace.ids))
-    step, text = POINT_STEP if trace.mode == "grounded" else SENTENCE_STEP, ""
-    for end in range(begin + 1, len(trace.ids)):
-        text = policy.decode(trace.ids[begin:end])
-        if "</think>" in text:
-            break
-        if (found := step.search(text)) and found.end() < len(text) or text.endswith(").") and found:
-            return end
-    return len(trace.ids)
+def search(policy, questions, dialogue, seeds, sampling, *, simulations=8, width=3, rollouts=2,
+           depth=10, c=2.0, min_distance=10, log=print):
+    """Monte Carlo tree search for right traces of each question (paper: warm start).
+
+    width: continuations that are sampled to expand a leaf. rollouts: from each new child, the one
+    that it was cut from among them. depth: steps until the answer is asked for. min_distance: px
+    between the points of a path. seeds: one a question, for all random numbers of its tree.
+    -> the trees' roots"""
+    roots = [Node(dialogue.start(policy, question, 1, seed)[0])
+             for question, seed in zip(questions, seeds, strict=True)]
+    started = time.time()
+    for simulation in range(simulations):
+        # Select: in every tree the leaf that UCB1 leads to.
+        leaves = [root.select(c) for root in roots]
+        ended = [leaf for leaf in leaves if leaf.trace.ended]
+        leaves = [leaf for leaf in leaves if not leaf.trace.ended]
+        rewards = [(leaf, is_correct(leaf.trace)) for leaf in ended]    # it counts again
+
+        # Expand: the first steps of some continuations become the leaf's children.
+        groups = continue_from(policy, dialogue, [leaf.trace for leaf in leaves], width, sampling)
+        new = []
+        for leaf, traces in zip(leaves, groups, strict=True):
+            leaf.rollouts += traces
+            for trace in traces:
+                child = expand(policy, leaf, trace, min_distance, depth)
+                rewards.append((child, is_correct(trace)) if child else (leaf, 0.0))
+            new += [child for child in leaf.children if not child.trace.ended]
+
+        # Simulate: more rollouts from each child.
+        groups = continue_from(policy, dialogue, [child.trace for child in new], rollouts - 1,
+                               sampling)
+        for child, traces in zip(new, groups, strict=True):
+            child.rollouts += traces
+            rewards += [(child, is_correct(trace)) for trace in traces]
+
+        # Back up: 1 for a right answer, 0 for a wrong one.
+        for node, reward in rewards:
+            node.back_up(reward)
+        solved = sum(root.value > 0 for root in roots)
+        log(f"search {simulation + 1}/{simulations}  questions with a right trace {solved}/"
+            f"{len(roots)}  {remaining(started, simulation + 1, simulations)}")
+    return roots
+
+
+def continue_from(policy, dialogue, prefixes, count, sampling):
+    """`count` complete traces from each prefix, which is run once for them.
+    -> lists of Traces, in the prefixes' order
+
+    Each trace gets random numbers of its own, seeded by the next number of its tree."""
+    groups = []
+    for prefix in prefixes:
+        prompt = Chunk(prefix.prompt.ids + prefix.ids, prefix.prompt.pictures + prefix.pictures)
+        groups.append([])
+        for _ in range(count):
+            rng = random.Random(prefix.rng.getrandbits(64))
+            groups[-1].append(replace(prefix, prompt=prompt, ids=[], sampled=[], log_probs=[],
+                                      pictures=[], rng=rng, turns=list(prefix.turns),
+                                      turn_starts=[0]))
+    for _ in continue_traces(policy, groups, dialogue, **sampling):
+        pass                                                     # the traces grow in place
+    return [[join_trace(prefix, rest) for rest in group]
+            for prefix, group in zip(prefixes, groups, strict=True)]
+
+
+def join_trace(prefix, rest):
+    """A trace that was continued with the prefix as a part of its prompt -> one of the question."""
+    starts = [len(prefix.ids) + start for start in rest.turn_starts[1:]]
+    return replace(rest, prompt=prefix.prompt, ids=prefix.ids + rest.ids,
+                   sampled=prefix.sampled + rest.sampled,
+                   log_probs=prefix.log_probs + rest.log_probs,
+                   pictures=prefix.pictures + rest.pictures,
+                   turn_starts=prefix.turn_starts + starts, rng=prefix.rng)
 
 
 def cut_trace(policy, trace, end):
     """The first `end` tokens of a trace (a step's end), to be continued."""
     if end >= len(trace.ids):
         return trace
-    turns = [t for t, start in zip(trace.turns, trace.turn_starts[1:]) if start <= end]
-    pictures = trace.pictures[:sum(1 for t in turns if t.crop)]
-    starts = [s for s in trace.turn_starts if s <= end]
-    return Trace(trace.prompt, trace.ids[:end], trace.sampled[:end], trace.log_probs[:end], pictures, trace.rng,
-                 question=trace.question, mode=trace.mode, frames=trace.frames, turns=turns, turn_starts=starts,
-                 prefix=policy.decode(trace.ids[starts[-1]:end]))
+    starts = [start for start in trace.turn_starts if start <= end]
+    turns = trace.turns[:len(starts) - 1]
+    crops = sum(turn.crop is not None for turn in turns)
+    return replace(trace, ids=trace.ids[:end], sampled=trace.sampled[:end],
+                   log_probs=trace.log_probs[:end], pictures=trace.pictures[:crops], turns=turns,
+                   turn_starts=starts, prefix=policy.decode(trace.ids[starts[-1]:end]), ended="",
+                   must_answer=False)
 
 
-def continue_from(policy, dialogue, prefixes, count, sampling):
-    """`count` complete traces from each prefix; the prefix is run once for them. -> lists of Traces, in the prefixes' order.
+def first_step_end(policy, trace, begin):
+    """Where the step of a complete trace ends that begins at token `begin`.
 
-    Each trace gets a random stream of its own, begun by the next number of its tree's stream."""
-    def jobs():
-        for prefix in prefixes:
-            prompt = Chunk(prefix.prompt.ids + prefix.ids, prefix.prompt.pictures + prefix.pictures)
-            job = [Trace(prompt, rng=random.Random(prefix.rng.getrandbits(64)), question=prefix.question,
-                         mode=prefix.mode, frames=prefix.frames, turns=list(prefix.turns), prefix=prefix.prefix,
-                         crops=prefix.crops) for _ in range(count)]
-            place[id(job)] = len(place), job
-            yield job
-
-    def whole(prefix, rest):
-        shift = len(prefix.ids)
-        return Trace(prefix.prompt, prefix.ids + rest.ids, prefix.sampled + rest.sampled, prefix.log_probs + rest.log_probs,
-                     prefix.pictures + rest.pictures, prefix.rng, question=rest.question, mode=rest.mode, frames=rest.frames,
-                     turns=rest.turns, ended=rest.ended, turn_starts=prefix.turn_starts + [s + shift for s in rest.turn_starts[1:]],
-                     crops=prefix.crops)
-
-    place, found = {}, {}
-    for job in continue_traces(policy, jobs(), dialogue, **sampling):
-        found[place[id(job)][0]] = job
-    return [[whole(prefix, rest) for rest in found[i]] for i, prefix in enumerate(prefixes)]
-
-
-def search(policy, questions, dialogue, seeds, sampling, *, simulations=8, width=3, rollouts=2, depth=10, c=2.0, min_distance=10,
-           log=print):
-    """Monte Carlo tree search for right traces of each question (paper: warm start). -> the trees' roots. In each simulation
-    UCB1 selects a leaf of every tree; `width` continuations are sampled from it to their ends; the first step of each becomes a
-    child unless it repeats a point of its path or a sibling; each child gets `rollouts` roll-outs, the one that it came with
-    among them; rewards (1 right, 0 wrong) are backed up. seeds: one a question, for all random numbers of its tree."""
-    roots = [Node(dialogue.start(policy, question, 1, seed)[0]) for question, seed in zip(questions, seeds)]
-    started = time.time()
-    for simulation in range(simulations):
-        leaves, new = [root.select(c) for root in roots], []
-        for leaf in leaves:
-            if leaf.trace.ended:                       # nothing to expand: its reward counts again
-                leaf.back_up(is_correct(leaf.trace))
-        leaves = [leaf for leaf in leaves if not leaf.trace.ended]
-        for leaf, traces in zip(leaves, continue_from(policy, dialogue, [leaf.trace for leaf in leaves], width, sampling)):
-            leaf.rollouts += traces
-            for trace in traces:
-                child = expand(policy, leaf, trace, min_distance, depth)
-                if child is None:
-                    leaf.back_up(0.0)
-                    continue
-                if child not in leaf.children:
-                    leaf.children.append(child)
-                    new.append(child)
-                child.back_up(is_correct(trace))
-        new = [child for child in new if not child.trace.ended]
-        for child, traces in zip(new, continue_from(policy, dialogue, [child.trace for child in new], rollouts - 1, sampling)):
-            child.rollouts += traces
-            for trace in traces:
-                child.back_up(is_correct(trace))
-        solved, asked = sum_over_processes([sum(root.value > 0 for root in roots), len(roots)])
-        log(f"search {simulation + 1}/{simulations}  questions with a right trace {solved:.0f}/{asked:.0f}  "
-            f"{remaining(started, simulation + 1, simulations)}")
-    return roots
+    In the mode `zoom` a step is a turn with its observation. In `grounded` it is a sentence with
+    its point, in `think` a sentence, and the last one runs to the end."""
+    if trace.mode == "zoom":
+        return next((start for start in trace.turn_starts if start > begin), len(trace.ids))
+    step = POINT_STEP if trace.mode == "grounded" else SENTENCE_STEP
+    for end in range(begin + 1, len(trace.ids)):
+        text = policy.decode(trace.ids[begin:end])
+        if "</think>" in text:
+            break
+        match = step.search(text)
+        if match and (match.end() < len(text) or text.endswith(").")):
+            return end
+    return len(trace.ids)
 
 
 def expand(policy, leaf, trace, min_distance, depth):
-    """The child of `leaf` that the first new step of `trace` leads to: new, the same sibling, or None if it repeats a point."""
-    step = cut_trace(policy, trace, first_step_end(policy, trace, len(leaf.trace.ids)))
-    text = policy.decode(step.ids[len(leaf.trace.ids):])
-    points = step.zoom_points[len(leaf.trace.zoom_points):] if trace.mode == "zoom" else [] if step.ended else parse_points(text)
-    if any(near(p, used, min_distance) for p in points for used in leaf.points):
+    """The child of `leaf` that the first new step of a trace leads to: a new one, or the one of the
+    same tokens; None where the step repeats a point of the path."""
+    start = len(leaf.trace.ids)
+    step = cut_trace(policy, trace, first_step_end(policy, trace, start))
+    points = []
+    if trace.mode == "zoom":
+        points = step.zoom_points[len(leaf.trace.zoom_points):]
+    elif not step.ended:
+        points = parse_points(policy.decode(step.ids[start:]))
+    if any(repeats(point, leaf.points, min_distance) for point in points):
         return None
     for sibling in leaf.children:
         if sibling.trace.ids == step.ids:
             return sibling
-    node = Node(step, leaf, leaf.points + tuple(points))
-    level, above = 1, leaf
-    while above := above.parent:
-        level += 1
-    if level >= depth and not step.ended:              # too deep: the answer is asked for
+    child = Node(step, leaf, leaf.points + tuple(points), leaf.depth + 1)
+    if child.depth >= depth and not step.ended:              # too deep: it has to answer
         step.add(Chunk(policy.encode("</think>\n<answer>")))
         step.prefix += "</think>\n<answer>"
-    return node
+    leaf.children.append(child)
+    return child
 
 
-def near(a, b, distance):
-    return max(abs(a[0] - b[0]), abs(a[1] - b[1])) < distance
+def repeats(point, others, distance):
+    """Whether a point is less than `distance` px from one of the others, in x and in y."""
+    return any(max(abs(point[0] - x), abs(point[1] - y)) < distance for x, y in others)
 
 
-# ------------------------------------------------------------------------------------------------ (c) linearising
+# ------------------------------------------------------------ (b) from trees to traces, and on disk
+
+BACKTRACK = "That was not it. "        # before a right rollout that follows a wrong one
+SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
+
 
 def linearise(root, min_distance=10):
-    """The chains of a tree (lists of turns' texts): of each node, every right roll-out, and every pair of a wrong and a right
-    one with a back-tracking sentence between (paper: warm start); nothing twice, the shortest first."""
-    chains = {}
+    """The chains of a tree, lists of turns' texts, the shortest first and none twice: of each node,
+    every right rollout, and every wrong one that a right one corrects (paper: warm start)."""
+    join = join_turns if root.trace.mode == "zoom" else join_steps
+    chains = []
     for node in root.walk():
-        right = [t for t in node.rollouts if t.ended == "answer" and is_correct(t)]
-        wrong = [t for t in node.rollouts if t.ended == "answer" and not is_correct(t)]
+        ended = [trace for trace in node.rollouts if trace.ended == "answer"]
+        right = [trace for trace in ended if is_correct(trace)]
+        wrong = [trace for trace in ended if not is_correct(trace)]
         for trace in right:
-            chains.setdefault(tuple(t.text for t in trace.turns))
-        for bad in wrong:
-            for good in right:
-                join = join_turns if root.trace.mode == "zoom" else join_steps
-                if chain := join(node, bad, good, min_distance):
-                    chains.setdefault(tuple(chain))
-    return sorted(map(list, chains), key=lambda chain: sum(map(len, chain)))
+            chains.append([turn.text for turn in trace.turns])
+        for bad, good in product(wrong, right):
+            chains.append(join(node, bad, good, min_distance))
+    unique = dict.fromkeys(tuple(chain) for chain in chains if chain)
+    return sorted(map(list, unique), key=lambda chain: sum(map(len, chain)))
 
 
 def join_turns(node, bad, good, min_distance):
-    """The looks of a wrong trace, a back-tracking sentence, and of a right trace the turns that look at other places."""
+    """The zoom calls of a wrong trace, a back-tracking sentence, and those turns of a right trace
+    that show other places; [] where nothing wrong was shown, or nothing new after it."""
     shared = len(node.trace.turns)
-    looks = [t for t in bad.turns[:-1] if t.crop]
-    rest = [t for t in good.turns[shared:] if not (t.crop and any(near(t.call, seen.call, min_distance) for seen in looks))]
-    if len(looks) <= shared or not any(t.crop for t in rest):
-        return None                                    # nothing wrong was looked at, or nothing new after it
-    texts = [t.text for t in rest]
-    return [t.text for t in looks] + [texts[0].replace("<think>", "<think>" + BACKTRACK, 1)] + texts[1:]
+    first = [turn for turn in bad.turns[:-1] if turn.crop]
+    rest = [turn for turn in good.turns[shared:]
+            if not (turn.crop and repeats(turn.call, bad.zoom_points, min_distance))]
+    if len(first) <= shared or not any(turn.crop for turn in rest):
+        return []
+    texts = [turn.text for turn in rest]
+    texts[0] = texts[0].replace("<think>", "<think>" + BACKTRACK, 1)
+    return [turn.text for turn in first] + texts
 
 
 def join_steps(node, bad, good, min_distance):
-    """The same for a single turn: the wrong trace's thought, the sentence, what the right trace says after the shared prefix."""
-    begun = node.trace.prefix
-    wrong, right = bad.turns[0], good.turns[0]
-    if not wrong.thought or not right.text.turn_startswith(begun):
-        return None
-    rest = right.text[len(begun):] if begun else right.text.removeprefix("<think>")
-    return [f"<think>{wrong.thought} {BACKTRACK}{rest.lstrip()}"]
+    """The same for a single turn: the wrong trace's thought, the sentence, and what the right trace
+    says after the node's path."""
+    path = node.trace.prefix or "<think>"
+    wrong = bad.turns[0]
+    right = good.turns[0]
+    if not wrong.thought or not right.text.startswith(path):
+        return []
+    return [f"<think>{wrong.thought} {BACKTRACK}{right.text.removeprefix(path).lstrip()}"]
 
 
 def to_multi_turn(text, max_crops=4, later=0.3, rng=random):
-    """A single-turn chain as turns of the mode `zoom` (paper: multi-turn): cut at its points, each new point becomes a look,
-    at most `max_crops`; what is left of the thought goes with the answer. With probability `later` the first look comes after the
-    second, so that looking again after a miss is seen too. -> the turns' texts; without points or answer, the text as it is."""
+    """A single-turn chain as turns of the mode `zoom` (paper: multi-turn): a zoom call behind each
+    sentence with a new point, at most `max_crops`. -> the turns' texts
+
+    A sentence is never split: of several new points in it, the first is shown. What follows the
+    last call is the last thought; where nothing does, it is "The answer is ...". With probability
+    `later` the first two calls change places, so that going on after a miss is seen too. A chain
+    without points or answer stays as it is."""
     turn = parse_turn(text)
-    steps, last = [], 0
-    for found in POINT_STEP.finditer(turn.thought):
-        point = parse_points(found[0])[0]
-        if len(steps) < max_crops and not any(near(point, p, 1) for _, p in steps):
-            steps.append((turn.thought[last:found.end()].strip(), point))
-            last = found.end()
+    steps = []
+    thought = []                                 # sentences since the last step
+    for sentence in SENTENCE_GAP.split(turn.thought):
+        thought.append(sentence)
+        shown = [point for _, point in steps]
+        new = [point for point in parse_points(sentence) if not repeats(point, shown, 1)]
+        if new and len(steps) < max_crops:
+            steps.append((" ".join(thought), new[0]))
+            thought = []
     if not steps or not turn.answer:
         return [text]
     if len(steps) > 1 and rng.random() < later:
         steps[0], steps[1] = steps[1], steps[0]
-    rest = turn.thought[last:].strip()
-    turns = [f"<think>{thought}</think>\n{format_call(point)}" for thought, point in steps]
-    return turns + [f"<think>{rest}</think>\n<answer>{turn.answer}</answer>"]
+    turns = [f"<think>{before}</think>\n{format_call(point)}" for before, point in steps]
+    closing = " ".join(thought) or f"The answer is {turn.answer}."
+    return [*turns, f"<think>{closing}</think>\n<answer>{turn.answer}</answer>"]
 
 
 def replay(policy, dialogue, question, texts):
-    """Turns' texts as a Trace, with the close-ups that the tool really gives. Tokens of the policy's turns count as sampled."""
+    """Turns' texts as a Trace, with the crops that the tool really gives. The tokens of the turns
+    count as sampled, end tokens too."""
     trace = dialogue.start(policy, question, 1)[0]
     for text in texts:
         if trace.ended:
@@ -773,7 +359,51 @@ def replay(policy, dialogue, question, texts):
     return trace
 
 
-# ------------------------------------------------------------------------------------------------ traces on disk
+@dataclass
+class Recording:
+    """A whole dialogue in the release's form. messages: chat messages in which "<image>" stands for
+    each image; crops: paths of the images behind the question's, in their order."""
+    messages: list
+    crops: list
+
+
+def replay_recording(policy, dialogue, question, recording):
+    """A Recording as a Trace, as it is: text and crops are its own, and exactly the assistant's
+    tokens count as sampled, end tokens too."""
+    first = [message["role"] for message in recording.messages].index("assistant")
+    chat = [{**message, "content": content_of(policy.clean(message["content"]))}
+            for message in recording.messages[:first]]
+    trace = dialogue.start(policy, question, 1)[0]
+    trace.prompt = policy.prompt(chat, trace.prompt.pictures)
+    frame = trace.frames[0]
+    crops = list(recording.crops)
+    for message in recording.messages[first:]:
+        text = policy.clean(message["content"])
+        if message["role"] == "assistant":
+            trace.add(Chunk(policy.encode(text) + [policy.tokenizer.eos_token_id]), sampled=True)
+            trace.turns.append(parse_turn(text))
+            continue
+        images = [read_image(crops.pop(0), question.where) for _ in range(text.count("<image>"))]
+        trace.add(policy.reply(content_of(text), images))
+        trace.turn_starts.append(len(trace.ids))
+        turn = trace.turns[-1]
+        if turn.call and images:                 # the box that our tool would have shown
+            point = frame.to_original(turn.call)
+            turn.crop = crop_box(frame.original_size, point, dialogue.crop_half)
+    trace.ended = "stopped" if trace.answer is None else "answer"
+    return trace
+
+
+def content_of(text):
+    """Text with "<image>" where images are -> the content of a chat message, a list of parts."""
+    parts = []
+    for piece in re.split("(<image>)", text):
+        if piece == "<image>":
+            parts.append({"type": "image"})
+        elif piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
 
 def describe_tree(node, above="", depth=0):
     """A tree as indented text, a node a line: visits, value, and the step that leads to it."""
@@ -791,80 +421,779 @@ def in_a_line(text):
 
 
 def write_traces(path, chains):
-    """chains: [(question, turns' texts)] -> JSON lines that a person can read, written whole."""
-    rows = [json.dumps({"id": q.id, "question": q.text, "answer": q.answer, "turns": turns}, ensure_ascii=False, default=str)
-            for q, turns in chains]
-    write_text(path, "\n".join(rows) + "\n")
+    """chains: [(question, turns' texts)] -> JSON lines that a person can read."""
+    lines = []
+    for question, turns in chains:
+        row = {"id": question.id, "question": question.text, "answer": question.answer,
+               "turns": turns}
+        lines.append(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    write_text(path, "".join(lines))
 
 
-def read_traces(path, questions):
-    """The chains of a file that `write_traces` wrote, with the questions of the same ids. Raises UserError."""
-    by_id, chains = {q.id: q for q in questions}, []
+def read_traces(path, questions, image_root=""):
+    """The chains of a file, [(question, turns)]. Raises UserError.
+
+    In a file that `write_traces` wrote, turns are texts, and the question is that of the same id.
+    In one of the release's form, they are a Recording; images are looked for in `image_root` and
+    beside the file."""
     try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text()
+        rows = json.loads(text) if text.startswith("[") else text.splitlines()
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
+    roots = [Path(image_root), Path(path).parent]
+    by_id = {question.id: question for question in questions}
+    chains = []
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, row {number}"
         try:
-            row = json.loads(line)
-            turns, question = row["turns"], by_id[row["id"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: no trace of this task ({error!r}); it needs 'turns' and the 'id' of one of "
-                            f"the first {len(by_id)} training questions (--search-questions)") from None
-        if not (isinstance(turns, list) and turns and all(isinstance(t, str) for t in turns)):
-            raise UserError(f"{path}, line {number}: 'turns' must be a list of texts")
-        chains.append((question, turns))
+            if isinstance(row, str):
+                row = json.loads(row)
+            if "messages" in row:
+                chains.append(read_recording(row, roots, where))
+                continue
+            turns = row["turns"]
+            if not (turns and isinstance(turns, list) and {str} == set(map(type, turns))):
+                raise ValueError("'turns' must be a list of texts")
+            chains.append((by_id[row["id"]], turns))
+        except (AttributeError, LookupError, TypeError, ValueError, Unusable) as error:
+            raise UserError(
+                f"{where}: no trace of this task ({error!r}); it needs 'turns' and the 'id' of one "
+                f"of the first {len(by_id)} training questions (--search-questions), or "
+                "'messages', 'images' and 'gt_answer'; correct or remove it") from None
     if not chains:
         raise UserError(f"{path}: holds no traces")
     return chains
 
 
-# ------------------------------------------------------------------------------------------------ (d) supervised fine-tuning
+def read_recording(row, roots, where):
+    """A row of the release -> (Question, Recording). Raises what a bad row raises."""
+    images = row["images"]
+    talk = [message for message in row["messages"] if message["role"] != "system"]
+    places = [message["content"].count("<image>") for message in talk[::2]]
+    roles = [message["role"] for message in talk]
+    if roles != ["user", "assistant"] * (len(roles) // 2) or sum(places) != len(images):
+        raise ValueError("the roles must be user, assistant, user, ..., assistant, and the user's "
+                         "messages must have one <image> for each image")
+    root = next((root for root in roots if (root / images[0]).exists()), roots[-1])
+    images = [root / name for name in images]
+    text = talk[0]["content"].replace("<image>", "").strip()
+    scored = scored_by(text, row["gt_answer"])
+    question = Question(text, images[:places[0]], id=where, where=where, **scored)
+    return question, Recording(row["messages"], images[places[0]:])
 
-def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16_384, clip=1.0, log=print, **decay):
-    """Maximises the likelihood of the policy's own tokens of `traces`, `batch` a step. decay: options of `learning_rate`."""
-    rng, order, started = random.Random(f"fine-tuning {seed}"), [], time.time()
+
+def export_traces(path, traces, dialogue):
+    """Writes traces in the release's form, a JSON list, with their images in a folder beside it.
+
+    Images are written as the policy saw them: points, and a box that is the answer, are in px of
+    the files."""
+    path = Path(path)
+    folder = path.with_name(path.stem + "_images")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, trace in enumerate(traces):
+        names = []
+        for i, picture in enumerate(trace.prompt.pictures + trace.pictures):
+            image = picture.image
+            if i < len(trace.frames):
+                image = image.resize(trace.frames[i].input_size)
+            names.append(f"{folder.name}/{number}-{i}.png")
+            image.save(path.parent / names[-1])
+        rows.append({"messages": messages_of(trace, dialogue), "images": names,
+                     "gt_answer": truth_of(trace)})
+    write_text(path, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+
+
+def messages_of(trace, dialogue):
+    """A trace as chat messages, "<image>" where images are."""
+    question = trace.question
+    asked = "<image>" * len(trace.frames) + question.text
+    if dialogue.hints and question.hint:
+        asked += "\n" + question.hint
+    messages = [{"role": "user", "content": asked}]
+    if system := dialogue.system_prompts.get(trace.mode):
+        messages.insert(0, {"role": "system", "content": system})
+    before = dialogue.before_dotted if dialogue.crop_dot else dialogue.before_crop
+    observation = {"role": "user", "content": f"{before}<image>{dialogue.after_crop}"}
+    for turn in trace.turns:
+        messages.append({"role": "assistant", "content": turn.text})
+        if turn.crop:
+            messages.append(observation)
+    return messages
+
+
+def truth_of(trace):
+    """The right answer as text; of a region, its corners in px of the model input."""
+    truth = trace.question.answer
+    if trace.question.kind != "point":
+        return truth
+    corners = truth if isinstance(truth[0], tuple) else (truth[:2], truth[2:])
+    numbers = []
+    for corner in corners:
+        numbers += map(round, trace.frames[0].to_input(corner))
+    return str(tuple(numbers))
+
+
+# ----------------------------------------------------------------------- (c) supervised fine-tuning
+
+def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16_384, clip=1.0,
+              log=print, **decay):
+    """Maximises the likelihood of the policy's own tokens, of `batch` traces a step. decay: options
+    of `learning_rate`."""
+    rng = random.Random(f"fine-tuning {seed}")
+    order = []
+    started = time.time()
     policy.model.train()
     for step in range(steps):
         while len(order) < batch:
             order += rng.sample(traces, len(traces))
         groups, order = [[trace] for trace in order[:batch]], order[batch:]
-        tokens, own_loss = sum(sum(trace.sampled) for (trace,) in groups), 0.0
+        tokens = sum(sum(trace.sampled) for trace, in groups)
         spare = groups[:1] if is_sharded(policy) else None
-        for micro in micro_batches(groups[rank()::world_size()], micro_tokens, spare):
-            loss = -policy.log_probs(micro.groups).sum() / tokens
-            (loss * micro.weight * world_size()).backward()       # gradients are averaged over processes
-            own_loss += loss.item() * micro.weight
+        mine = groups[rank()::world_size()]
+        own_loss = 0.0
+        for micro, weight in micro_batches(mine, micro_tokens, spare):
+            loss = -policy.log_probs(micro).sum() / tokens * weight
+            (loss * world_size()).backward()         # gradients are averaged over processes
+            own_loss += loss.item()
         loss, = sum_over_processes([own_loss])
         factor = learning_rate(step, steps, max(1, steps * 0.03), **decay)
         norm = optimizer_step(policy.trainable(), optimizers, factor, clip)
         if step % 20 == 19 or step + 1 == steps:
-            log(f"sft {step + 1}/{steps}  loss {loss:.3f}  grad norm {norm:.2f}  {remaining(started, step + 1, steps)}")
+            log(f"sft {step + 1}/{steps}  loss {loss:.3f}  grad norm {norm:.2f}  "
+                f"{remaining(started, step + 1, steps)}")
     policy.model.eval()
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+def usable(traces, log):
+    """The traces to fine-tune on: right, well-formed and grounded by our own reward."""
+    faults = [fault_of(score(trace)) for trace in traces]
+    kept = [trace for trace, fault in zip(traces, faults, strict=True) if not fault]
+    dropped = Counter(filter(None, faults))
+    several = sum(len(trace.zoom_points) > 1 for trace in kept)
+    log(f"sft: {len(kept)} of {len(traces)} traces are right, well-formed and grounded, {several} "
+        f"of them with several zoom calls; dropped: {dict(dropped) or 'none'}")
+    return kept
+
+
+def fault_of(scored):
+    """Why a trace with this Score is not learned from, or ""."""
+    if not scored.correct:
+        return "wrong"
+    if not scored.format:
+        return "ill-formed"
+    return "" if scored.grounded else "not grounded"
+
+
+# ------------------------------------------------------------------------------- (d) the tiny model
+
+SEEN = 64                 # px, side of the tiny base's input, of drawings and of crops
+TINY_PROMPTS = {"direct": "Answer.", "think": "Think.", "grounded": "Point.", "zoom": "Zoom."}
+TINY = Dialogue(system_prompts=TINY_PROMPTS)
+SHOW = ("Show each", " card.")         # in lessons: an instruction to show all of a colour
+LIST = "List the cards."
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
+                  "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+CHAT_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}\
+{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def tiny_strings():
+    """What the tiny tokenizer has as single tokens: the fixed strings of the grammar, and the words
+    of the synthetic questions."""
+    before, after = format_call((0, 0)).split("[0, 0]")
+    tags = [f"<{slash}{tag}>" for tag in ("think", "answer", "tool_call", "observation")
+            for slash in ("", "/")]
+    grammar = [TINY.before_crop, TINY.after_crop, f"</think>\n{before}[", f"]{after}",
+               "</think>\n<answer>", "system\n", "user\n", "assistant\n"]
+    words = [*TINY_PROMPTS.values(), *QUESTION, *SHOW, LIST, " Card ", "Card ", " at (", ", ", ").",
+             " None.", "Nothing.", ":", BACKTRACK]
+    colours = [f" {colour}" for colour in COLOURS]
+    patterns = [f"{pattern.capitalize()}." for pattern in PATTERNS]
+    return tags + grammar + words + colours + list(PATTERNS) + patterns
+
+
+def make_tiny(folder, strings, *, image_px=SEEN, hidden=96, layers=4, heads=3, vision_hidden=64):
+    """Writes a tiny Qwen2.5-VL with random weights (torch's seed) as a checkpoint folder.
+
+    strings: single tokens, besides special ones and bytes. image_px: side of the square model
+    input, of patches of 8 px, merged 2x2."""
+    alphabet = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token="<|im_end|>",
+                               pad_token="<|endoftext|>")
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(string, normalized=False) for string in strings])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    pad, _, end, vision_start, vision_end, image, video = tokenizer.convert_tokens_to_ids(
+        SPECIAL_TOKENS)
+    half = hidden // heads // 2
+    side = half * 3 // 8
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[half - 2 * side, side, side])
+    text = dict(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden,
+                num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+                max_position_embeddings=2048, initializer_range=0.1, rope_parameters=rope,
+                tie_word_embeddings=True, bos_token_id=None, eos_token_id=end, pad_token_id=pad)
+    vision = dict(depth=2, hidden_size=vision_hidden, intermediate_size=2 * vision_hidden,
+                  num_heads=4, out_hidden_size=hidden, patch_size=8, spatial_merge_size=2,
+                  temporal_patch_size=2, window_size=64, fullatt_block_indexes=[0, 1],
+                  initializer_range=0.1)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=image, video_token_id=video,
+        vision_start_token_id=vision_start, vision_end_token_id=vision_end,
+        tie_word_embeddings=True))
+    model.generation_config.eos_token_id = end
+    model.generation_config.pad_token_id = pad
+    box_filter = 4                               # exact means over blocks
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=image_px**2,
+        max_pixels=image_px**2, resample=box_filter, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    Policy(model, tokenizer, processor).save(folder)
+
+
+# --------------------------------------------------------------------- (e) its lessons and its exam
+
+TOWER_STEPS = 700                      # of the vision tower at most
+TOWER_RATES = (0.02, 5e-3)             # peak learning rates: of Muon, of AdamW
+LANGUAGE_RATES = (0.01, 5e-3)
+BATCH = 16                             # lessons, or images, a step
+GO_ON = 0.2                            # probability that a dialogue goes on, whatever a crop showed
+INSTRUCTED = 0.8                       # share of dialogues that show all cards of a colour
+ASTRAY = 0.15                          # share of zoom calls to a place of no card
+GUESSES = 0.05                         # share of the other dialogues that answer at once
+PASSES = {"says": 0.98, "target": 0.98, "lists": 0.8}    # least share, by part of the exam
+
+TILE = 16                              # px of the model input that a token of the image stands for
+FRAME = Frame((SEEN, SEEN), (SIDE, SIDE))
+PLACES = [cell * CELL + CELL // 2 + shift for cell in range(SIDE // CELL) for shift in JITTER]
+
+# What a token of the vision tower tells: colour or that there is no card, pattern, place of the
+# card in x and in y (one of PLACES, px), and which card of its colour it is, in reading order.
+CLASSES = (len(COLOURS) + 1, len(PATTERNS), len(PLACES), len(PLACES), 3)
+UNASKED = -1
+NO_CARD = (len(COLOURS), UNASKED, UNASKED, UNASKED, UNASKED)
+NOT_ASKED = (UNASKED,) * 5
+
+
+def face_truth(colour, pattern):
+    """Of a token that a card fills."""
+    return (list(COLOURS).index(colour), list(PATTERNS).index(pattern), UNASKED, UNASKED, UNASKED)
+
+
+def overview(scene):
+    """The drawing as the tiny base sees it: the means of its blocks, as by the box filter of its
+    image processor."""
+    return scene.draw().reduce(SIDE // SEEN)
+
+
+def mixed_scene(rng, fewest=4, most=9, copies=(1, 2, 3, 3)):
+    """`fewest` to `most` cards, of each colour as many as a draw from `copies` says."""
+    colours = []
+    for colour in rng.sample(list(COLOURS), 6):
+        colours += [colour] * rng.choice(copies)
+    colours = colours[:rng.randint(fewest, most)]
+    faces = [(colour, rng.choice(("plain", *PATTERNS))) for colour in colours]
+    return Scene(place_cards(rng, faces), colours[0])
+
+
+def patterned(rng, colour=None, candidates=None):
+    """A scene as the questions have, but any candidate may bear a pattern, or all, or none."""
+    scene = search_scene(rng, colour, candidates)
+    new = {}
+    for card in scene.candidates:
+        new[card] = replace(card, pattern=rng.choice(("plain", *ANSWERS)))
+    return replace(scene, cards=tuple(new.get(card, card) for card in scene.cards))
+
+
+def tile_truths(rng):
+    """-> an image of tiles, a colour and a pattern each, in half of the images at any phase; and of
+    each of its tokens the numbers of its CLASSES."""
+    step = rng.choice((1, BLOCK))
+    image = np.empty((SEEN, SEEN, 3), np.uint8)
+    truths = []
+    for top in range(0, SEEN, TILE):
+        for left in range(0, SEEN, TILE):
+            colour = rng.choice(list(COLOURS))
+            pattern = rng.choice(list(PATTERNS))
+            y = rng.randrange(0, BLOCK, step)
+            x = rng.randrange(0, BLOCK, step)
+            face = CARDS[colour, pattern][y:y + TILE, x:x + TILE]
+            image[top:top + TILE, left:left + TILE] = face
+            truths.append(face_truth(colour, pattern))
+    return Image.fromarray(image), truths
+
+
+def cell_truths(rng):
+    """-> an overview, and of each of its tokens the numbers of its CLASSES; the pattern cannot be
+    seen in it."""
+    scene = mixed_scene(rng)
+    seen = []
+    truths = []
+    for card in scene.cells():
+        if card is None:
+            truths.append(NO_CARD)
+            continue
+        colour = list(COLOURS).index(card.colour)
+        place = PLACES.index(card.x), PLACES.index(card.y)
+        truths.append((colour, UNASKED, *place, seen.count(colour)))
+        seen.append(colour)
+    return overview(scene), truths
+
+
+def crop_truths(rng):
+    """-> a crop near a card, and of each of its tokens the numbers of its CLASSES: of what fills
+    it, a card or the ground."""
+    scene = mixed_scene(rng)
+    card = rng.choice(scene.cards)
+    point = card.x + rng.randint(-24, 24), card.y + rng.randint(-24, 24)
+    left, top, right, bottom = box = crop_box((SIDE, SIDE), point, SEEN // 2)
+    truths = []
+    for y in range(top, bottom, TILE):
+        for x in range(left, right, TILE):
+            corners = product((x + 0.5, x + TILE - 0.5), (y + 0.5, y + TILE - 0.5))
+            cards = {scene.card_at(corner) for corner in corners}
+            card = cards.pop()
+            if cards:                                        # at an edge
+                truths.append(NOT_ASKED)
+            else:
+                truths.append(face_truth(card.colour, card.pattern) if card else NO_CARD)
+    return scene.draw().crop(box), truths
+
+
+def train_tower(policy, seed, *, steps, log=print):
+    """Teaches the vision tower alone.
+
+    Its tokens tell their CLASSES along fixed directions, all at right angles: what is told fills
+    the token. (With linear heads that learn it can hide in a small part of the token, where the
+    language model does not find it.)"""
+    hidden = policy.text_config.hidden_size
+    tower = list(policy.model.model.visual.parameters())
+    torch.manual_seed(seed)
+    directions = torch.nn.init.orthogonal_(torch.empty(sum(CLASSES), hidden))  # (classes, hidden)
+    optimizers = make_optimizers(policy, "muon", *TOWER_RATES, parameters=tower)
+    policy.train_vision = True
+    started = time.time()
+    for step in range(steps):
+        kinds = [tile_truths] * 4 + [crop_truths] * 4 + [cell_truths] * 8
+        if step >= steps // 4:                               # what is left to learn is to count
+            kinds = [tile_truths] + [crop_truths] * 2 + [cell_truths] * 13
+        pictures = []
+        truths = []
+        for i in range(rank(), BATCH, world_size()):
+            image, truth = kinds[i](random.Random(f"tower {seed} {step} {i}"))
+            pictures.append(policy.picture(image))
+            truths += truth
+        tokens = F.normalize(torch.cat(policy.features(pictures)), dim=-1) * hidden**0.5
+        logits = (tokens @ directions.T).split(CLASSES, -1)  # (images * 16, classes) each
+        targets = torch.tensor(truths).T                     # (parts, images * 16)
+        asked = sum_over_processes((targets != UNASKED).sum(1).tolist())
+        loss = torch.zeros(())
+        for x, target, n in zip(logits, targets, asked, strict=True):
+            summed = F.cross_entropy(x, target, ignore_index=UNASKED, reduction="sum")
+            loss = loss + summed / max(1, n)
+        (loss * world_size()).backward()                     # gradients are averaged over processes
+        optimizer_step(tower, optimizers, learning_rate(step, steps, 20, 0.05))
+        if step % 100 == 99:
+            total, = sum_over_processes([loss.item()])
+            log(f"vision tower {step + 1}/{steps}  loss {total:.3f}  "
+                f"{remaining(started, step + 1, steps)}")
+    policy.train_vision = False
+
+
+class Lesson(Sequence):
+    """A pretraining sequence as it is written: text that is learned, text that is only read, and
+    images."""
+
+    def __init__(self, policy, system, user, image):
+        super().__init__(policy.prompt([{"role": "system", "content": system},
+                                        {"role": "user", "content": content_of("<image>" + user)}],
+                                       [image]))
+        self.policy = policy
+
+    def write(self, text, learned=True):
+        return self.add(Chunk(self.policy.encode(text)), sampled=learned)
+
+    def end_turn(self):
+        return self.write(self.policy.tokenizer.eos_token)
+
+    def show(self, text, image):
+        """Ends the turn; the next one answers a user turn."""
+        self.end_turn().add(self.policy.reply(content_of(text), [image]))
+
+
+def card_text(number, point):
+    return f"Card {number} at {format_point(point)}."
+
+
+def lesson_list(policy, rng, share=1.0):
+    """Locate: list the cards of every colour, in reading order, and say where there is none (or no
+    more)."""
+    scene = mixed_scene(rng, **list_kind(share))
+    lesson = Lesson(policy, TINY_PROMPTS["grounded"], LIST, overview(scene))
+    present = {card.colour for card in scene.cards}
+    absent = [colour for colour in COLOURS if colour not in present]
+    colours = sorted(present) + absent[:1]
+    for colour in rng.sample(colours, len(colours)):
+        lesson.write(f" {colour}:", learned=False)
+        for number, card in enumerate(replace(scene, colour=colour).candidates, 1):
+            lesson.write(" " + card_text(number, FRAME.to_input((card.x, card.y))))
+        lesson.write(" None.")
+    return lesson
+
+
+def list_kind(share):
+    """The scenes of lessons that list cards: few colours once each, then more cards, then alike, in
+    an eighth of the time."""
+    u = min(1, share / 0.12)
+    if u < 0.33:
+        return dict(fewest=1, most=1 + int(5 * u / 0.33), copies=(1,))
+    if u < 0.66:
+        return dict(fewest=2, most=7, copies=(1, 2, 2, 3))
+    return dict(fewest=4, most=5 + int(4 * u), copies=(1, 2, 3, 3))
+
+
+def lesson_read(policy, rng, share=1.0):
+    """Read: what is on the card in the crop? Up to four of them in turn."""
+    scene = mixed_scene(rng)
+    drawing = scene.draw()
+    lesson = None
+    for card in rng.sample(scene.cards, min(4, len(scene.cards))):
+        point = card.x + rng.randint(-16, 16), card.y + rng.randint(-16, 16)
+        crop = zoom(drawing, point, SEEN // 2, SEEN)
+        user = f"{QUESTION[0]} {card.colour}{QUESTION[1]}"
+        if lesson:
+            lesson.show("<image>" + user, crop)
+        else:
+            lesson = Lesson(policy, TINY_PROMPTS["direct"], user, crop)
+        lesson.write(f"<answer>{card.pattern}</answer>")
+    return lesson.end_turn()
+
+
+def lesson_dialogue(policy, rng, share=1.0):
+    """The dialogue of the mode `zoom`, with decisions that are not sensible.
+
+    After each crop, whatever it showed, it goes on to the next candidate (or back to the one that
+    it missed) with probability GO_ON, and otherwise answers, if need be with any pattern. So the
+    base learns the grammar, where cards are and what a crop shows, but not when to go on. Where a
+    zoom call goes astray its point is not learned: the base learns to say that nothing is there."""
+    instructed = rng.random() < INSTRUCTED
+    before, after = SHOW if instructed else QUESTION
+    colour = rng.choice(list(COLOURS))
+    count = rng.choice((1, 2, 3, 3))
+    scene = patterned(rng, colour, count)
+    drawing = scene.draw()
+    candidates = scene.candidates
+    lesson = Lesson(policy, TINY_PROMPTS["zoom"], f"{before} {colour}{after}", overview(scene))
+    if not instructed and rng.random() < GUESSES:
+        lesson.write(TINY.forced_answer, learned=False)
+        lesson.write(f"{rng.choice(ANSWERS)}</answer>")
+        return lesson.end_turn()
+    number = 0
+    thought = ""
+    for turn in range(4):
+        astray = rng.random() < ASTRAY
+        if astray:
+            target = point = rng.randrange(SIDE), rng.randrange(SIDE)
+        else:
+            target = candidates[number].x, candidates[number].y
+            point = shifted(target, rng)
+        spot = FRAME.to_input(target)
+        lesson.write(f"<think>{thought}Card {number + 1} at (")
+        lesson.write(f"{format_point(spot)[1:]}.", learned=not astray)
+        lesson.write(f"</think>\n{format_call(spot)}")
+        lesson.show(f"{TINY.before_crop}<image>{TINY.after_crop}",
+                    zoom(drawing, point, SEEN // 2, SEEN))
+        face = scene.face_in(crop_box(drawing.size, point, SEEN // 2))
+        thought = f"{face.capitalize()}. "
+        more = face == NOTHING or number + 1 < len(candidates)
+        if turn == 3 or not more or not (instructed or rng.random() < GO_ON):
+            break
+        if face != NOTHING:
+            number += 1
+    answer = face if face in ANSWERS else rng.choice(ANSWERS)
+    lesson.write(f"<think>{thought.strip()}</think>\n<answer>{answer}</answer>")
+    return lesson.end_turn()
+
+
+def shifted(point, rng):
+    """A point some px beside, in either direction or not, inside the drawing."""
+    moved = [value + rng.choice((0, rng.randint(-16, 16))) for value in point]
+    return [min(max(value, 0), SIDE - 1) for value in moved]
+
+
+def lesson_mix(share):
+    """The lessons of a step at `share` of pretraining: lists first, then ever more dialogues."""
+    dialogues = 0 if share < 0.2 else 5 if share < 0.45 else 8
+    lists = BATCH - 1 - dialogues
+    return [lesson_read] + [lesson_dialogue] * dialogues + [lesson_list] * lists
+
+
+def pretrain(policy, steps, seed, *, log=print):
+    """Teaches the tiny base to see and to speak: the vision tower first, then, with the tower
+    frozen, the language model. -> the marks of the last exam
+
+    After `steps` steps, when the learning rate has decayed, comes an exam. A base that fails it
+    goes on for a quarter of the steps, from a lower learning rate, and tries again; twice `steps`
+    is the bound. A base of few steps has a tower of as few, and a short exam."""
+    train_tower(policy, seed, steps=min(TOWER_STEPS, steps), log=log)
+    optimizers = make_optimizers(policy, "muon", *LANGUAGE_RATES)
+    started, done, length, peak = time.time(), 0, steps, 1.0
+    while True:
+        policy.model.train()
+        for step in range(done, done + length):
+            factor = peak * learning_rate(step - done, length, 30, 0.03)
+            loss = learn_lessons(policy, optimizers, step, steps, seed, factor)
+            if step % 50 == 49 or step + 1 == done + length:
+                loss, = sum_over_processes([loss])
+                left = remaining(started, step + 1, done + length)
+                log(f"pretraining {step + 1}/{done + length}  loss {loss:.3f}  {left}")
+        policy.model.eval()
+        done, length, peak = done + length, max(1, steps // 4), 0.4
+        marks = exam(policy, seed, n=min(1024, 8 * steps))
+        log("exam: " + "  ".join(f"{name} {mark:.3f}" for name, mark in marks.items()))
+        failed = [name for name, mark in marks.items() if mark < PASSES[name.split()[0]]]
+        if failed:
+            more = ", more lessons" if done < 2 * steps else ""
+            log(f"exam: NOT PASSED in {', '.join(failed)}{more}")
+        if not failed or done >= 2 * steps:
+            return marks
+
+
+def learn_lessons(policy, optimizers, step, steps, seed, factor):
+    """One pretraining step, each process with its share of the lessons.
+    -> this share's part of the loss"""
+    kinds = lesson_mix(step / steps)
+    lessons = []
+    for i in range(rank(), len(kinds), world_size()):
+        rng = random.Random(f"lesson {seed} {step} {i}")
+        lessons.append(kinds[i](policy, rng, step / steps))
+    tokens, = sum_over_processes([sum(sum(lesson.sampled) for lesson in lessons)])
+    loss = -policy.log_probs([[lesson] for lesson in lessons]).sum() / tokens
+    (loss * world_size()).backward()                         # gradients are averaged over processes
+    optimizer_step(policy.trainable(), optimizers, factor)
+    return loss.item()
+
+
+def exam(policy, seed, n=1024):
+    """What the base has to know, on scenes that no lesson showed, sampled at temperature 1.
+    -> {part: share}
+
+    says PATTERN: thoughts after a crop of such a card that name its pattern; target 1, 2, 3: first,
+    second and third zoom calls that lie on the first, second and third candidate; lists: the
+    probability with which all cards of a scene are listed without a mistake."""
+    questions = []
+    seeds = []
+    for i in range(rank(), n, world_size()):
+        seeds.append(f"exam {seed} {i}")
+        scene = patterned(random.Random(seeds[-1]))
+        text = f"{SHOW[0]} {scene.colour}{SHOW[1]}"
+        questions.append(Question(text, [scene.draw], "", scene=scene))
+    marks = []                                               # (part, right or wrong)
+    for trace, in rollout(policy, questions, TINY, 1, seeds, turn_tokens=48, response_tokens=288):
+        marks += examine(trace)
+    for i in range(rank(), n // 8, world_size()):
+        lesson = lesson_list(policy, random.Random(f"exam list {seed} {i}"))
+        with torch.no_grad():
+            marks.append(("lists", policy.log_probs([[lesson]]).sum().exp().item()))
+    by_part = defaultdict(list)
+    for name, mark in sum(gather(marks), []):
+        by_part[name].append(mark)
+    names = ["lists", *(f"says {pattern}" for pattern in PATTERNS), "target 1", "target 2",
+             "target 3"]
+    return {name: mean(by_part[name]) for name in names}     # 0 for what it never did
+
+
+def examine(trace):
+    """The marks of a dialogue of the instructed kind, [(part of the exam, right or wrong)]."""
+    scene = trace.question.scene
+    frame = trace.frames[0]
+    marks = []
+    for turn, after in pairwise(trace.turns):
+        if turn.crop and not after.forced and scene.face_in(turn.crop) != NOTHING:
+            right = scene.describes(after.thought, turn.crop)
+            marks.append((f"says {scene.face_in(turn.crop)}", right))
+    shown = [scene.card_at(frame.to_original(point)) for point in trace.zoom_points]
+    for number, (card, target) in enumerate(zip(shown, scene.candidates, strict=False), 1):
+        marks.append((f"target {number}", card is target))
+    return marks
+
+
+# ---------------------------------------------------------------------- (f) optimizers and schedule
+
+def learning_rate(step, steps, warm_up, final=0.1, cosine=False):
+    """Factor on the learning rate: linear warm-up over `warm_up` steps; decay to `final` at the
+    end, linear or by a cosine."""
+    done = step / steps
+    if cosine:
+        done = (1 - math.cos(math.pi * done)) / 2
+    return min(1, (step + 1) / warm_up) * (1 - (1 - final) * done)
+
+
+def make_optimizers(policy, kind, lr, adamw_lr=None, parameters=None):
+    """"adamw", or "muon": Muon for hidden matrices, AdamW for the rest. parameters: the trainable
+    ones unless given."""
+    parameters = parameters or policy.trainable()
+    adamw = RoundedAdamW if policy.model.dtype == torch.bfloat16 else torch.optim.AdamW
+    if kind == "adamw":
+        return [adamw(parameters, lr=lr, weight_decay=0.01)]
+    names = {id(p): name for name, p in policy.model.named_parameters()}
+    hidden = []
+    rest = []
+    for p in parameters:
+        outer = p.ndim != 2 or re.search("embed_tokens|lm_head", names[id(p)])
+        (rest if outer else hidden).append(p)
+    return [Muon(hidden, lr=lr), adamw(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def optimizer_step(parameters, optimizers, factor, clip=1.0):
+    """One step along the accumulated gradients, at `factor` times each optimizer's own learning
+    rate; then they are cleared. All processes have to call it: gradients are averaged over them.
+    -> the norm before clipping to `clip`"""
+    average_gradients(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return full_tensor(norm).item()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised, for hidden matrices of small models (Jordan 2024), all of a shape
+    at once. In float32: torch.optim.Muon works in bfloat16, which many CPUs only emulate."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for params in by_shape.values():
+                self.step_together(params, group)
+
+    def step_together(self, params, group):
+        """params: matrices of one shape, (rows, columns)."""
+        grads = []
+        momenta = []
+        for p in params:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            grads.append(full_tensor(p.grad))
+            momenta.append(full_tensor(momentum))
+        ahead = torch.stack(grads).lerp(torch.stack(momenta), group["momentum"])
+        rows, columns = params[0].shape
+        scale = max(1, rows / columns)**0.5
+        for p, update in zip(params, orthogonalise(ahead), strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(shard_like(update, p), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(x, steps=5):
+    """Brings the singular values of matrices (n, rows, columns) near 1, by the quintic
+    Newton-Schulz iteration."""
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalise(x.mT, steps).mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+class RoundedAdamW(torch.optim.Optimizer):
+    """AdamW for bfloat16 weights, with moments in float32.
+
+    bfloat16 numbers near 0.02 are 1e-4 apart: a step of 1e-6 would always be rounded away. So what
+    is written back is rounded up or down at random, right on average. The random numbers follow
+    from step and parameter alone: a resumed run goes on as it would have."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for number, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    self.update(p, number, **group)
+
+    def update(self, p, number, lr, betas, weight_decay, **_):
+        state = self.state[p]
+        b1, b2 = betas
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+        state["step"] = t = state["step"] + 1
+        w, m, v, g = map(own_part, (p, state["exp_avg"], state["exp_avg_sq"], p.grad.float()))
+        m.lerp_(g, 1 - b1)
+        v.lerp_(g.square(), 1 - b2)
+        direction = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + 1e-8)
+        generator = torch.Generator(p.device).manual_seed(t * 100_003 + number)
+        new = w.float() * (1 - lr * weight_decay) - lr * direction
+        w.copy_(rounded(new, generator))
+
+    def load_state_dict(self, state_dict):
+        """torch's casts the moments to the type of the weights: they are taken again as kept."""
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, kept in state_dict["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                self.state[params[number]][name] = kept[name].to(params[number].device)
+
+
+def own_part(x):
+    """Of a sharded tensor, what this process has."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def rounded(x, generator):
+    """float32 -> bfloat16, to one of the two neighbours, the nearer one the more often: the mean
+    is x."""
+    shape = x.shape
+    noise = torch.randint(2**16, shape, dtype=torch.int32, device=x.device, generator=generator)
+    return ((x.view(torch.int32) + noise) & -2**16).view(torch.float32).bfloat16()
+
+
+def remaining(started, done, total):
+    """"12 s, 48 s left"."""
+    spent = time.time() - started
+    return f"{spent:.0f} s, {spent / done * (total - done):.0f} s left"
+
+
+# ----------------------------------------------------------------------------------- (g) the script
 
 def configure_training(given, script):
-    """The Config of a training script. Raises UserError; a missing --model is named before all else."""
+    """The Config of a training script. Raises UserError; a missing --model is named before all
+    else."""
     if given.get("model"):
         read_config(given["model"])
     return configure(given, script)
 
 
+def folder_of(config):
+    return Path(config.out or f"runs/{Path(config.task).stem}-{config.mode}")
+
+
 def load_trainable(config, path):
-    """A checkpoint to be trained, shared out if it is large: all processes have to call it. On a
-    GPU, activations are computed again in the backward pass instead of kept."""
+    """A checkpoint to be trained, sharded if it is large: all processes have to call it. On a GPU,
+    activations are computed again in the backward pass instead of kept."""
     policy = load(str(path), **config.input_limits())
     policy.train_vision = config.train_vision
     if policy.device.type == "cuda":
-        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False})
     shard_if_large(policy)
     return policy
-
-
-def folder_of(config):
-    return Path(config.out or f"runs/{Path(config.task).stem}-{config.mode}")
 
 
 def make_base(config, log):
@@ -877,7 +1206,8 @@ def make_base(config, log):
         log(f"base: {folder} is there")
         return str(folder)
     if world_size() > BATCH:
-        raise UserError(f"the tiny base is made by {BATCH} processes at most, a lesson each; give --processes {BATCH}")
+        raise UserError(f"the tiny base is made by {BATCH} processes at most, a lesson each; give "
+                        f"--processes {BATCH}")
     log(f"base: making {folder} from random weights")
     started = time.time()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -889,42 +1219,65 @@ def make_base(config, log):
     gather(None)                                # all have read it
     if rank() == 0:
         shutil.rmtree(start)
-    found = pretrain(policy, config.base_steps, config.seed, log=log)
-    policy.save(folder, notes={"minutes": (time.time() - started) / 60, "exam": found}, dialogue=TINY.to_json())
+    marks = pretrain(policy, config.base_steps, config.seed, log=log)
+    notes = {"minutes": (time.time() - started) / 60, "exam": marks}
+    policy.save(folder, notes=notes, dialogue=TINY.to_json())
     gather(None)
     return str(folder)
 
 
 def make_traces(config, base, out, log):
-    """Chains for fine-tuning, [(question, turns' texts)]: from --traces, from the run's own file, or searched for now."""
+    """Chains for fine-tuning, as `read_traces` gives them: from --traces, from the run's own file,
+    or searched for now."""
     questions = questions_of(config, "train", config.search_questions)
     path = Path(config.traces) if config.traces else out / "search.jsonl"
     if config.traces or path.is_file():
         log(f"traces: reading {path}")
-        return read_traces(path, questions)
+        return read_traces(path, questions, config.image_root)
     teacher = load(config.teacher or base, **config.input_limits())
     log(f"traces: searching {len(questions)} questions with {config.teacher or base}")
     dialogue = make_dialogue(config, base, teacher)
     if config.mode == "zoom":
         dialogue.mode = config.search_mode
-    seeds = [f"search {config.seed} {i}" for i in range(len(questions))]
-    mine = slice(rank(), None, world_size())
-    roots = search(teacher, questions[mine], dialogue, seeds[mine], config.sampling(), simulations=config.simulations, log=log)
-    found = gather_shares([(linearise(root), describe_tree(root)) for root in roots])
-    rng, chains, trees = random.Random(f"chains {config.seed}"), [], []
-    for question, (its, tree) in zip(questions, found, strict=True):
-        taken = rng.sample(its, min(config.chains, len(its)))
+    by_question = []
+    for first in range(0, len(questions), TREES * world_size()):
+        block = range(first, min(first + TREES * world_size(), len(questions)))
+        mine = block[rank()::world_size()]
+        roots = search(teacher, [questions[i] for i in mine], dialogue,
+                       [f"search {config.seed} {i}" for i in mine], config.sampling(),
+                       simulations=config.simulations, log=log)
+        found = [(linearise(root), describe_tree(root)) for root in roots]
+        by_question += gather_shares(found)
+    rng = random.Random(f"chains {config.seed}")
+    chains, trees = [], []
+    for question, (own, tree) in zip(questions, by_question, strict=True):
+        taken = rng.sample(own, min(config.chains, len(own)))
         chains += [(question, chain) for chain in taken]
-        trees.append("\n".join([tree, *(f"taken: {in_a_line(''.join(chain))}" for chain in taken)]))
-    log("\n\n".join(trees[:config.show_trees]))
-    if rank() == 0:
-        write_text(out / "trees.txt", "\n\n".join(trees) + "\n")
+        lines = [f"taken: {in_a_line(''.join(chain))}" for chain in taken]
+        trees.append("\n".join([tree, *lines]))
+    if config.show_trees:
+        log("\n\n".join(trees[:config.show_trees]))
     if not chains:
-        raise UserError(f"the search found no right trace in {len(questions)} questions; give a stronger --teacher or more "
-                        "--search-questions")
+        raise UserError(f"the search found no right trace in {len(questions)} questions; give a "
+                        "stronger --teacher or more --search-questions")
     if rank() == 0:
         write_traces(path, chains)
+        write_text(out / "trees.txt", "\n\n".join(trees) + "\n")
     return chains
+
+
+def traces_of(policy, dialogue, chains):
+    """Chains as Traces. In the mode `zoom`, what was searched in single turns is converted."""
+    traces = []
+    for question, turns in chains:
+        if isinstance(turns, Recording):
+            traces.append(replay_recording(policy, dialogue, question, turns))
+            continue
+        if dialogue.mode == "zoom" and len(turns) == 1:
+            rng = random.Random(f"looks {question.id}")
+            turns = to_multi_turn(turns[0], dialogue.max_crops, rng=rng)
+        traces.append(replay(policy, dialogue, question, turns))
+    return traces
 
 
 def warm_start(config, log):
@@ -937,23 +1290,26 @@ def warm_start(config, log):
         return base
     started = time.time()
     chains = make_traces(config, base, out, log)
+    if config.export and isinstance(chains[0][1], Recording):
+        raise UserError(f"--export {config.export}: {config.traces} is in the release's form "
+                        "already")
     policy = load_trainable(config, base)
     dialogue = make_dialogue(config, base, policy)
-    if config.mode == "zoom":
-        chains = [(q, texts if len(texts) > 1 else to_multi_turn(texts[0], config.max_crops, rng=random.Random(f"looks {q.id}")))
-                  for q, texts in chains]
-    traces = [replay(policy, dialogue, question, texts) for question, texts in chains]
-    fit = [t for t in traces if t.ended == "answer" and is_correct(t)]
-    log(f"sft: {len(fit)} of {len(traces)} traces are whole and right; "
-        f"{sum(len(t.zoom_points) > 1 for t in fit)} of them look more than once")
-    if not fit:
-        raise UserError(f"none of the {len(traces)} traces is whole and right in the mode {config.mode}; look at them in "
-                        f"{config.traces or out / 'search.jsonl'}, or give others by --traces")
+    traces = usable(traces_of(policy, dialogue, chains), log)
+    if not traces:
+        raise UserError(
+            f"none of the {len(chains)} traces is right, well-formed and grounded in the mode "
+            f"{config.mode}; look at them in {config.traces or out / 'search.jsonl'}, or give "
+            "others by --traces")
+    if config.export and rank() == 0:
+        export_traces(config.export, traces, dialogue)
     optimizers = make_optimizers(policy, "adamw", config.sft_lr)
-    steps = config.sft_steps or math.ceil(len(fit) / config.sft_batch)
-    fine_tune(policy, fit, optimizers, steps=steps, batch=config.sft_batch, seed=config.seed,
-              micro_tokens=config.micro_tokens, final=0.0 if config.model else 0.1, cosine=bool(config.model), log=log)
-    policy.save(out / "sft", notes={"minutes": (time.time() - started) / 60}, dialogue=dialogue.to_json())
+    steps = config.sft_steps or math.ceil(len(traces) / config.sft_batch)
+    final = 0.0 if config.model else 0.1
+    fine_tune(policy, traces, optimizers, steps=steps, batch=config.sft_batch, seed=config.seed,
+              micro_tokens=config.micro_tokens, log=log, final=final, cosine=bool(config.model))
+    notes = {"minutes": (time.time() - started) / 60}
+    policy.save(out / "sft", notes=notes, dialogue=dialogue.to_json())
     gather(None)
     return base
 
@@ -963,10 +1319,11 @@ def main(given):
     out = folder_of(config)
     print(describe_config(config, "train_sft"))
     if (out / "sft").is_dir() and not config.resume:
-        raise UserError(f"{out / 'sft'} is there already; give --resume to keep it, or another --out")
+        raise UserError(f"{out / 'sft'} is there already; give --resume to keep it, or another "
+                        "--out")
     warm_start(config, print)
     print(f"done: {out / 'sft'}")
 
 
 if __name__ == "__main__":
-    run("train_sft", "Warm start: search for right traces, then supervised fine-tuning on them.", main)
+    run("train_sft", "Warm start: search for right traces, then fine-tune on them.", main)

@@ -1,25 +1,25 @@
-"""How fast: roll-outs, updates and GRPO steps, each against what one would write without this repository.
+"""How fast: rollouts, updates and GRPO steps, each against what one would write without this
+repository.
 
     python tests/bench_speed.py [--json FILE] [--device cuda] [--only NAME ...]
 
-Every figure is a ratio measured in one run: ours and theirs take turns on the same model, questions and lengths, and the
-table has the median of the pairs and their range. 2 means that ours takes half the time. Images and texts are random and
-encoded beforehand (but not in `step_trl`); the vision tower is frozen, and each run encodes its images itself.
+Every figure is a ratio measured in one run: ours and theirs take turns on the same model, questions
+and lengths, and the table has the median of the pairs and their range. 2 means that ours takes half
+the time. Images and texts are random and encoded beforehand (but not in `step_trl`); the vision
+tower is frozen, and each run encodes its images itself.
 
-    rollout   8 roll-outs of each question, three turns of 20 to 60 tokens, a close-up of 64 tokens after the first two.
-              Theirs: `model.generate` once a turn on the padded batch of all roll-outs. It reads everything again, images
-              too, and goes on until the longest row is done; then each row is cut to the length planned for it.
-    graphs    on a GPU: ours with CUDA graphs, against ours without.
-    update    log-probabilities, GRPO loss and gradients of 8 responses of 1/8, 2/8, ... 8/8 of the given length.
-              Theirs: the padded batch through Hugging Face's own forward, with logits of the responses only.
-    step_trl  a step of 16 questions, as in the default job: 8 single-turn roll-outs each, of 50 to 150 tokens, loss, gradients,
-              AdamW; no KL penalty, no gradient checkpointing. Theirs: `trl.GRPOTrainer`, where it is installed: pip install
-              trl. It learns from a group at a time, and so on a CPU do we (or from two): all at once is slower, for both.
-    outside   share of a GRPO step of the default job that is not model or optimizer; it needs a run of `python train_rl.py`.
-    memory    peak of an update on 1, 4 and 8 groups, one group a micro-batch: it grows with the longest group only.
-    estimate  peak of an update with gradient checkpointing, and what `train_rl.py --dry-run` estimates of it. By itself, as
-              `--only estimate`: it has the allocator give freed tensors back at once: slow, but it shows what is in use.
-"""
+    rollout   8 rollouts of each question, three turns of 20 to 60 tokens, a crop of 64 tokens after
+    the first two. Theirs: `model.generate` once a turn on the padded batch of all rollouts. It
+    reads everything again, images too, and goes on until the longest row is done; then each row is
+    cut to the length planned for it. update    log-probabilities, GRPO loss and gradients of 8
+    responses of 1/8, 2/8, ... 8/8 of the given length. Theirs: the padded batch through Hugging
+    Face's own forward, with logits of the responses only. step_trl  a step of 16 questions, as in
+    the default job: 8 single-turn rollouts each, of 50 to 150 tokens, loss, gradients, AdamW; no KL
+    penalty, no gradient checkpointing. Theirs: `trl.GRPOTrainer`, where it is installed: pip
+    install trl. It learns from a group at a time, and so on a CPU do we (or from two): all at once
+    is slower, for both. outside   share of a GRPO step of the default job that is not model or
+    optimizer; it needs a run of `python train_rl.py`. memory    peak of an update on 1, 4 and 8
+    groups, one group a micro-batch: it grows with the longest group only. """
 import argparse
 import copy
 import ctypes
@@ -35,57 +35,66 @@ import tempfile
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-warnings.filterwarnings("ignore", category=FutureWarning)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText, PrinterCallback, Qwen2_5_VLConfig, TrainerCallback
+from transformers import (
+    AutoModelForImageTextToText,
+    PrinterCallback,
+    Qwen2_5_VLConfig,
+    TrainerCallback,
+)
 
-import model as models
 import train_sft as sft
 from evaluate import table, toy_search
-from model import Chunk, Engine, Policy, Sequence
+from model import Chunk, Engine, Policy, Sequence, load, micro_batches
 from reward import score
-from rollout import PRESETS, Dialogue, micro_batches
+from rollout import Config, make_dialogue
 from rollout import rollout as dialogues
-from train_rl import group_advantages, grpo_loss, train_step, update_bytes
+from train_rl import group_advantages, grpo_loss, train_step
 
 GROUP, TURNS = 8, 3
-MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}                                # train_rl.py's defaults
-CROP = (8, 8)                                                               # the close-up, in tokens
-SIZES = {16: (4, 4), 100: (10, 10), 400: (20, 20), 1500: (50, 30)}          # image tokens -> wide, high
-UPDATES = {64: (6, 6), 400: (20, 18), 1500: (40, 36)}                       # prompt tokens -> its image, wide, high
+MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}                        # train_rl.py's defaults
+CROP = (8, 8)                                                       # tokens, wide and high
+SIZES = {16: (4, 4), 100: (10, 10), 400: (20, 20), 1500: (50, 30)}  # image tokens -> wide, high
+UPDATES = {64: (6, 6), 400: (20, 18), 1500: (40, 36)}               # prompt tokens -> its image
 SHAPES = {"tiny": {}, "medium": dict(hidden=256, layers=6, heads=4, vision_hidden=128)}
-TEXT_3B = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36, num_attention_heads=16,
-               num_key_value_heads=2, tie_word_embeddings=True,
-               rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
-VISION_3B = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048, patch_size=14,
-                 window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+ROPE_3B = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
+TEXT_3B = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008,
+               num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+               tie_word_embeddings=True, rope_parameters=ROPE_3B)
+VISION_3B = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
+                 out_hidden_size=2048, patch_size=14, window_size=112,
+                 fullatt_block_indexes=[7, 15, 23, 31])
 
 
-# ------------------------------------------------------------------------------------------------ models and questions
+# ----------------------------------------------------------------------------- models and questions
 
 def build(shape, device):
-    """A Policy with random weights. "3B": the shapes of Qwen2.5-VL-3B in bfloat16, with the tiny tokenizer."""
+    """A Policy with random weights. "3B": the shapes of Qwen2.5-VL-3B in bfloat16, with the tiny
+    tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
-        sft.make_tiny(Path(folder) / "model", sft.tiny_strings(), {}, **SHAPES.get(shape, {}))
-        policy = models.load(f"{folder}/model", device=device, dtype=torch.float32)
+        sft.make_tiny(Path(folder) / "model", sft.tiny_strings(), **SHAPES.get(shape, {}))
+        policy = load(f"{folder}/model", device=device, dtype=torch.float32)
     if shape == "3B":
-        ids = {n: v for n, v in vars(policy.model.config).items() if n.endswith("_token_id") and isinstance(v, int)}
-        config = Qwen2_5_VLConfig(text_config=TEXT_3B, vision_config=VISION_3B, tie_word_embeddings=True, **ids)
+        ids = {name: value for name, value in vars(policy.model.config).items()
+               if name.endswith("_token_id") and isinstance(value, int)}
+        config = Qwen2_5_VLConfig(text_config=TEXT_3B, vision_config=VISION_3B,
+                                  tie_word_embeddings=True, **ids)
         with torch.device(device):
             model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
         model.model.language_model.config._attn_implementation = "layout"
+        model.model.visual.config._attn_implementation = "flash_by_length"
         processor = type(policy.image_processor)(patch_size=config.vision_config.patch_size)
         policy = Policy(model, policy.tokenizer, processor)
         policy.forbidden[len(policy.tokenizer):] = False              # the whole vocabulary may be sampled
@@ -105,13 +114,15 @@ def noise(policy, size, rng):
 def chunk(policy, size, length, rng):
     """An image of size[0] x size[1] tokens and random text behind it, `length` tokens in all."""
     picture, config = policy.picture(noise(policy, size, rng)), policy.model.config
-    ids = [config.vision_start_token_id] + [policy.image_token] * picture.tokens + [config.vision_end_token_id]
+    ids = [config.vision_start_token_id, *[policy.image_token] * picture.tokens,
+           config.vision_end_token_id]
     return Chunk(ids + rng.integers(0, 256, length - len(ids)).tolist(), [picture])
 
 
 @dataclass(eq=False)
 class Planned(Sequence):
-    """A Sequence with a planned number of tokens in each turn, and what it is shown between them."""
+    """A Sequence with a planned number of tokens in each turn, and what it is shown between
+    them."""
     plan: list[int] = field(default_factory=list)
     shown: list[Chunk] = field(default_factory=list)
     turn: int = 0
@@ -119,38 +130,48 @@ class Planned(Sequence):
 
 
 def plan_groups(policy, image_tokens, questions, rng):
-    """Questions of the roll-out benchmark, each as a list of GROUP Planned that share a prompt."""
+    """Questions of the rollout benchmark, each as a list of GROUP Planned that share a prompt."""
     groups = []
     for _ in range(questions):
         prompt = chunk(policy, SIZES[image_tokens], image_tokens + 32, rng)
-        groups.append([Planned(prompt, plan=rng.integers(20, 61, TURNS).tolist(),
-                               shown=[chunk(policy, CROP, 80, rng) for _ in range(TURNS - 1)]) for _ in range(GROUP)])
+        group = []
+        for _ in range(GROUP):
+            plan = rng.integers(20, 61, TURNS).tolist()
+            shown = [chunk(policy, CROP, 80, rng) for _ in range(TURNS - 1)]
+            group.append(Planned(prompt, plan=plan, shown=shown))
+        groups.append(group)
     return groups
 
 
 def start(groups):
-    """The same groups without a token sampled, and without vision features kept from another run."""
+    """The same groups without a token sampled, and with pictures that are still to be encoded."""
+    started = []
     for group in groups:
-        for picture in group[0].prompt.pictures + [p for s in group for c in s.shown for p in c.pictures]:
-            picture.features = None
-    return [[Planned(s.prompt, plan=s.plan, shown=s.shown, left=s.plan[0], stream=random.Random(i)) for i, s in enumerate(group)]
-            for group in groups]
+        prompt = fresh(group[0].prompt)
+        started.append([Planned(prompt, plan=s.plan, shown=[fresh(chunk) for chunk in s.shown],
+                                left=s.plan[0], rng=random.Random(i))
+                        for i, s in enumerate(group)])
+    return started
 
 
-# ------------------------------------------------------------------------------------------------ ours and theirs
+def fresh(chunk):
+    return Chunk(chunk.ids, [replace(picture) for picture in chunk.pictures])
+
+
+# ---------------------------------------------------------------------------------- ours and theirs
 
 class PlannedEngine(Engine):
     """Ends each turn at the length planned for it, whatever is sampled."""
 
     def sample(self, rows, hidden, on_turn):
         for row in rows:
-            row.turn = self.turn_tokens - row.sequence.left           # the engine cuts a turn at `turn_tokens`
+            row.turn_tokens = self.turn_tokens - row.sequence.left           # the engine cuts a turn at `turn_tokens`
             row.sequence.left -= 1
         return super().sample(rows, hidden, on_turn)
 
 
-def next_turn(sequence, cut):
-    """What the engine's on_turn answers: the next close-up, or None after the last turn."""
+def next_turn(sequence, truncated):
+    """What the engine's on_turn answers: the next crop, or None after the last turn."""
     sequence.turn += 1
     if sequence.turn == len(sequence.plan):
         return None
@@ -194,7 +215,7 @@ def batch(policy, sequences, left=False):
 
 
 def generate(policy, groups):
-    """Theirs: `generate` on the batch of all roll-outs, turn by turn; fills the groups, in place."""
+    """Theirs: `generate` on the batch of all rollouts, turn by turn; fills the groups, in place."""
     rows = [s for group in groups for s in group]
     forbidden = policy.forbidden.nonzero()[:, 0].tolist()             # an image token must not be sampled
     with plain(policy):
@@ -202,15 +223,15 @@ def generate(policy, groups):
             inputs = batch(policy, rows, left=True)
             out = policy.model.generate(**inputs, max_new_tokens=max(s.plan[turn] for s in rows), do_sample=True, top_k=0,
                                         suppress_tokens=forbidden)[:, inputs["input_ids"].shape[1]:]
-            for s, ids in zip(rows, out.tolist()):
+            for s, ids in zip(rows, out.tolist(), strict=True):
                 s.add(Chunk(ids[:s.plan[turn]]), sampled=True)
                 if turn + 1 < TURNS:
                     s.add(s.shown[turn])
 
 
 def padded_log_probs(policy, group):
-    """Theirs: log-probabilities (N,) of the sampled tokens of a group, through the padded batch, as `policy.log_probs` has
-    them. Logits are made for the responses only."""
+    """Theirs: log-probabilities (N,) of the sampled tokens of a group, through the padded batch, as
+    `policy.log_probs` has them. Logits are made for the responses only."""
     prompt, longest = len(group[0].prompt.ids), max(len(s.ids) for s in group)
     inputs = batch(policy, group)
     logits = policy.model(**inputs, logits_to_keep=longest + 1, use_cache=False).logits[:, :-1].float()       # (G, R, V)
@@ -221,18 +242,23 @@ def padded_log_probs(policy, group):
 
 
 def largest_difference(policy, rng):
-    """Between the log-probabilities recorded in roll-outs, those of the update and those of the padded batch."""
+    """Between the log-probabilities recorded in rollouts, those of the update and those of the
+    padded batch."""
     (group,) = groups = start(plan_groups(policy, 16, 1, rng))
+    (copied,) = start(groups)
     roll_out(policy, groups)
+    for ours, theirs in zip(group, copied, strict=True):
+        theirs.ids, theirs.sampled = ours.ids, ours.sampled
+        theirs.pictures = [picture for shown in theirs.shown for picture in shown.pictures]
     recorded = torch.tensor([x for s in group for x in s.log_probs if x], device=policy.device)      # injected tokens: 0.0
     with torch.no_grad():
         ours = policy.log_probs(groups)
         with plain(policy):
-            theirs = padded_log_probs(policy, group)
+            theirs = padded_log_probs(policy, copied)
     return max((ours - theirs).abs().max().item(), (recorded - theirs).abs().max().item())
 
 
-# ------------------------------------------------------------------------------------------------ measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 def wait(device):
     if device == "cuda":
@@ -248,7 +274,8 @@ def status(key):
 
 
 def mark_memory(device):
-    """Frees what is free and forgets earlier peaks. -> MiB in use: the GPU's, or the resident memory of the process"""
+    """Frees what is free and forgets earlier peaks. -> MiB in use: the GPU's, or the resident
+    memory of the process"""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -260,12 +287,6 @@ def mark_memory(device):
     except (OSError, AttributeError):
         return float("nan")
     return status("VmRSS")
-
-
-def return_at_once(device):
-    """From now on, Linux's allocator gives freed tensors back: the resident memory is what is in use, without gaps."""
-    if device == "cpu" and sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(-3, 2**17)                          # M_MMAP_THRESHOLD
 
 
 def peak_memory(device):
@@ -290,7 +311,8 @@ def seconds(function, device):
 
 
 def compare(ours, theirs, tokens, args):
-    """Times two functions in alternating pairs, after a first run of each in which memory is measured."""
+    """Times two functions in alternating pairs, after a first run of each in which memory is
+    measured."""
     functions, times = (ours, theirs), ([], [])
     memory = [memory_of(f, args.device) for f in functions]
     for pair in range(args.pairs):
@@ -300,13 +322,13 @@ def compare(ours, theirs, tokens, args):
 
 
 def summary(times, tokens, memory):
-    ratios = [theirs / ours for ours, theirs in zip(*times)]
+    ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
     spent = [statistics.median(t) for t in times]
     return {"ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)], "seconds": spent,
             "tokens_per_second": [tokens / s for s in spent], "peak_mib": memory}
 
 
-# ------------------------------------------------------------------------------------------------ the benchmarks
+# ----------------------------------------------------------------------------------- the benchmarks
 
 def rollout(policy, image_tokens, args, rng):
     groups = plan_groups(policy, image_tokens, max(1, args.questions // (2 if image_tokens > 1000 else 1)), rng)
@@ -314,14 +336,9 @@ def rollout(policy, image_tokens, args, rng):
                    sum(sum(s.plan) for group in groups for s in group), args)
 
 
-def graphs(policy, image_tokens, args, rng):
-    groups = plan_groups(policy, image_tokens, args.questions, rng)
-    return compare(lambda: roll_out(policy, start(groups), graphs=True), lambda: roll_out(policy, start(groups)),
-                   sum(sum(s.plan) for group in groups for s in group), args)
-
-
 def responses(policy, shape, rng):
-    """A group with random responses, as if sampled. shape: tokens (of the prompt, of the longest response)"""
+    """A group with random responses, as if sampled. shape: tokens (of the prompt, of the longest
+    response)"""
     prompt = chunk(policy, UPDATES[shape[0]], shape[0], rng)
     lengths = [shape[1] * (i + 1) // GROUP for i in range(GROUP)]
     return [Sequence(prompt).add(Chunk(rng.integers(0, 256, n).tolist()), sampled=True) for n in lengths]
@@ -336,11 +353,13 @@ def learn(log_probs, old):
 
 def update(policy, shape, args, rng):
     group = responses(policy, shape, rng)
+    def again():
+        prompt = fresh(group[0].prompt)
+        return [replace(sequence, prompt=prompt) for sequence in group]
     with torch.no_grad():
-        old = policy.log_probs([group])
+        old = policy.log_probs([again()])
     def ours():
-        group[0].prompt.pictures[0].features = None
-        learn(policy.log_probs([group]), old)
+        learn(policy.log_probs([again()]), old)
         policy.model.zero_grad(set_to_none=True)
     def theirs():
         with plain(policy):
@@ -351,16 +370,16 @@ def update(policy, shape, args, rng):
 
 def step(policy, image_tokens, args, rng):
     """A step of ours follows every step of TRL's trainer, each on a model of its own."""
-    from trl.trainer.grpo_trainer import Dataset
     from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
     from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_trainer import Dataset
     rows = args.step_questions * GROUP
     plan, rewards = rng.integers(50, 151, rows).tolist(), [float(i % 2) for i in range(rows)]
     images, text = [noise(policy, SIZES[image_tokens], rng) for _ in range(args.step_questions)], "Which one is it?"
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
     advantages = group_advantages(rewards[:GROUP], [True] * GROUP, True)
     optimizer = torch.optim.AdamW(policy.trainable(), lr=1e-6, fused=True)
-    options = SimpleNamespace(temperature=1.0, kl=0.0, clip_norm=1.0, micro_tokens=MICRO_TOKENS[args.device], reference="gpu")
+    config = Config(kl=0.0, micro_tokens=MICRO_TOKENS[args.device])
     times, memory = ([], []), []
 
     def ours():
@@ -368,7 +387,7 @@ def step(policy, image_tokens, args, rng):
         for prompt in [policy.prompt(messages, [image]) for image in images]:
             groups.append([Planned(prompt, plan=[n], left=n) for n in islice(lengths, GROUP)])
         roll_out(policy, groups)
-        train_step(policy, None, [(group, advantages) for group in groups], [optimizer], options, 1.0)
+        train_step(policy, None, [(group, advantages) for group in groups], [optimizer], config, 1.0)
 
     class Processor(Qwen2_5_VLProcessor):                             # without videos, so without torchvision
         def __init__(self, image_processor, tokenizer, chat_template=None):
@@ -398,14 +417,14 @@ def step(policy, image_tokens, args, rng):
     model = copy.deepcopy(policy.model)
     model.model.language_model.config._attn_implementation = "sdpa"
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(folder, per_device_train_batch_size=GROUP, gradient_accumulation_steps=args.step_questions,
+        trl_config = GRPOConfig(folder, per_device_train_batch_size=GROUP, gradient_accumulation_steps=args.step_questions,
                             num_generations=GROUP, max_steps=args.pairs + 1, max_completion_length=max(plan),
                             generation_kwargs={"min_new_tokens": max(plan)}, bf16=False, gradient_checkpointing=False,
                             use_cpu=args.device == "cpu", seed=args.seed, save_strategy="no", logging_strategy="no",
                             report_to="none", disable_tqdm=True)
         data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}], "image": image} for image in images])
         processor = Processor(policy.image_processor, policy.tokenizer, policy.tokenizer.chat_template)
-        trainer = Trainer(model, lambda completions, **_: rewards, args=config, train_dataset=data, callbacks=[Turns()],
+        trainer = Trainer(model, lambda completions, **_: rewards, args=trl_config, train_dataset=data, callbacks=[Turns()],
                           processing_class=processor)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -413,46 +432,32 @@ def step(policy, image_tokens, args, rng):
 
 
 def update_memory(policy, _, args, rng):
-    """Peak MiB of updates on 1, 4 and 8 groups of 64:100 tokens and on one of 400:150; the gradients are there before."""
+    """Peak MiB of updates on 1, 4 and 8 groups of 64:100 tokens and on one of 400:150; the
+    gradients are there before."""
     short, long = [responses(policy, (64, 100), rng) for _ in range(8)], [responses(policy, (400, 150), rng)]
     short.sort(key=lambda group: sum(len(s.ids) for s in group))      # the longest group is in all three
     def run(groups):
-        for micro, _ in micro_batches(groups, 1, []):                 # one group each
-            policy.log_probs(micro).sum().backward()
+        for batch in micro_batches(groups, 1):                        # one group each
+            policy.log_probs(batch.groups).sum().backward()
         policy.model.zero_grad(set_to_none=False)
     run(short[-1:])
     cases = {"1 x 64:100": short[-1:], "4 x 64:100": short[-4:], "8 x 64:100": short, "1 x 400:150": long}
-    found = {name: memory_of(lambda: run(groups), args.device) for name, groups in cases.items()}
+    found = {name: memory_of(partial(run, groups), args.device) for name, groups in cases.items()}
     policy.model.zero_grad(set_to_none=True)
     return found
 
 
-def update_estimate(policy, _, args, rng):
-    """Estimated and measured peak MiB of updates on one group, weights and gradients not counted."""
-    found = {}
-    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy.model.train()
-    for prompt, response in ((64, 100), (400, 150), (400, 450)):
-        question = chunk(policy, UPDATES[prompt], prompt, rng)
-        group = [Sequence(question).add(Chunk(rng.integers(0, 256, response).tolist()), sampled=True) for _ in range(GROUP)]
-        def run():
-            policy.log_probs([group]).sum().backward()
-            policy.model.zero_grad(set_to_none=False)
-        run()
-        estimate = update_bytes(policy.text_config, prompt, GROUP, response, 1, policy.model.dtype.itemsize) / 2**20
-        found[f"{prompt}:{response}"] = estimate, memory_of(run, args.device)
-    return found
-
-
 def step_outside(_, folder, args, rng):
-    """Shares of some GRPO steps of the default job that are spent outside of model and optimizer: drawing, dialogue, close-ups,
-    image processing, rewards, book-keeping. Counted as model: its passes and choices while sampling, and the update."""
+    """Shares of some GRPO steps of the default job that are spent outside of model and optimizer:
+    drawing, dialogue, crops, image processing, rewards, book-keeping. Counted as model: its passes
+    and choices while sampling, and the update."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(folder)
-    policy, reference = (models.load(folder, device=args.device) for _ in range(2))
-    options = SimpleNamespace(temperature=1.0, kl=0.05, clip_norm=1.0, micro_tokens=MICRO_TOKENS["cpu"], reference="gpu")
-    sampling = {name: PRESETS["drawn"][name] for name in ("turn_tokens", "response_tokens", "cache_tokens")}
-    optimizers, inside, shares = sft.make_optimizers(policy, "muon", 2.5e-3, 3e-4), [], []
+    policy, reference = (load(folder, device=args.device) for _ in range(2))
+    config = Config()
+    dialogue = make_dialogue(config, folder, policy)
+    optimizers = sft.make_optimizers(policy, config.optimizer, config.lr, config.adamw_lr)
+    inside, shares = [], []
     def timed(function):
         def run(*inputs, **named):
             began = time.perf_counter()
@@ -467,23 +472,27 @@ def step_outside(_, folder, args, rng):
         for name in ("hidden", "choose", "features"):
             setattr(policy, name, timed(getattr(Policy, name).__get__(policy)))
         questions = [toy_search("train", args.seed, step * 16 + i) for i in range(16)]
-        groups = list(dialogues(policy, questions, Dialogue(), GROUP, [q.id for q in questions], **sampling))
+        seeds = [question.id for question in questions]
+        groups = list(dialogues(policy, questions, dialogue, GROUP, seeds, **config.sampling()))
         for name in ("hidden", "choose", "features"):
             delattr(policy, name)
-        pairs = [(traces, group_advantages([score(t).total for t in traces], [True] * GROUP, True)) for traces in groups]
-        timed(train_step)(policy, reference, pairs, optimizers, options, 1.0)
+        pairs = []
+        for traces in groups:
+            rewards = [score(trace).total for trace in traces]
+            pairs.append((traces, group_advantages(rewards, [True] * GROUP, True)))
+        timed(train_step)(policy, reference, pairs, optimizers, config, 1.0)
         shares.append(1 - sum(inside) / (time.perf_counter() - began))
-    return {"share": statistics.median(shares[1:]), "range": [min(shares[1:]), max(shares[1:])]}      # the first: warm-up
+    shares = shares[1:]                               # the first is the warm-up
+    return {"share": statistics.median(shares), "range": [min(shares), max(shares)]}
 
 
 BENCHMARKS = {"rollout_tiny": (rollout, "tiny", 16), "rollout_100": (rollout, "medium", 100),
               "rollout_400": (rollout, "medium", 400), "rollout_1500": (rollout, "medium", 1500),
-              "graphs": (graphs, "medium", 400),
               "update_tiny": (update, "tiny", (64, 100)), "update_64_100": (update, "medium", (64, 100)),
               "update_400_150": (update, "medium", (400, 150)), "update_1500_300": (update, "medium", (1500, 300)),
               "step_trl_100": (step, "medium", 100), "step_trl_400": (step, "medium", 400),
               "outside": (step_outside, "tiny", "runs/toy-search-zoom/sft"),
-              "memory": (update_memory, "medium", None), "estimate": (update_estimate, "medium", None)}
+              "memory": (update_memory, "medium", None)}
 
 
 def machine(args):
@@ -502,26 +511,25 @@ def main():
     add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: shapes of Qwen2.5-VL-3B, bfloat16 (%(default)s)")
     add("--json", metavar="FILE", help="write the ratios there by name, and all else under `details`")
     add("--pairs", type=int, default=5, help="alternating pairs of runs (%(default)s)")
-    add("--questions", type=int, default=8, help="questions of a roll-out, for ours and theirs; of 1500 image tokens half as "
+    add("--questions", type=int, default=8, help="questions of a rollout, for ours and theirs; of 1500 image tokens half as "
         "many, for theirs takes minutes (%(default)s)")
     add("--step-questions", type=int, default=16, help="the same of a step (%(default)s)")
     add("--only", nargs="+", metavar="NAME", choices=BENCHMARKS, help="some of: " + ", ".join(BENCHMARKS))
     add("--threads", type=int, default=1, help="threads of torch (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, images and lengths (%(default)s)")
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     print(machine(args))
-    if args.only == ["estimate"]:
-        return_at_once(args.device)
     policies = {"medium": build("medium", args.device)}
     difference = largest_difference(policies["medium"], np.random.default_rng(args.seed))
-    print(f"roll-out, update and padded batch agree on log-probabilities to {difference:.1e} (float32)")
+    print(f"rollout, update and padded batch agree on log-probabilities to {difference:.1e} (float32)")
     if difference > 1e-4:
         sys.exit("they should agree to 1e-4: the ratios would compare different things")
 
-    names = [n for n in args.only or list(BENCHMARKS)[:-1] if n not in (["graphs"] if args.device == "cpu" else
-             ["rollout_tiny", "update_tiny", "outside"])]
+    names = [n for n in args.only or BENCHMARKS
+             if args.device == "cpu" or n not in ("rollout_tiny", "update_tiny", "outside")]
     found, rows = {}, [["", "model", "ratio", "range", "tokens/s", "theirs", "peak MiB", "theirs"]]
     for name in names:
         print(f"... {name}", file=sys.stderr)
@@ -549,9 +557,6 @@ def main():
             one["share"], *one["range"]))
     for name, mib in found.get("memory", {}).items():
         print(f"peak of an update on {name} tokens: {mib:,.0f} MiB")
-    for name, (estimate, measured) in found.get("estimate", {}).items():
-        print(f"update on {GROUP} x {name} tokens, checkpointed: estimated / measured {estimate:,.0f} / {measured:,.0f} MiB = "
-              f"{estimate / measured:.2f}")
     if args.json:
         ratios = {name: one["ratio"] for name, one in found.items() if "ratio" in one}
         Path(args.json).write_text(json.dumps({**ratios, "machine": machine(args), "details": found}, indent=1) + "\n")

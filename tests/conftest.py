@@ -12,6 +12,7 @@ import runpy
 import socket
 import sys
 import threading
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,7 +49,25 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture
 def policy(tiny_folder):
-    return load(tiny_folder, device="cpu")
+    """The tiny policy, and in IMAGES what its pictures were: they drop it once it is encoded."""
+    policy = load(tiny_folder, device="cpu")
+    picture = policy.picture
+
+    def remember(image):
+        made = picture(image)
+        IMAGES[made] = made.image
+        return made
+    policy.picture = remember
+    yield policy
+    IMAGES.clear()
+
+
+IMAGES = {}
+
+
+def pixel_values(policy, pictures):
+    """What the vision tower got of some pictures."""
+    return policy.pixel_values([replace(picture, image=IMAGES[picture]) for picture in pictures])
 
 
 def draw(path, size=(200, 100), box=None):
@@ -236,7 +255,7 @@ def plain_log_probs(folder, policy, sequence):
     model.model.rope_deltas = None                       # of the dialogue before
     ids = torch.tensor([sequence.prompt.ids + sequence.ids])
     pictures = sequence.prompt.pictures + sequence.pictures
-    logits = model(input_ids=ids, pixel_values=policy.pixel_values(pictures),
+    logits = model(input_ids=ids, pixel_values=pixel_values(policy, pictures),
                    image_grid_thw=torch.tensor([p.grid for p in pictures]),
                    mm_token_type_ids=(ids == policy.image_token).int()).logits[0].float()
     log_probs = torch.log_softmax(logits.masked_fill(policy.forbidden, -torch.inf), -1)

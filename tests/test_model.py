@@ -1,20 +1,40 @@
-"""What model.py promises: exact log-probabilities, tokens that are really the policy's, checkpoints that others can load."""
+"""What model.py promises: exact log-probabilities, tokens that are really the policy's, checkpoints
+that others can load."""
 import json
+import os
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import converse, in_processes, noise, pixel_values, plain_log_probs, prompts, recorded
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-import model as models
-from conftest import converse, noise, plain_log_probs, prompts, recorded
-from model import Engine, Sequence, TrainLayout, UserError, invert, nucleus
+import model
+from model import (
+    Engine,
+    Sequence,
+    TrainLayout,
+    UserError,
+    full_tensor,
+    invert,
+    is_sharded,
+    load,
+    micro_batches,
+    nucleus,
+    rank,
+    shard_if_large,
+    unsharded,
+    world_size,
+)
 
 
 @pytest.fixture
 def many_sizes(policy):
-    """The tiny policy lets images keep their size, so that grids differ, and ends its turns often."""
+    """The tiny policy lets images keep their size, so that grids differ, and ends its turns
+    often."""
     policy.end_tokens = set(range(0, policy.text_config.vocab_size, 8))
     policy.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
     return policy
@@ -22,13 +42,14 @@ def many_sizes(policy):
 
 @pytest.mark.parametrize("turns", [1, 2, 3, 4])
 def test_engine_equals_a_plain_forward(many_sizes, tiny_folder, turns):
-    """Guards the K/V cache: rows that stop at different times, refilled places, images of different sizes, positions."""
+    """Guards the K/V cache: rows that stop at different times, refilled places, images of different
+    sizes, positions."""
     policy = many_sizes
     group = 3
     engine = Engine(policy, turn_tokens=7, response_tokens=150,
-                    cache_tokens=2 * (60 + group * 150))
+                    cache_tokens=2 * (90 + group * 150))
     done = list(engine.run(prompts(policy, 5, group, seed=turns), converse(policy, turns)))
-    assert len(done) == 5 and engine.n <= 2
+    assert len(done) == 5 and engine.slots <= 2
     assert len({len(s.ids) for job in done for s in job}) > 1
     for job in done:
         for sequence in job:
@@ -36,42 +57,22 @@ def test_engine_equals_a_plain_forward(many_sizes, tiny_folder, turns):
             assert (plain - recorded([[sequence]])).abs().max() < 1e-5
 
 
-def test_the_fixed_shapes_of_graphs_change_nothing(many_sizes):
-    """Guards what a CUDA graph would run (here without one): idle rows and slots, columns in steps of 128."""
-    def tokens(graphs):
-        engine = Engine(many_sizes, temperature=0, turn_tokens=40, response_tokens=250, cache_tokens=2 * (60 + 3 * 250),
-                        graphs=graphs)
-        jobs = list(engine.run(prompts(many_sizes, 5, 3), converse(many_sizes, 4)))
-        log_probs = {tuple(s.ids): torch.tensor(s.log_probs) for job in jobs for s in job}
-        return [[s.ids for s in job] for job in jobs], log_probs
-    (plain, log_probs), (fixed, others) = tokens(False), tokens(True)
-    assert fixed == plain and max(len(ids) for job in plain for ids in job) > 128
-    assert all((log_probs[ids] - others[ids]).abs().max() < 1e-5 for ids in log_probs)
-
-
-@pytest.fixture(params=["CPU", "GPU"])
-def layout_of(request, monkeypatch):
-    """The update's attention as a CPU and as a GPU computes it."""
-    if request.param == "GPU":
-        monkeypatch.setattr(TrainLayout, "__call__", lambda self, layer, q, k, v, scale: self.plain(q, k, v, scale))
-
-
-@pytest.mark.usefixtures("layout_of")
 def test_training_log_probs_equal_a_plain_forward(many_sizes, tiny_folder):
-    """Guards the shared prompt: each response must see the prompt and itself, and no other response."""
+    """Guards the shared prompt: each response must see the prompt and itself, and no other
+    response."""
     policy = many_sizes
     engine = Engine(policy, turn_tokens=6, response_tokens=150)
     done = list(engine.run(prompts(policy, 3, 4), converse(policy, 3)))
-    done.append(next(engine.run(prompts(policy, 1, 1), converse(policy, 2))))      # a group of one goes another way
+    done += engine.run(prompts(policy, 1, 1), converse(policy, 2))     # a group of one: another way
     with torch.no_grad():
         together = policy.log_probs(done)
     plain = torch.cat([plain_log_probs(tiny_folder, policy, s) for job in done for s in job])
     assert (together - plain).abs().max() < 1e-5
 
 
-@pytest.mark.usefixtures("layout_of")
 def test_gradients_equal_those_of_the_padded_batch(many_sizes):
-    """Guards the update: the prompt once for a group must give the gradients of the prompt once for every response."""
+    """Guards the update: the prompt once for a group must give the gradients of the prompt once for
+    every response."""
     policy = many_sizes
     policy.train_vision = True
     engine = Engine(policy, turn_tokens=6, response_tokens=150)
@@ -90,11 +91,11 @@ def test_gradients_equal_those_of_the_padded_batch(many_sizes):
         targets += [(row, len(s.prompt.ids) + i) for i, sampled in enumerate(s.sampled) if sampled]
     pictures = [p for (s,) in alone for p in s.prompt.pictures + s.pictures]
     logits = policy.model(input_ids=ids, attention_mask=mask,
-                          pixel_values=policy.pixel_values(pictures),
+                          pixel_values=pixel_values(policy, pictures),
                           image_grid_thw=torch.tensor([p.grid for p in pictures]),
                           mm_token_type_ids=(ids == policy.image_token).int()).logits
     log_probs = torch.log_softmax(logits.masked_fill(policy.forbidden, -torch.inf), -1)
-    rows, columns = map(list, zip(*targets))
+    rows, columns = map(list, zip(*targets, strict=True))
     padded = log_probs[rows, [c - 1 for c in columns], ids[rows, columns]]
     (padded * weights).sum().backward()
     for name, p in policy.model.named_parameters():
@@ -102,61 +103,148 @@ def test_gradients_equal_those_of_the_padded_batch(many_sizes):
         assert (p.grad - shared[name]).abs().max() / scale < 1e-5, name
 
 
-@pytest.mark.parametrize("kind, near", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_a_prompt_and_its_responses_apart_are_their_attention_together(kind, near):
-    """Guards the sum over two parts, and its gradient: heads that share keys, groups of one, responses of a token or none."""
+def test_each_response_attends_to_its_prompt_and_itself():
+    """Guards the update's attention against one masked product: heads that share keys, groups of
+    one, responses of a token or none."""
     generator = torch.Generator().manual_seed(0)
-    layout = TrainLayout([(40, [1, 30, 7]), (5, [12]), (17, [9, 0]), (3, [0, 0])])
-    n = 40 + 38 + 5 + 12 + 17 + 9 + 3
-    q, k, v, weight = (torch.randn(1, heads, n, 16, dtype=torch.float64, generator=generator) for heads in (4, 2, 2, 4))
-    def run(how, kind):
-        inputs = [x.to(kind).detach().clone().requires_grad_() for x in (q, k, v)]
-        out = how(*inputs)
-        (out * weight.to(kind)).sum().backward()
-        return [x.double() for x in (out, *(x.grad for x in inputs))]
-    expected = run(lambda q, k, v: layout.plain(q, k, v, 0.25), torch.float64)
-    for found, right in zip(run(lambda q, k, v: layout(0, q, k, v, 0.25), kind), expected):
-        assert (found - right).abs().max() < near * right.abs().max()
+    lengths = [[40, 1, 30, 7], [17], [17, 9, 0], [3, 0, 0]]
+    seen, start = torch.zeros(124, 124, dtype=torch.bool), 0
+    for prompt, *responses in lengths:
+        first = slice(start, start + prompt)
+        for length in (prompt, *responses):
+            piece = slice(start, start + length)
+            seen[piece, first] = True
+            seen[piece, piece] = torch.ones(length, length).tril().bool()
+            start += length
+        seen[first, first] = torch.ones(prompt, prompt).tril().bool()
+    assert start == len(seen)
+    q, k, v, weight = (torch.randn(1, heads, start, 16, dtype=torch.float64, generator=generator)
+                       for heads in (4, 2, 2, 4))
+    plain = partial(F.scaled_dot_product_attention, attn_mask=seen, scale=0.25, enable_gqa=True)
+    results = []
+    for attention in (plain, lambda *qkv: TrainLayout(lengths)(0, *qkv, 0.25)):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attention(*inputs)
+        (out * weight).sum().backward()
+        results.append([out, *(x.grad for x in inputs)])
+    for ours, right in zip(*results, strict=True):
+        assert (ours - right).abs().max() < 1e-12 * right.abs().max()
+
+
+def test_scores_are_not_rounded_to_bfloat16(tiny_folder):
+    """Guards attention scores in float32: with large key biases, as Qwen2's, scores rounded to
+    bfloat16, as in Hugging Face's eager attention, make the recorded log-probabilities those of
+    another policy than the one that is trained."""
+    policy = load(tiny_folder, device="cpu", dtype=torch.bfloat16)
+    text = policy.model.model.language_model
+    for std in (10, 30):
+        torch.manual_seed(std)
+        for layer in text.layers:
+            torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=std)
+        jobs = list(prompts(policy, 6, 4))
+        pixels = [[policy.pixel_values(job[0].prompt.pictures) for _ in job] for job in jobs]
+        engine = Engine(policy, turn_tokens=40, response_tokens=60)
+        list(engine.run(jobs, lambda s, truncated: None))
+        with torch.no_grad():
+            training = policy.log_probs(jobs)
+            text.config._attn_implementation = "eager"
+            plain = []
+            for job, values in zip(jobs, pixels, strict=True):
+                for s, value in zip(job, values, strict=True):
+                    plain.append(hugging_face_log_probs(policy, s, value))
+            text.config._attn_implementation = "layout"
+        rounded = (torch.cat(plain) - training).abs().mean()
+        assert (recorded(jobs) - training).abs().mean() < rounded / 2
+
+
+def hugging_face_log_probs(policy, sequence, pixels):
+    """Log-probabilities of a single turn's tokens by the model's own forward."""
+    ids = torch.tensor([sequence.prompt.ids + sequence.ids])
+    grids = torch.tensor([p.grid for p in sequence.prompt.pictures])
+    policy.model.model.rope_deltas = None
+    logits = policy.model(input_ids=ids, pixel_values=pixels.to(policy.model.dtype),
+                          image_grid_thw=grids, logits_to_keep=len(sequence.ids) + 1,
+                          mm_token_type_ids=(ids == policy.image_token).int()).logits[0, :-1]
+    log_probs = torch.log_softmax(logits.float().masked_fill(policy.forbidden, -torch.inf), -1)
+    return log_probs[range(len(sequence.ids)), sequence.ids]
+
+
+def gradients(folder, out, per_node):
+    """Each process learns from its share of four groups; the first one writes all gradients."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(per_node)
+    model.REPLICATED = 0
+    policy = load(folder, device="cpu")
+    shard_if_large(policy)
+    assert is_sharded(policy) == (world_size() > 1)
+    with unsharded(policy):
+        engine = Engine(policy, turn_tokens=6, response_tokens=60)
+        done = list(engine.run(prompts(policy, 4, 3), lambda s, truncated: None))
+    done.sort(key=lambda job: job[0].prompt.pictures[0].grid)
+    done.sort(key=lambda job: len(job[0].prompt.ids))
+    for batch in micro_batches(done[rank()::world_size()], 1):
+        (policy.log_probs(batch.groups).sum() / 4 * world_size()).backward()
+    found = {name: full_tensor(p.grad) for name, p in policy.model.named_parameters()
+             if p.grad is not None}
+    if is_sharded(policy):
+        mesh = policy.model.lm_head.weight.device_mesh
+        assert tuple(mesh.shape) == (world_size() // per_node, per_node)
+    if rank() == 0:
+        torch.save(found, out)
+
+
+def test_nodes_of_several_processes_equal_one_process(tiny_folder, tmp_path):
+    """Guards weights that are sharded inside of a node and replicated over nodes: gradients must be
+    averaged over all processes, not those of a node."""
+    for number, per_node in ((1, 1), (4, 2)):
+        in_processes(number, gradients, tiny_folder, tmp_path / f"{number}.pt", per_node)
+    one, four = (torch.load(tmp_path / f"{number}.pt") for number in (1, 4))
+    assert one.keys() == four.keys()
+    for name, gradient in one.items():
+        scale = max(1.0, gradient.abs().max().item())
+        assert (gradient - four[name]).abs().max() / scale < 1e-5, name
 
 
 def test_vocabulary_in_chunks_changes_nothing(policy, monkeypatch):
-    """Guards the bound on logits: the checkpointed chunks must give the same values and gradients."""
+    """Guards the bound on logits: the checkpointed chunks must give the same values and
+    gradients."""
     engine = Engine(policy, turn_tokens=9, response_tokens=60)
-    done = list(engine.run(prompts(policy, 2, 2), lambda s, cut: None))
+    done = list(engine.run(prompts(policy, 2, 2), lambda s, truncated: None))
     found = []
     for bound in (2**26, 5 * policy.text_config.vocab_size):
-        monkeypatch.setattr(models, "MAX_LOGITS", bound)
+        monkeypatch.setattr(model, "MAX_LOGITS", bound)
         policy.model.zero_grad()
         log_probs = policy.log_probs(done)
         log_probs.sum().backward()
         found.append((log_probs.detach(), policy.model.lm_head.weight.grad.clone()))
-    assert torch.allclose(found[0][0], found[1][0], atol=1e-6) and torch.allclose(found[0][1], found[1][1], atol=1e-4)
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-6)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-4)
 
 
 def test_checkpointing_changes_nothing(policy):
     """Guards gradient checkpointing: what is computed again must attend in the same layout."""
     engine = Engine(policy, turn_tokens=9, response_tokens=60)
-    done = list(engine.run(prompts(policy, 2, 3), lambda s, cut: None))
+    done = list(engine.run(prompts(policy, 2, 3), lambda s, truncated: None))
     found = []
     for again in (False, True):
         if again:
-            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.model.zero_grad()
         policy.model.train()
         policy.log_probs(done).sum().backward()
-        found.append({n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None})
+        found.append({name: p.grad.clone() for name, p in policy.model.named_parameters()
+                      if p.grad is not None})
     assert found[0].keys() == found[1].keys()
     assert all(torch.allclose(found[0][n], found[1][n], atol=1e-5, rtol=1e-5) for n in found[0])
 
 
 def test_many_images_go_through_the_vision_tower_in_parts(policy, monkeypatch):
     """Guards the bound on patches: the features must not depend on it."""
-    pictures = [policy.picture(noise(64, 64, seed)) for seed in range(5)]
-    whole = [f.clone() for f in policy.features(pictures)]
-    monkeypatch.setattr(models, "MAX_VISION_PATCHES", 130)
-    for picture in pictures:
-        picture.features = None
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, policy.features(pictures)))
+    images = [noise(64, 64, seed) for seed in range(5)]
+    at_once = policy.features([policy.picture(image) for image in images])
+    monkeypatch.setattr(model, "MAX_VISION_PATCHES", 130)
+    in_parts = policy.features([policy.picture(image) for image in images])
+    for one, other in zip(at_once, in_parts, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 # Of equal images, of some equally wide, and of some that are as many patches in another shape.
@@ -175,7 +263,7 @@ def test_pictures_together_are_what_the_image_processor_makes_of_each(many_sizes
         together = policy.pixel_values(pictures)
         assert together.dtype == torch.float32
         assert torch.equal(together, torch.cat([out["pixel_values"] for out in expected]))
-        for picture, out in zip(pictures, expected):
+        for picture, out in zip(pictures, expected, strict=True):
             assert [list(picture.grid)] == out["image_grid_thw"].tolist()
             assert picture.tokens == len(out["pixel_values"]) // 4
 
@@ -200,47 +288,72 @@ def test_features_of_many_sizes_are_those_of_each_alone(many_sizes):
         assert (features - alone).abs().max() < 1e-5
 
 
+def test_windows_in_a_batch_are_those_one_by_one(many_sizes):
+    """Guards the vision tower's attention by lengths: images and windows of several sizes, at a
+    border smaller ones, and the gradients, against Hugging Face's loop over windows."""
+    policy = many_sizes
+    policy.train_vision = True                         # so that nothing is kept
+    tower = policy.model.model.visual
+    tower.fullatt_block_indexes = [1]                  # the first layer attends in windows
+    pictures = [policy.picture(noise(*size, seed)) for seed, size in enumerate(SIZES)]
+    results = []
+    for attention in ("flash_by_length", "sdpa"):
+        tower.config._attn_implementation = attention
+        features = torch.cat(policy.features(pictures))
+        policy.model.zero_grad()
+        features.square().mean().backward()
+        results.append([features, *(p.grad for p in tower.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() < 1e-5
+
+
 def test_greedy_tokens_are_those_of_generate(policy):
     """Guards sampling and stopping: temperature 0 must give what `generate` gives."""
     (sequence,) = job = next(prompts(policy, 1, 1))
     pictures = sequence.prompt.pictures
     ids = torch.tensor([sequence.prompt.ids])
-    expected = policy.model.generate(input_ids=ids, pixel_values=policy.pixel_values(pictures),
-                                     image_grid_thw=torch.tensor([pictures[0].grid]),
-                                     mm_token_type_ids=(ids == policy.image_token).int(), max_new_tokens=12, do_sample=False,
-                                     suppress_tokens=policy.forbidden.nonzero()[:, 0].tolist())[0, ids.shape[1]:].tolist()
+    out = policy.model.generate(
+        input_ids=ids, pixel_values=pixel_values(policy, pictures), max_new_tokens=12,
+        image_grid_thw=torch.tensor([pictures[0].grid]), do_sample=False,
+        mm_token_type_ids=(ids == policy.image_token).int(),
+        suppress_tokens=policy.forbidden.nonzero()[:, 0].tolist())
     policy.model.model.rope_deltas = None
-    next(Engine(policy, temperature=0, turn_tokens=12, response_tokens=60).run([job], lambda s, cut: None))
-    assert sequence.ids == expected
+    engine = Engine(policy, temperature=0, turn_tokens=12, response_tokens=60)
+    next(engine.run([job], lambda s, truncated: None))
+    assert sequence.ids == out[0, ids.shape[1]:].tolist()
 
 
 def test_the_mask_is_exactly_the_sampled_tokens(policy):
-    """Guards the mask: prompt, observations and forced beginnings are never trained on, end tokens are."""
+    """Guards the mask: prompt, observations and forced beginnings are never trained on, end tokens
+    are."""
     seen = []
     original = Engine.sample
     def spy(engine, rows, hidden, on_turn):
         before = [len(r.sequence.ids) for r in rows]
         over = original(engine, rows, hidden, on_turn)
-        seen.extend((id(r.sequence), n) for r, n in zip(rows, before))
+        seen.extend((id(r.sequence), n) for r, n in zip(rows, before, strict=True))
         return over
     engine = Engine(policy, turn_tokens=5, response_tokens=200)
     engine.sample = lambda *args: spy(engine, *args)
     done = list(engine.run(prompts(policy, 2, 3), converse(policy, 3)))
-    marked = {(id(s), i) for job in done for s in job for i, sampled in enumerate(s.sampled) if sampled}
+    marked = {(id(s), i) for job in done for s in job
+              for i, sampled in enumerate(s.sampled) if sampled}
     assert marked == set(seen) and len(seen) == len(marked)
     for job in done:
         for s in job:
             assert len(s.ids) == len(s.sampled) == len(s.log_probs)
-            assert all(l < 0 if sampled else l == 0 for l, sampled in zip(s.log_probs, s.sampled))
+            for log_prob, sampled in zip(s.log_probs, s.sampled, strict=True):
+                assert log_prob < 0 if sampled else log_prob == 0
 
 
 def test_vision_tokens_cannot_be_sampled(policy):
-    """Guards against a policy that emits the image token, which would break the search for images in a sequence."""
+    """Guards against a policy that emits the image token, which would break the search for images
+    in a sequence."""
     with torch.no_grad():
         policy.model.lm_head.weight[policy.image_token] *= 50
         policy.model.lm_head.weight[policy.image_token] += 5
     engine = Engine(policy, turn_tokens=20, response_tokens=100)
-    done = list(engine.run(prompts(policy, 2, 4), lambda s, cut: None))
+    done = list(engine.run(prompts(policy, 2, 4), lambda s, truncated: None))
     assert not any(policy.forbidden[t] for job in done for s in job for t in s.ids)
     assert torch.isfinite(policy.log_probs(done)).all()
 
@@ -248,7 +361,7 @@ def test_vision_tokens_cannot_be_sampled(policy):
 def test_log_probs_are_those_of_the_sampling_temperature(policy):
     """Guards against log-probabilities taken at temperature 1 whatever the sampling temperature."""
     engine = Engine(policy, temperature=0.5, turn_tokens=9, response_tokens=60)
-    done = list(engine.run(prompts(policy, 1, 3), lambda s, cut: None))
+    done = list(engine.run(prompts(policy, 1, 3), lambda s, truncated: None))
     with torch.no_grad():
         assert (policy.log_probs(done, 0.5) - recorded(done)).abs().max() < 1e-5
         assert (policy.log_probs(done, 1.0) - recorded(done)).abs().max() > 1e-2
@@ -262,25 +375,30 @@ def test_nucleus():
 
 
 def test_tokens_follow_the_distribution():
-    """Guards inverse transform sampling: each token comes as often as its probability says (a chi-square test), in its own row;
-    evenly spread numbers meet each share to within one; and top-p's and forbidden tokens never come."""
+    """Guards inverse transform sampling: each token comes as often as its probability says (a
+    chi-square test), in its own row; evenly spread numbers meet each share to within one; and
+    top-p's and forbidden tokens never come."""
     rng, n = random.Random(0), 20_000
-    shares = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.15, 0.05, 0.0], [0.2, 0.0, 0.1, 0.0, 0.3, 0.0, 0.4]])
-    for uniforms, near in (([rng.getrandbits(32) / 2**32 for _ in range(n)], None), ([i / n for i in range(n)], 1)):
+    shares = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.15, 0.05, 0.0],
+                           [0.2, 0.0, 0.1, 0.0, 0.3, 0.0, 0.4]])
+    drawn, even = [rng.getrandbits(32) / 2**32 for _ in range(n)], [i / n for i in range(n)]
+    for uniforms, near in ((drawn, None), (even, 1)):
         tokens = invert(shares.log().repeat(n, 1), [u for u in uniforms for _ in shares]).view(n, 2)
-        for found, row in zip(tokens.T, shares):
+        for found, row in zip(tokens.T, shares, strict=True):
             count, expected = found.bincount(minlength=7), n * row
             assert not count[row == 0].any()
             if near:
                 assert (count - expected).abs().max() <= near
             else:
                 possible = row > 0
-                assert ((count - expected)**2 / expected)[possible].sum() < 21    # 3 degrees of freedom: 1 in 8,000
+                chi2 = ((count - expected)**2 / expected)[possible].sum()
+                assert chi2 < 21                     # 3 degrees of freedom: 1 in 8,000
 
 
 def test_the_ends_of_the_unit_interval(policy):
-    """Guards the borders: 0 and the largest number below 1 must give the first and the last possible token, also where the
-    probabilities add up to less than 1 in float32, and never one that is forbidden."""
+    """Guards the borders: 0 and the largest number below 1 must give the first and the last
+    possible token, also where the probabilities add up to less than 1 in float32, and never one
+    that is forbidden."""
     for size in (7, 350, 152_064):
         logits = torch.randn(1, size, generator=torch.Generator().manual_seed(size))
         logits[:, [0, 1, -2, -1]] = -torch.inf
@@ -300,35 +418,47 @@ def test_same_seed_same_tokens(policy):
     """Guards determinism."""
     def tokens(seed):
         engine = Engine(policy, turn_tokens=9, response_tokens=60)
-        jobs = engine.run(prompts(policy, 2, 2, seed), lambda s, cut: None)
+        jobs = engine.run(prompts(policy, 2, 2, seed), lambda s, truncated: None)
         return [s.ids for job in jobs for s in job]
     assert tokens(1) == tokens(1) != tokens(2)
 
 
 def test_a_longer_prompt_later_on(many_sizes, tiny_folder):
-    """Guards the cache that the first jobs sized: a longer prompt must still be computed right, within the bound."""
+    """Guards the cache that the first jobs sized: a longer prompt must still be computed right,
+    within the bound."""
     policy = many_sizes
-    short, long = (policy.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x" * n}]}],
-                                 [noise(64, 64)]) for n in (2, 150))
-    jobs = [[Sequence(p, stream=random.Random(i)) for i in range(2)] for p in (short, short, long, short, long)]
-    engine = Engine(policy, turn_tokens=5, response_tokens=20, cache_tokens=2 * (60 + 2 * 20))
-    for job in engine.run(iter(jobs), lambda s, cut: None):
+    def prompt(length):
+        content = [{"type": "image"}, {"type": "text", "text": "x" * length}]
+        return policy.prompt([{"role": "user", "content": content}], [noise(64, 64)])
+    short, long = prompt(2), prompt(150)
+    jobs = [[Sequence(prompt, rng=random.Random(i)) for i in range(2)]
+            for prompt in (short, short, long, short, long)]
+    engine = Engine(policy, turn_tokens=5, response_tokens=20, cache_tokens=2 * (90 + 2 * 20))
+    for job in engine.run(iter(jobs), lambda s, truncated: None):
         for sequence in job:
-            assert (plain_log_probs(tiny_folder, policy, sequence) - recorded([[sequence]])).abs().max() < 1e-5
-        (slots, _, prompt, _), (rows, _, own, _) = engine.cache.prompt_k[0].shape, engine.cache.own_k[0].shape
-        assert slots == 1 or slots * prompt + rows * own <= engine.cache_tokens
+            plain = plain_log_probs(tiny_folder, policy, sequence)
+            assert (plain - recorded([[sequence]])).abs().max() < 1e-5
+        if engine.cache:
+            caches = engine.cache.prompt[0], engine.cache.own[0]
+            columns = sum(cache.shape[1] * cache.shape[3] for cache in caches)
+            assert engine.slots == 1 or columns <= engine.cache_tokens
 
 
 def test_text_round_trip(policy):
-    """Guards the tiny tokenizer: any text must come back as it was, digits one by one, fixed strings as one token."""
-    for text in ("<think>Card 2 at (37, 5).</think>\n<answer>dotted</answer>", "Grüße, 你好 \n\t 12345 \x00"):
+    """Guards the tiny tokenizer: any text must come back as it was, digits one by one, fixed
+    strings as one token."""
+    texts = ("<think>Card 2 at (37, 5).</think>\n<answer>dotted</answer>",
+             "Grüße, 你好 \n\t 12345 \x00")
+    for text in texts:
         assert policy.decode(policy.encode(text)) == text
-    assert len(policy.encode("12345")) == 5 and len(policy.encode("</think>\n<answer>")) == 1
+    assert len(policy.encode("12345")) == 5
+    assert len(policy.encode("</think>\n<answer>")) == 1
 
 
 def test_questions_cannot_speak_as_the_chat(policy):
     """Guards against chat markers in a data set's text."""
-    special = {number for number, token in policy.tokenizer.added_tokens_decoder.items() if token.special}
+    added = policy.tokenizer.added_tokens_decoder
+    special = {number for number, token in added.items() if token.special}
     text = "".join(map(policy.tokenizer.convert_ids_to_tokens, special))
     assert special == set(policy.encode(text)) and len(special) == 7
     assert not special & set(policy.encode(policy.clean(text + "<|im_<|im_end|>end|>\ud800")))
@@ -338,13 +468,15 @@ def test_plain_transformers_loads_what_we_save(policy, tmp_path):
     """Guards the checkpoints: others must be able to use them."""
     with torch.no_grad():
         policy.model.model.language_model.norm.weight.mul_(1.5)
-    policy.system_prompts = {"zoom": "Look."}
-    policy.save(tmp_path / "out")
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), policy.model.state_dict().values()))
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == policy.tokenizer.chat_template
-    again = models.load(str(tmp_path / "out"), device="cpu")
-    assert again.system_prompts == {"zoom": "Look."} and again.image_processor.size == policy.image_processor.size
+    policy.save(tmp_path / "out", dialogue={"mode": "zoom"})
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    weights, others = plain.state_dict().values(), policy.model.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+    template = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert template == policy.tokenizer.chat_template
+    again = load(str(tmp_path / "out"), device="cpu")
+    assert again.image_processor.size == policy.image_processor.size
+    assert json.loads((tmp_path / "out" / "dialogue.json").read_text()) == {"mode": "zoom"}
     assert not list(tmp_path.glob("*.part"))
     policy.save(tmp_path / "out")                       # over what is there
     assert not list(tmp_path.glob("*.old"))
@@ -353,16 +485,18 @@ def test_plain_transformers_loads_what_we_save(policy, tmp_path):
 def test_what_cannot_be_loaded_says_so_in_a_line(tmp_path, tiny_folder):
     """Guards against tracebacks for a missing folder, another family, a truncated checkpoint."""
     with pytest.raises(UserError, match="nowhere"):
-        models.load(str(tmp_path / "nowhere"))
+        load(str(tmp_path / "nowhere"))
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match="llama"):
-        models.load(str(other))
+        load(str(other))
     cut = tmp_path / "cut"
     cut.mkdir()
     for file in Path(tiny_folder).iterdir():
         data = file.read_bytes()
-        (cut / file.name).write_bytes(data[:len(data) // 2] if file.suffix == ".safetensors" else data)
+        if file.suffix == ".safetensors":
+            data = data[:len(data) // 2]
+        (cut / file.name).write_bytes(data)
     with pytest.raises(UserError, match="cut"):
-        models.load(str(cut))
+        load(str(cut))

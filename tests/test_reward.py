@@ -1,14 +1,23 @@
-"""What the reward promises. Each test names the bug that it guards."""
+"""What the reward promises. Each test names the bug that it guards against."""
 import random
 from dataclasses import astuple, replace
 
 import pytest
 
 import reward
-from reward import Weights, match_action, match_answer, match_point, score
-from rollout import Action, Frame, Question, Trace, Turn, parse_action, parse_turn
+from reward import (
+    Action,
+    Weights,
+    answer_point,
+    match_action,
+    match_answer,
+    match_point,
+    parse_action,
+    score,
+)
+from rollout import Frame, Question, Trace, Turn, parse_turn
 
-FRAME = Frame(seen=(100, 50), original=(1000, 500))
+FRAME = Frame(input_size=(100, 50), original_size=(1000, 500))
 CHOICES = ("blue", "red", "dark green")
 
 
@@ -17,19 +26,22 @@ def question(answer="red", kind="string", choices=()):
 
 
 def trace(*texts, mode="zoom", ended="answer", about=None, frames=(FRAME,)):
-    """A Trace from the texts of its turns. Calls inside the image are answered with a crop, as the dialogue does."""
+    """A Trace from the texts of its turns. Calls inside the image are answered by a crop, as the
+    dialogue does."""
     turns = [parse_turn(text) for text in texts]
     for turn in turns:
-        if turn.call and frames[0].inside(turn.call):
+        if turn.call and frames[0].contains(turn.call):
             turn.crop = (0, 0, 10, 10)
-    return Trace(None, question=about or question(), mode=mode, frames=list(frames), turns=turns, ended=ended)
+    return Trace(None, question=about or question(), mode=mode, frames=list(frames), turns=turns,
+                 ended=ended)
 
 
 def call(x, y):
-    return '<tool_call>\n{"name": "search_coordinate", "arguments": {"coordinate": [%s, %s]}}\n</tool_call>' % (x, y)
+    arguments = f'{{"coordinate": [{x}, {y}]}}'
+    return f'<tool_call>\n{{"name": "search_coordinate", "arguments": {arguments}}}\n</tool_call>'
 
 
-def look(x, y, thought="maybe here (5, 5)"):
+def zooming(x, y, thought="maybe here (5, 5)"):
     return f"<think> {thought} </think>\n{call(x, y)}"
 
 
@@ -37,9 +49,10 @@ def final(answer="red", thought="it is there (7, 7)"):
     return f"<think> {thought} </think>\n<answer> {answer} </answer>"
 
 
-# ------------------------------------------------------------------------------------------------ answers in words
+# --------------------------------------------------------------------------------- answers in words
 
-@pytest.mark.parametrize("answer", ["red", "Red", " RED\n", "red.", '"red"', "**Red.**", "`red`", "“red”", '"Red."', "red!"])
+@pytest.mark.parametrize("answer", ["red", "Red", " RED\n", "red.", '"red"', "**Red.**", "`red`",
+                                    "“red”", '"Red."', "red!"])
 def test_case_space_quotes_and_end_marks_do_not_matter(answer):
     """Only one of the two sides was lower-cased, and 'red.' was wrong."""
     assert match_answer(answer, "Red") and match_answer("Red", answer)
@@ -50,39 +63,49 @@ def test_lines_do_not_matter():
     assert match_answer("two red\ncars,\n\n one  bus", "Two red cars, one bus.")
 
 
-@pytest.mark.parametrize("answer", ["", "  ", ".", "re", "redder", "not red", "the answer is red", "red or blue"])
+@pytest.mark.parametrize("answer", ["", "  ", ".", "re", "redder", "not red", "the answer is red",
+                                    "red or blue"])
 def test_a_part_is_no_match(answer):
     """A substring was taken for the answer."""
     assert not match_answer(answer, "red")
 
 
 def test_marks_that_carry_meaning_stay():
-    """-5 and 5, .5 and 5, 5' and 5" became the same by stripping too much; an answer of marks only matched every other."""
-    for one, other in [("-5", "5"), (".5", "5"), ("5'", '5"'), ("5%", "5"), ("c++", "c"), ("?", "!"), ('"', "'"), ("", "")]:
+    """-5 and 5, .5 and 5, 5' and 5" became the same by stripping too much; an answer of marks only
+    matched every other."""
+    different = [("-5", "5"), (".5", "5"), ("5'", '5"'), ("5%", "5"), ("c++", "c"), ("?", "!"),
+                 ('"', "'"), ("", "")]
+    for one, other in different:
         assert not match_answer(one, other)
     for same in ("-5", ".5", "5'", "c++", "?", '"', '""', "...", "naïve 红色"):
         assert match_answer(same, same)
 
 
 @pytest.mark.parametrize("truth", ["B", "b", "(B)", "B.", "red", "Red", "B. red"])
-@pytest.mark.parametrize("answer", ["B", "b", "(B)", "(b).", "B.", "B)", "B:", "B. red", "(B) Red.", "B: red", 'B. "red"',
-                                    "b)\nred", "Red"])
+@pytest.mark.parametrize("answer", [
+    "B", "b", "(B)", "(b).", "B.", "B)", "B:", "B. red", "(B) Red.", "B: red", 'B. "red"', "Red",
+    "b)\nred", "Option B", "option (b)", "Option B.", "OPTION B: red", "option (B) red",
+    "**Option B**"])
 def test_a_letter_its_option_and_both_are_the_same_answer(answer, truth):
-    """'B. red' and '(B)' were wrong where the truth was 'red', and the reverse."""
+    """'B. red', '(B)' and 'Option B' were wrong where the truth was 'red', and the reverse."""
     for choices in (CHOICES, list(CHOICES)):
         assert match_answer(answer, truth, choices)
 
 
-@pytest.mark.parametrize("answer", ["A. red", "(C) red", "D. red", "D", "A", "B. blue", "B. red.. blue", "B red blue", "z",
-                                    "1", "Bred"])
+@pytest.mark.parametrize("answer", [
+    "A. red", "(C) red", "D. red", "D", "A", "B. blue", "B. red.. blue", "B red blue", "z", "1",
+    "Bred", "Option A", "Option D", "Option B: blue", "Option A. red", "Optional B", "option red",
+    "options B", "optionB", "Option B or A"])
 def test_a_letter_must_agree_with_its_text(answer):
     """'A. red' was right where B is red: a letter or a text somewhere was enough."""
     for truth in ("B", "red"):
         assert not match_answer(answer, truth, CHOICES)
 
 
-@pytest.mark.parametrize("answer", ["A, B", "A B C", "(A) (B)", "(B)(A)", "A or B", "B. red A. blue", "red red",
-                                    "A. blue\nB. red\nC. dark green", "blue, red, dark green", "B. B", "red (B) (A)"])
+@pytest.mark.parametrize("answer", [
+    "A, B", "A B C", "(A) (B)", "(B)(A)", "A or B", "B. red A. blue", "red red", "B. B",
+    "A. blue\nB. red\nC. dark green", "blue, red, dark green", "red (B) (A)", "Option A, Option B",
+    "Option A B", "Option B. Option A"])
 def test_an_answer_that_lists_options_is_wrong(answer):
     """A judge let answers pass that name every option."""
     for truth in ("A", "B", "C", "red"):
@@ -91,10 +114,11 @@ def test_an_answer_that_lists_options_is_wrong(answer):
 
 
 def test_letters_without_known_options():
-    """With the options only in the question's text, '(B)' was not 'B'; a text that cannot be checked is still no match."""
-    for answer in ("B", "(B)", "b.", "B)"):
+    """With the options only in the question's text, '(B)' was not 'B'; a text that cannot be
+    checked is still no match."""
+    for answer in ("B", "(B)", "b.", "B)", "Option B", "option (b)"):
         assert match_answer(answer, "B") and match_answer(answer, "(B)")
-    assert not match_answer("B. red", "B")
+    assert not match_answer("B. red", "B") and not match_answer("Option B. red", "B")
     assert match_answer("b. Red", "B. red")
 
 
@@ -102,27 +126,35 @@ def test_words_that_look_like_letters_are_words():
     """'a red car', 'e.g. red' and '5 p.m.' were read as option letters."""
     assert match_answer("a red car", "A red car.", ("a red car", "a bus"))
     assert not match_answer("a red car", "B", ("a red car", "a bus"))
-    assert match_answer("a.m.", "A.M.", ("noon", "a.m.")) and match_answer("B. a.m.", "a.m.", ("noon", "a.m."))
+    assert match_answer("a.m.", "A.M.", ("noon", "a.m."))
+    assert match_answer("B. a.m.", "a.m.", ("noon", "a.m."))
     assert match_answer("Yes, left", "A", ("Yes, left", "No"))
 
 
-# ------------------------------------------------------------------------------------------------ answers that point
+# ------------------------------------------------------------------------------- answers that point
 
-BOX = (100, 100, 200, 200)    # px of the original; 10 to 20 px as seen
+BOX = (100, 100, 200, 200)    # px of the original; 10 to 20 px of the model input
 
 
-@pytest.mark.parametrize("answer", ["(15, 12)", "[15, 12]", "( 12.5 , 19.9 )", "(10, 10)", "(20, 20)", "at (15,12).",
-                                    "[\n15,\n12]"])
+@pytest.mark.parametrize("answer", [
+    "(15, 12)", "[15, 12]", "( 12.5 , 19.9 )", "(10, 10)", "(20, 20)", "at (15,12).", "15, 12",
+    "[\n15,\n12]", "15,12", " 15 , 12. ", "at 15, 12", "15.0, 12.0", "[[15, 12]]",
+    "(15, 12) of 3 icons"])
 def test_a_point_in_the_box_however_written(answer):
-    """Decimals, brackets and inner spaces were refused. The edges belong to the box; px as seen become px of the file."""
+    """Decimals, inner spaces and points without brackets were refused. The edges belong to the box;
+    px of the model input become px of the file."""
     assert match_point(answer, BOX, FRAME) and match_point(answer, list(BOX), FRAME)
 
 
-@pytest.mark.parametrize("answer", ["", "there", "15, 12", "(150, 120)", "(9.9, 12)", "(20.1, 12)", "(-15, 12)",
-                                    "(15, 999999)", "(99999999999999, 12)", "(15, 12, 18, 18)", "(15, 12) (90, 40)",
-                                    "(nan, inf)", "(15, 12) (15, 12)"])
+@pytest.mark.parametrize("answer", [
+    "", "there", "15", "15 12", "15; 12", "15,", "(150, 120)", "150, 120", "(9.9, 12)",
+    "(20.1, 12)", "(-15, 12)", "-15, 12", "(15, 999999)", "(99999999999999, 12)",
+    "(15, 12, 18, 18)", "15, 12, 18, 18", "15, 12, 18", "(15, 12) (90, 40)", "15, 12 or 90, 40",
+    "(15, 12) or 90, 40",
+    "15, 12 - 18, 18", "(nan, inf)", "(15, 12) (15, 12)", "1.15, 12", "9.1234567890123456, 12"])
 def test_a_point_outside_none_or_several_are_wrong(answer):
-    """Points in the wrong frame, far outside, or one of many guesses were taken for hits."""
+    """Points in the wrong frame, far outside, one of many guesses, or a corner of a box were taken
+    for hits; and the tail of a long number for a number."""
     assert not match_point(answer, BOX, FRAME)
 
 
@@ -134,51 +166,79 @@ def test_a_point_outside_of_the_image_is_wrong_even_in_the_box():
 
 def test_polygons_by_the_even_odd_rule():
     """The bounding box of a region was taken for the region."""
-    u_shape = ((0, 0), (500, 0), (500, 400), (400, 400), (400, 100), (100, 100), (100, 400), (0, 400))
+    u_shape = ((0, 0), (500, 0), (500, 400), (400, 400), (400, 100), (100, 100), (100, 400),
+               (0, 400))
     for polygon in (u_shape, [list(p) for p in u_shape], u_shape[::-1]):
-        assert match_point("(5, 30)", polygon, FRAME) and match_point("(45, 30)", polygon, FRAME)
-        assert not match_point("(25, 30)", polygon, FRAME) and not match_point("(60, 30)", polygon, FRAME)
+        for inside in ("(5, 30)", "(45, 30)"):
+            assert match_point(inside, polygon, FRAME)
+        for outside in ("(25, 30)", "(60, 30)"):
+            assert not match_point(outside, polygon, FRAME)
 
 
 def test_answers_that_are_points_score():
     """Answers that are points crashed the string functions."""
-    good, bad = trace(final("(15, 12)"), about=question(BOX, "point")), trace(final("red"), about=question(BOX, "point"))
+    good = trace(final("(15, 12)"), about=question(BOX, "point"))
+    bad = trace(final("red"), about=question(BOX, "point"))
     assert (score(good).correct, score(bad).correct) == (1, 0)
 
 
-# ------------------------------------------------------------------------------------------------ answers that act
+# -------------------------------------------------------------------------------------- web actions
 
 @pytest.mark.parametrize("text, action", [
-    ("click [12]", Action("click", 12)), ("CLICK[ 12 ]", Action("click", 12)), ("```click [12]```", Action("click", 12)),
-    ("`click [12]`", Action("click", 12)), ("```\nclick [12]\n```", Action("click", 12)), ("hover [7]", Action("hover", 7)),
-    ("type [5] [red shoes]", Action("type", 5, "red shoes")), ("type [5] [red] [1]", Action("type", 5, "red")),
-    ("type [5] [red] [0]", Action("type", 5, "red", False)), ("type [5][red][0]", Action("type", 5, "red", False)),
+    ("click [12]", Action("click", 12)),
+    ("CLICK[ 12 ]", Action("click", 12)),
+    ("```click [12]```", Action("click", 12)),
+    ("`click [12]`", Action("click", 12)),
+    ("```\nclick [12]\n```", Action("click", 12)),
+    ("hover [7]", Action("hover", 7)),
+    ("type [5] [red shoes]", Action("type", 5, "red shoes")),
+    ("type [5] [red] [1]", Action("type", 5, "red")),
+    ("type [5] [red] [0]", Action("type", 5, "red", False)),
+    ("type [5][red][0]", Action("type", 5, "red", False)),
     ("type [5] [red] [press_enter_after=0]", Action("type", 5, "red", False)),
-    ("type [5] [a [b] c]", Action("type", 5, "a [b] c")), ("type [5] [[b]] [0]", Action("type", 5, "[b]", False)),
-    ("type [5] [a [1]]", Action("type", 5, "a [1]")), ("type [5] [1]", Action("type", 5, "1")),
+    ("type [5] [a [b] c]", Action("type", 5, "a [b] c")),
+    ("type [5] [[b]] [0]", Action("type", 5, "[b]", False)),
+    ("type [5] [a [1]]", Action("type", 5, "a [1]")),
+    ("type [5] [1]", Action("type", 5, "1")),
     ("type [5] []", Action("type", 5, "")),
-    ("type [5] [0] [0]", Action("type", 5, "0", False)), ("type [5] [two\nlines]", Action("type", 5, "two\nlines")),
+    ("type [5] [0] [0]", Action("type", 5, "0", False)),
+    ("type [5] [a] [1] [0]", Action("type", 5, "a] [1", False)),
+    ("type [5] [two\nlines]", Action("type", 5, "two\nlines")),
     ("type [5] [stop [no]]", Action("type", 5, "stop [no]")),
-    ("type [5] [please stop [now] and click [3]]", Action("type", 5, "please stop [now] and click [3]")),
-    ("press [Control+v]", Action("press", text="Control+v")), ("scroll [down]", Action("scroll", text="down")),
-    ("scroll [direction=UP]", Action("scroll", text="up")), ("scroll down", Action("scroll", text="down")),
-    ("goto [http://a.b/c?d[]=1]", Action("goto", text="http://a.b/c?d[]=1")), ("new_tab", Action("new_tab")),
-    ("tab_focus [2]", Action("tab_focus", 2)), ("close_tab", Action("close_tab")), ("go_back", Action("go_back")),
-    (" go_forward\n", Action("go_forward")), ("stop", Action("stop")), ("stop []", Action("stop")),
-    ("stop [type [5] [x]]", Action("stop", text="type [5] [x]")), ("stop [红色]", Action("stop", text="红色")),
+    ("type [5] [please stop [now] and click [3]]",
+     Action("type", 5, "please stop [now] and click [3]")),
+    ("press [Control+v]", Action("press", text="Control+v")),
+    ("scroll [down]", Action("scroll", text="down")),
+    ("scroll [direction=UP]", Action("scroll", text="up")),
+    ("scroll down", Action("scroll", text="down")),
+    ("goto [http://a.b/c?d[]=1]", Action("goto", text="http://a.b/c?d[]=1")),
+    ("new_tab", Action("new_tab")),
+    ("tab_focus [2]", Action("tab_focus", 2)),
+    ("close_tab", Action("close_tab")),
+    ("go_back", Action("go_back")),
+    (" go_forward\n", Action("go_forward")),
+    ("stop", Action("stop")),
+    ("stop []", Action("stop")),
+    ("stop [type [5] [x]]", Action("stop", text="type [5] [x]")),
+    ("stop [红色]", Action("stop", text="红色")),
 ])
 def test_every_action_of_visualwebarena(text, action):
-    """'stop' inside typed text was read as stop; brackets, new lines, fences and the Enter flag broke the parser."""
+    """'stop' inside typed text was read as stop; brackets, new lines, fences and the Enter flag
+    broke the parser. What is written for VisualWebArena is read as the same action."""
     assert parse_action(text) == action
+    assert match_action(str(action), text) and "\n" not in str(action)
+    assert parse_action(str(action)).enter == action.enter
 
 
 @pytest.mark.parametrize("text", [
-    "", "```", "``````", "click", "click []", "click [x]", "click [-1]", "click [1.5]", "click 12", "click [12",
-    "click [１２]", "click [12] [13]", "click [12]\nclick [13]", "I click [12]", "clicking [12]", "click [" + "9" * 5000 + "]",
-    "type [5]", "type [red]", "type [5] red", "type [5] [red", "scroll", "scroll [left]", "press", "goto", "goto http://a",
-    "go_back [1]", "new_tab now", "tab_focus []", "stop red", "[stop]", "stop [red] now", "__import__('os')", "\0"])
+    "", "```", "``````", "click", "click []", "click [x]", "click [-1]", "click [1.5]", "click 12",
+    "click [12", "click [１２]", "click [12] [13]", "click [12]\nclick [13]", "I click [12]",
+    "clicking [12]", "click [" + "9" * 5000 + "]", "type [5]", "type [red]", "type [5] red",
+    "type [5] [red", "type [5] ] [1]", "scroll", "scroll [left]", "press", "goto", "goto http://a",
+    "go_back [1]", "new_tab now", "tab_focus []", "stop red", "[stop]", "stop [red] now",
+    "__import__('os')", "\0"])
 def test_what_is_no_action_is_an_error_in_words(text):
-    """Half-read actions were taken for whole ones; the message says what to write instead."""
+    """Half-read actions were taken for full ones; the message says what to write instead."""
     with pytest.raises(ValueError, match="no such action|write '"):
         parse_action(text)
     assert not match_action(text, "click [12]")
@@ -188,19 +248,23 @@ def test_actions_are_compared_by_name_element_and_text():
     """Typed text was never compared: any words in the right box were right."""
     assert match_action("type [5] [ Red\nSHOES ]", "type [5] [red shoes] [1]")
     assert match_action("type [5] [red shoes] [0]", "type [5] [red shoes]")
-    for wrong in ("type [5] [blue shoes]", "type [5] [red shoes!]", "type [6] [red shoes]", "click [5]", "stop [red shoes]",
-                  "type [5] []"):
+    for wrong in ("type [5] [blue shoes]", "type [5] [red shoes!]", "type [6] [red shoes]",
+                  "click [5]", "stop [red shoes]", "type [5] []"):
         assert not match_action(wrong, "type [5] [red shoes]")
-    for other in ("click [1]", "click [123]", "hover [12]", "stop [click [12]]", "type [12] [click [12]]"):
+    for other in ("click [1]", "click [123]", "hover [12]", "stop [click [12]]",
+                  "type [12] [click [12]]"):
         assert not match_action(other, "click [12]")
-    assert match_action("scroll [direction=down]", "scroll [down]") and not match_action("scroll [up]", "scroll [down]")
-    assert not match_action("go_back", "go_forward") and not match_action("tab_focus [1]", "tab_focus [2]")
+    assert match_action("scroll [direction=down]", "scroll [down]")
+    for one, other in (("scroll [up]", "scroll [down]"), ("go_back", "go_forward"),
+                       ("tab_focus [1]", "tab_focus [2]")):
+        assert not match_action(one, other)
 
 
 def test_stop_answers_are_compared_as_answers():
     """stop [Red.] was not stop [red], and a stop in typed text ended an episode as right."""
     assert match_action("stop [Red.]", "stop [red]") and match_action("stop", "stop []")
-    assert not match_action("stop [blue]", "stop [red]") and not match_action("stop []", "stop [red]")
+    assert not match_action("stop [blue]", "stop [red]")
+    assert not match_action("stop []", "stop [red]")
     assert not match_action("type [5] [stop [red]]", "stop [red]")
 
 
@@ -212,10 +276,14 @@ def test_a_truth_that_is_no_action_is_an_error():
         score(trace(final(), about=question(kind="essay")))
 
 
-# ------------------------------------------------------------------------------------------------ format
+# ------------------------------------------------------------------------------------------- format
 
-GOOD = {"direct": ["<answer>red</answer>"], "think": ["<think>hm</think> <answer>red</answer>"], "grounded": [final()],
-        "zoom": [look(20, 20), look(40, 40), final()]}
+GOOD = {
+    "direct": ["<answer>red</answer>"],
+    "think": ["<think>hm</think> <answer>red</answer>"],
+    "grounded": [final()],
+    "zoom": [zooming(20, 20), zooming(40, 40), final()],
+}
 
 
 @pytest.mark.parametrize("mode", GOOD)
@@ -229,42 +297,55 @@ def test_a_right_trace_in_the_form_of_its_mode_scores_one(mode):
 @pytest.mark.parametrize("mode", GOOD)
 @pytest.mark.parametrize("other", GOOD)
 def test_no_mode_takes_the_form_of_another(mode, other):
-    """A thought in direct mode, a missing thought, or a tool call without the tool passed as well-formed."""
-    takes = {"direct": ["direct"], "think": ["think", "grounded"], "grounded": ["think", "grounded"],
-             "zoom": ["think", "grounded", "zoom"]}    # whether a thought points is a matter of grounding
+    """A thought in direct mode, a missing thought, or a tool call without the tool passed as
+    well-formed."""
+    takes = {"direct": ["direct"], "think": ["think", "grounded"],
+             "grounded": ["think", "grounded"],        # whether a thought points is for grounding
+             "zoom": ["think", "grounded", "zoom"]}
     assert score(trace(*GOOD[other], mode=mode)).format == (other in takes[mode])
 
 
 @pytest.mark.parametrize("text", [
-    "<think>a (5, 5)</think><answer></answer>", "<think>a (5, 5)</think><answer> \n </answer>",
-    "<think> </think><answer>red</answer>", "<answer>red</answer>", "red", "",
-    "so <think>a (5, 5)</think><answer>red</answer>", "<think>a (5, 5)</think> so <answer>red</answer>",
-    "<think>a (5, 5)</think><answer>red</answer> done", "<answer>red</answer><think>a (5, 5)</think>",
-    "<think>a (5, 5)<answer>red</answer></think>", "<think><think>a (5, 5)</think></think><answer>red</answer>",
-    "<think>a (5, 5)</think><think>b</think><answer>red</answer>", "<think>a (5, 5)</think><answer>red",
-    "<think>a (5, 5)</think><answer>red</answer><answer>red</answer>", "<think>a (5, 5)<answer>red</answer>",
-    "<think>a (5, 5)</think><answer><answer>red</answer></answer>", "<THINK>a (5, 5)</THINK><answer>red</answer>",
+    "<think>a (5, 5)</think><answer></answer>",
+    "<think>a (5, 5)</think><answer> \n </answer>",
+    "<think> </think><answer>red</answer>",
+    "<answer>red</answer>",
+    "red",
+    "",
+    "so <think>a (5, 5)</think><answer>red</answer>",
+    "<think>a (5, 5)</think> so <answer>red</answer>",
+    "<think>a (5, 5)</think><answer>red</answer> done",
+    "<answer>red</answer><think>a (5, 5)</think>",
+    "<think>a (5, 5)<answer>red</answer></think>",
+    "<think><think>a (5, 5)</think></think><answer>red</answer>",
+    "<think>a (5, 5)</think><think>b</think><answer>red</answer>",
+    "<think>a (5, 5)</think><answer>red",
+    "<think>a (5, 5)</think><answer>red</answer><answer>red</answer>",
+    "<think>a (5, 5)<answer>red</answer>",
+    "<think>a (5, 5)</think><answer><answer>red</answer></answer>",
+    "<THINK>a (5, 5)</THINK><answer>red</answer>",
     "<think>a (5, 5) <observation> a car </observation></think><answer>red</answer>",
     "<think>a (5, 5)</think>" + call(5, 5) + "<answer>red</answer>",
     "<think>a (5, 5)</think><answer>red</answer>" + call(5, 5),
 ])
 @pytest.mark.parametrize("mode", ["grounded", "zoom"])
 def test_tags_are_neither_missing_nor_nested_nor_repeated_nor_empty(text, mode):
-    """Loose patterns paid for text around the tags, tags in tags, made-up observations and empty answers."""
+    """Loose patterns paid for text around the tags, tags in tags, made-up observations and empty
+    answers."""
     result = score(trace(text, mode=mode))
     assert result.format == 0 and result.why and result.total in (0, 0.5, 0.6)
 
 
-@pytest.mark.parametrize("ended", ["forced", "length", "stopped", ""])
+@pytest.mark.parametrize("ended", ["forced", "truncated", "stopped", ""])
 def test_only_a_trace_that_the_policy_ended_is_well_formed(ended):
-    """A forced answer, or one cut off at the last token, was paid for its form."""
+    """A forced answer, or one truncated at the last token, was paid for its form."""
     result = score(trace(*GOOD["zoom"], ended=ended))
     assert (result.format, result.diversity, result.total) == (0, 0, 0.6) and result.why
 
 
 def test_a_forced_turn_is_not_well_formed():
     """What was written for the policy was paid as its own."""
-    forced = trace(look(20, 20), final())
+    forced = trace(zooming(20, 20), final())
     forced.turns[-1].forced = True
     assert score(forced).format == 0 and "forced" in score(forced).why
 
@@ -273,20 +354,24 @@ def test_a_thought_and_an_answer_in_one_turn_keep_both():
     """A turn with an answer lost its thought, and with it its points."""
     result = trace(final("red", "it is there (7, 7)"))
     assert result.turns[0].thought == "it is there (7, 7)" and result.answer == "red"
-    assert (score(result).correct, score(result).format, score(result).grounded) == (1, 1, 1)
+    scored = score(result)
+    assert (scored.correct, scored.format, scored.grounded) == (1, 1, 1)
 
 
-@pytest.mark.parametrize("x, y", [("5.0", 5), ("true", 5), (5, "false"), ('"5"', 5), ("null", 5), ("NaN", 5), ("1e1", 5),
-                                  ("1e999", 5), (-1, 5), (100, 5), (5, 50), (999999, 2), ("9" * 300, 5), (5, "5, 5"),
-                                  ("[5]", 5), ("", 5)])
-def test_a_call_looks_at_two_integers_inside_the_image(x, y):
-    """Floats, booleans and points far outside were well-formed calls; outside, the crop was a stretched line of pixels."""
-    assert score(trace(look(x, y), final())).format == 0
+@pytest.mark.parametrize("x, y", [
+    ("5.0", 5), ("true", 5), (5, "false"), ('"5"', 5), ("null", 5), ("NaN", 5), ("1e1", 5),
+    ("1e999", 5), (-1, 5), (100, 5), (5, 50), (999999, 2), ("9" * 300, 5), (5, "5, 5"), ("[5]", 5),
+    ("", 5)])
+def test_a_zoom_call_has_two_integers_inside_the_image(x, y):
+    """Floats, booleans and points far outside were well-formed calls; outside, the crop was a
+    stretched line of pixels."""
+    assert score(trace(zooming(x, y), final())).format == 0
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "", "search (5, 5)", "{" * 300, " " * 500, '{"name": "search_coordinate"}',
-                                  '{"name": "search_coordinate", "arguments": [5, 5]}', "{'name': 'search_coordinate'}",
-                                  '{"name": "rm", "arguments": {"coordinate": [5, 5]}}'])
+@pytest.mark.parametrize("text", [
+    "{}", "[]", "", "search (5, 5)", "{" * 300, " " * 500, '{"name": "search_coordinate"}',
+    '{"name": "search_coordinate", "arguments": [5, 5]}', "{'name': 'search_coordinate'}",
+    '{"name": "rm", "arguments": {"coordinate": [5, 5]}}'])
 def test_a_call_that_cannot_be_read_is_not_well_formed(text):
     """A broken call crashed the parser, or was passed over, and the trace was paid all the same."""
     broken = trace(f"<think>a (5, 5)</think><tool_call>{text}</tool_call>", final())
@@ -295,97 +380,146 @@ def test_a_call_that_cannot_be_read_is_not_well_formed(text):
 
 def test_every_turn_but_the_last_is_one_call():
     """Turns without a call, with two calls, or without a thought were skipped by the check."""
-    for middle in ("<think>a (5, 5)</think>", look(5, 5) + call(6, 6), call(5, 5), final(), look(5, 5) + " and", ""):
-        assert score(trace(look(20, 20), middle, final())).format == 0
-    assert score(trace(look(20, 20))).format == 0 and score(trace()).format == 0
+    for middle in ("<think>a (5, 5)</think>", zooming(5, 5) + call(6, 6), call(5, 5), final(),
+                   zooming(5, 5) + " and", ""):
+        assert score(trace(zooming(20, 20), middle, final())).format == 0
+    assert score(trace(zooming(20, 20))).format == 0 and score(trace()).format == 0
     assert score(trace(final(), final(), mode="grounded")).format == 0
 
 
 def test_a_refused_call_is_not_well_formed():
     """What the environment refused was paid, because its text looked well."""
-    refused = trace(look(20, 20), final())
-    refused.turns[0].error = "There are no looks left."
-    assert score(refused).format == 0 and "no looks left" in score(refused).why
+    refused = trace(zooming(20, 20), final())
+    refused.turns[0].error = "No calls left."
+    assert score(refused).format == 0 and "No calls left" in score(refused).why
 
 
-# ------------------------------------------------------------------------------------------------ grounding
+@pytest.mark.parametrize("answer", ["the sports tab", "(15, 12, 18, 18)", "(15, 12) (90, 40)"])
+@pytest.mark.parametrize("mode", ["grounded", "zoom"])
+def test_where_a_point_is_asked_for_the_form_is_one_point(answer, mode):
+    """Words, a box or two guesses earned the full format reward in tasks that ask for a point."""
+    pointing = trace(final(answer), mode=mode, about=question(BOX, "point"))
+    assert score(pointing).total == 0 and "not one point" in score(pointing).why
+    assert score(trace(final(answer), mode=mode)).format == 1         # asked in words
 
-@pytest.mark.parametrize("thought", ["a (5, 5)", "a [5, 5]", "a ( 5.5 , 5 )", "a (0, 0) b (99, 49)", "a (5, 5) and 3, 4",
-                                     "a (99.9, 5)"])
+
+@pytest.mark.parametrize("answer", ["(90, 40)", "90, 40", "(500, 500)"])
+def test_a_wrong_point_is_well_formed(answer):
+    """The form of an answer is not its rightness."""
+    pointing = trace(final(answer), about=question(BOX, "point"))
+    assert (score(pointing).correct, score(pointing).format) == (0, 1)
+
+
+# -------------------------------------------------------------------------- grounding and diversity
+
+@pytest.mark.parametrize("thought", [
+    "a (5, 5)", "a [5, 5]", "a ( 5.5 , 5 )", "a (0, 0) b (99, 49)", "a (5, 5) and 3, 4",
+    "a (99.9, 5)", "at (12.5, 40)", "At (5, 5) there is a chair.", "It is red (5, 5).",
+    "Left (5, 5), then right.", "a (5, 5), built (1990, 2005)"])
 def test_points_inside_the_image_ground_a_thought(thought):
-    """Decimals, brackets and inner spaces were no grounding."""
+    """Decimals, brackets and inner spaces were no grounding; a time in years was a point outside of
+    the image."""
     for mode in ("grounded", "zoom"):
         assert score(trace(final("red", thought), mode=mode)).grounded == 1
 
 
-@pytest.mark.parametrize("thought", ["no place", "5, 5", "a (999999, 2)", "a (5, 5) b (999999, 2)", "a (-1, 5)",
-                                     "a (100, 5)", "a (5, 50)"])
+@pytest.mark.parametrize("thought", [
+    "no place", "5, 5", "a (999999, 2)", "a (5, 5) b (999999, 2)", "a (-1, 5)", "a (100, 5)",
+    "a (5, 50)", "Built (1990, 2005)", "a (5, 5) b (2005, 1990)", "a (5, 5) b (1990.5, 2005)",
+    "a (5, 5) b (1024, 1990)", "a (5, 5) b (1990, 2160)"])
 def test_every_point_must_be_inside_the_image(thought):
-    """(999999, 2) was grounding: the image size was never looked at. One good point does not excuse a bad one."""
+    """(999999, 2) was grounding: nobody compared it with the image's size. One good point does not
+    excuse a bad one, and years do not ground."""
     for mode, least in (("grounded", 0.5), ("zoom", 0.6)):
         result = score(trace(final("red", thought), mode=mode))
         assert (result.format, result.grounded, result.total) == (1, 0, least) and result.why
 
 
-def test_grounding_looks_at_every_thought_and_only_at_thoughts():
-    """Only the last turn was looked at; a point in the answer or the call stood in for one in the thought."""
-    assert score(trace(look(20, 20), final("red", "so red"))).grounded == 1
-    assert score(trace(look(20, 20, "hm"), final("red", "so red"))).grounded == 0
-    assert score(trace(look(20, 20, "a (500, 5)"), final())).grounded == 0
+def test_two_numbers_like_years_are_a_point_of_a_large_image():
+    """The rule about years must not take a screenshot's points away."""
+    large = Frame(input_size=(3840, 2160), original_size=(3840, 2160))
+    assert score(trace(final("red", "the tab (1990, 2005)"), frames=[large])).grounded == 1
+
+
+def test_grounding_is_about_every_thought_and_only_about_thoughts():
+    """Only the last turn was checked; a point in the answer or the call stood in for one in the
+    thought."""
+    assert score(trace(zooming(20, 20), final("red", "so red"))).grounded == 1
+    assert score(trace(zooming(20, 20, "hm"), final("red", "so red"))).grounded == 0
+    assert score(trace(zooming(20, 20, "a (500, 5)"), final())).grounded == 0
     assert score(trace(final("(15, 12)", "hm"), about=question(BOX, "point"))).grounded == 0
 
 
 def test_grounding_is_not_asked_for_in_direct_and_think():
-    """The baselines without points lost half of their reward, or were fined for a number in parentheses."""
-    for text, mode in (("<answer>red</answer>", "direct"), ("<think>a (999, 999)</think><answer>red</answer>", "think")):
+    """The baselines without points lost half of their reward, or were fined for a number in
+    parentheses."""
+    for text, mode in (("<answer>red</answer>", "direct"),
+                       ("<think>a (999, 999)</think><answer>red</answer>", "think")):
         assert score(trace(text, mode=mode)).total == 1
 
 
-# ------------------------------------------------------------------------------------------------ diversity
-
 def test_further_distinct_crops_are_paid_up_to_a_bound():
-    """Each crop was paid, without end; a look 1 px away passed as a new one."""
-    bonus = [score(trace(*[look(9 + 10 * i, 20) for i in range(n)], final())).diversity for n in range(5)]
+    """Each crop was paid, without end; one 1 px away passed as a new one."""
+    bonus = []
+    for calls in range(5):
+        turns = [zooming(9 + 10 * i, 20) for i in range(calls)]
+        bonus.append(score(trace(*turns, final())).diversity)
     assert bonus == [0, 0, 0.2, 0.4, 0.4]
-    assert score(trace(look(20, 20), look(21, 20), look(20, 29), look(20, 20), final())).diversity == 0
-    assert score(trace(look(20, 20), look(20, 30), final())).diversity == 0.2
-    assert score(trace(look(20, 20), look(21, 20), final()), Weights(0.6, 0.4, 0.2, 2, min_distance=1)).diversity == 0.2
+    near = [zooming(20, 20), zooming(21, 20), zooming(20, 29), zooming(20, 20)]
+    assert score(trace(*near, final())).diversity == 0
+    assert score(trace(zooming(20, 20), zooming(20, 30), final())).diversity == 0.2
+    closer = Weights(0.6, 0.4, 0.2, 2, min_distance=1)
+    assert score(trace(*near[:2], final()), closer).diversity == 0.2
 
 
 def test_going_back_is_no_new_place_and_a_slow_walk_comes_to_one():
-    """Compared only with the look before, going back was a new crop; compared with all, a slow walk had none."""
+    """Compared only with the crop before, going back was a new crop; compared with all, a slow walk
+    had none."""
     assert reward.distinct_crops([(x, 0) for x in range(0, 21)], 10) == 3
-    assert reward.distinct_crops([(0, 0), (30, 0), (0, 0), (29, 0)], 10) == 2 and reward.distinct_crops([], 10) == 0
+    assert reward.distinct_crops([(0, 0), (30, 0), (0, 0), (29, 0)], 10) == 2
+    assert reward.distinct_crops([], 10) == 0
 
 
-def test_crops_counts_the_looks_that_showed_something():
-    """Refused looks were counted as tool use."""
-    assert score(trace(look(20, 20), look(20, 20), look(500, 5), final())).crops == 2
+def test_zoom_calls_are_those_that_were_answered_by_a_crop():
+    """Refused calls were counted as tool use."""
+    turns = [zooming(20, 20), zooming(20, 20), zooming(500, 5)]
+    assert score(trace(*turns, final())).zoom_calls == 2
 
 
 def test_no_bonus_without_form_and_grounding():
-    """Looking around was paid in traces that never came to a proper end."""
-    looks = [look(20, 20), look(40, 40), look(60, 40)]
-    assert score(trace(*looks, final("red", "a (500, 5)"))).diversity == 0
-    assert score(trace(*looks, "red")).total == 0
-    assert score(trace(*looks, final(), ended="length")).diversity == 0
+    """Zooming was paid in traces that never came to a proper end."""
+    turns = [zooming(20, 20), zooming(40, 40), zooming(60, 40)]
+    assert score(trace(*turns, final("red", "a (500, 5)"))).diversity == 0
+    assert score(trace(*turns, "red")).total == 0
+    assert score(trace(*turns, final(), ended="truncated")).diversity == 0
 
 
 def test_twenty_crops_and_a_wrong_answer_stay_below_the_right_one():
-    """Unbounded, they scored 1.92 against 1.0: the policy learned to look and not to see."""
-    looks = [look(20 * (i % 5), 10 * (i // 5)) for i in range(20)]
-    wrong, right, bare = (score(trace(*t)) for t in ([*looks, final("blue")], [final("red")], ["<answer>red</answer>"]))
-    assert wrong.crops == 20 and wrong.total == pytest.approx(0.56)
-    assert wrong.total < bare.total < right.total
+    """Unbounded, they scored more than the right answer: the policy learned to zoom, not to see."""
+    turns = [zooming(20 * (i % 5), 10 * (i // 5)) for i in range(20)]
+    wrong = score(trace(*turns, final("blue")))
+    right = score(trace(final("red")))
+    ill_formed = score(trace("<answer>red</answer>"))
+    assert wrong.zoom_calls == 20 and wrong.total == pytest.approx(0.56)
+    assert wrong.total < ill_formed.total < right.total
 
 
-# ------------------------------------------------------------------------------------------------ weights and totals
+# ---------------------------------------------------------------------------------------- the score
 
 @pytest.mark.parametrize("weights", [
-    dict(correct=0.4, format=0.6), dict(correct=0.6, format=0.4, diversity=0.2, max_extra=3),
-    dict(correct=0.5, format=0.5, diversity=0.01, max_extra=1), dict(format=0, diversity=1e300, max_extra=10**300),
-    dict(correct=0), dict(correct=0, format=0), dict(format=-0.1), dict(max_extra=-1), dict(min_distance=-1),
-    dict(correct=float("nan")), dict(diversity=float("nan")), dict(correct=float("inf"))])
+    dict(correct=0.4, format=0.6),
+    dict(correct=0.6, format=0.4, diversity=0.2, max_extra=3),
+    dict(correct=0.5, format=0.5, diversity=0.01, max_extra=1),
+    dict(format=0, diversity=1e300, max_extra=10**300),
+    dict(correct=0),
+    dict(correct=0, format=0),
+    dict(format=-0.1),
+    dict(max_extra=-1),
+    dict(min_distance=-1),
+    dict(correct=float("nan")),
+    dict(diversity=float("nan")),
+    dict(correct=float("inf")),
+])
 def test_weights_that_let_a_wrong_trace_pass_are_refused(weights):
     """Nothing stopped a bonus or a format weight that is worth more than a right answer."""
     with pytest.raises(ValueError):
@@ -398,18 +532,20 @@ def test_the_total_is_made_of_the_named_parts():
         for texts in (GOOD["zoom"], [final("blue")], ["red"], [final("red", "hm")]):
             s = score(trace(*texts), weights)
             assert s.total == weights.total(s.correct, s.format, s.grounded, s.diversity)
-            assert all(type(v) is float for v in astuple(s)[:5]) and type(s.crops) is int
+            assert all(type(value) is float for value in astuple(s)[:5])
+            assert type(s.zoom_calls) is int
 
 
 def some_trace(rng):
-    """A random trace: any mode, right or wrong, well-formed or not, with few or many looks."""
+    """A random trace: any mode, right or wrong, well-formed or not, with few or many zoom calls."""
     thought = rng.choice(["hm", "a (5, 5)", "a (5, 5) b (70, 40)", "a (5, 5) b (700, 40)", ""])
     answer = rng.choice(["red", "blue", "red blue", "Red."])
-    texts = [look(rng.randrange(110), rng.randrange(55), thought) for _ in range(rng.choice([0, 0, 1, 2, 4, 8]))]
+    calls = rng.choice([0, 0, 1, 2, 4, 8])
+    texts = [zooming(rng.randrange(110), rng.randrange(55), thought) for _ in range(calls)]
     good = final(answer, thought)
     texts.append(rng.choice([good] * 6 + [f"<answer>{answer}</answer>", answer, good + "."]))
     mode = rng.choice(list(GOOD))
-    ended = rng.choice(["answer"] * 6 + ["forced", "length"])
+    ended = rng.choice(["answer"] * 6 + ["forced", "truncated"])
     return trace(*(texts if mode == "zoom" else texts[-1:]), mode=mode, ended=ended)
 
 
@@ -433,21 +569,26 @@ def test_no_wrong_trace_ever_scores_above_a_right_one():
     assert len(seen) == 10    # right or wrong x (format, grounding: 4, and a bonus on top of both)
 
 
-# ------------------------------------------------------------------------------------------------ untrusted text
+# ----------------------------------------------------------------------------------- untrusted text
 
-LONG = [unit * (200_000 // len(unit)) for unit in (
-    "<", "<think>", "</think>", "<answer>a</answer>", "(", "( ", "[1,", "(1 ,", "(1, 1)", " ", "\n", "a.", "b)", "(b)", '"',
-    "“", "*\"", ".", "1", "type [5] [", "] [1]", "[ ", "] ", "`", "stop [", "{", '{"a":', "\\", "\0", "ß",
-    "é\u0301", "红", "😀")]
+UNITS = ["<", "<think>", "</think>", "<answer>a</answer>", "(", "( ", "[1,", "(1 ,", "(1, 1)", " ",
+         "\n", "a.", "b)", "(b)", '"', "“", "*\"", ".", "1", "1, ", "1 , 1;", "1" * 15 + ".",
+         "option ", "type [5] [", "] [1]", "[ ", "] ", "]\n\n[", "`", "stop [", "{", '{"a":', "\\",
+         "\0", "ß", "é\u0301", "红", "😀"]
 
 
-@pytest.mark.parametrize("text", LONG, ids=lambda text: ascii(text[:8]))
-def test_long_hostile_text_is_read_in_linear_time(text):
+@pytest.mark.parametrize("unit", UNITS, ids=ascii)
+def test_long_hostile_text_is_read_in_linear_time(unit):
     """Patterns that backtrack hang for hours on a policy that repeats itself."""
-    for around in ("%s", "<answer>%s</answer>", "type [5] [%s", "scroll [%s", "stop [%s]", "b. %s", '"%s"', "(1%s", "`%s`"):
+    text = unit * (100_000 // len(unit))
+    for around in ("%s", "<answer>%s</answer>", "type [5] [%s", "type [5] [%s] [0", "scroll [%s",
+                   "stop [%s]", "b. %s", '"%s"', "(1%s", "1 %s", "`%s`", "option %s"):
         hostile = around % text
-        match_answer(hostile, "red", CHOICES), match_answer(hostile, "B"), match_action(hostile, "type [5] [red]")
+        match_answer(hostile, "red", CHOICES)
+        match_answer(hostile, "B")
+        match_action(hostile, "type [5] [red]")
         match_point(hostile, BOX, FRAME)
+        answer_point(hostile)
         turn = Turn(hostile, thought=hostile, answer=hostile)
         for mode in GOOD:
             assert not score(replace(trace(mode=mode), turns=[turn])).correct
