@@ -1413,9 +1413,9 @@ const short = value => value.toLocaleString("en", {maximumSignificantDigits: 3})
 function chart(log, [title, ...names]) {
   const series = names.map(name => log.map(({step, [name]: value}) => [step, value])
     .filter(([_, value]) => Number.isFinite(value)));
-  const bounds = names[0] == "accuracy" ? log.filter(line => line.ci95) : [];
-  const band = bounds.map(line => [line.step, line.ci95[0]]).concat(
-    bounds.map(line => [line.step, line.ci95[1]]).reverse());
+  const bounds = log.filter(line => names[0] == "accuracy" && line.accuracy_high != null);
+  const band = bounds.map(line => [line.step, line.accuracy_low]).concat(
+    bounds.map(line => [line.step, line.accuracy_high]).reverse());
   const all = series.flat().concat(band), steps = all.map(([step]) => step);
   if (!all.length) return "";
   const first = Math.min(...steps), last = Math.max(first + 1, ...steps);

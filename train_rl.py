@@ -258,11 +258,11 @@ def describe_rows(rows):
     """Means over a step's traces. on_target and true_thoughts only where the truth is known."""
     line = {"reward": mean(row["total"] for row in rows),
             "accuracy": mean(row["correct"] for row in rows)}
-    shares = {}                                # of right traces, by question
+    by_question = {}
     for row in rows:
-        shares.setdefault(row["id"], []).append(row["correct"])
-    shares = [mean(values) for values in shares.values()]
-    line["ci95"] = interval(shares)
+        by_question.setdefault(row["id"], []).append(row["correct"])
+    shares = [mean(correct) for correct in by_question.values()]
+    line["accuracy_low"], line["accuracy_high"] = interval(shares)
     for name in ("format", "grounded", "diversity", "zoom_calls"):
         line[name] = mean(row[name] for row in rows)
     line["overlong"] = mean(row["ended"] in OVERLONG for row in rows)

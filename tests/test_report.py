@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import evaluate as evaluation
+import train_rl
 import train_sft as sft
 from evaluate import fleiss_kappa, picture_uri, visible
 from model import UserError
@@ -65,8 +66,9 @@ def image_of(uri):
     return Image.open(io.BytesIO(base64.b64decode(uri.partition("base64,")[2])))
 
 
-LOG = [{"step": step, "reward": step / 10, "accuracy": 0.5, "ci95": [0.4, 0.6], "format": 1.0,
-        "grounded": 1.0, "diversity": 0.0, "zoom_calls": 1.5, "overlong": 0.0, "tokens": 2000,
+LOG = [{"step": step, "reward": step / 10, "accuracy": 0.5, "accuracy_low": 0.4,
+        "accuracy_high": 0.6, "format": 1.0, "grounded": 1.0, "diversity": 0.0, "zoom_calls": 1.5,
+        "overlong": 0.0, "tokens": 2000,
         "kl": float("nan") if step == 2 else 0.01, "seconds": 1.5} for step in (1, 2, 3)]
 
 
@@ -97,6 +99,15 @@ def test_a_report_has_all_of_a_run(report):
     case = data["cases"][0]
     assert case["truth"] == "dotted" and image_of(case["image"]).size == (256, 256)
     assert case["traces"][1]["reward"]["total"] == 1 > case["traces"][0]["reward"]["total"]
+
+
+def test_the_interval_of_a_step_is_over_its_questions():
+    """Traces of a question are alike; taken as independent, they made the interval too narrow."""
+    rows = [{"id": name, "correct": name == "a", "total": 0.0, "format": 1.0, "grounded": 1.0,
+             "diversity": 0.0, "zoom_calls": 1, "ended": "answer", "on_target": [],
+             "true_thoughts": []} for name in "aaaabbbb"]
+    line = train_rl.describe_rows(rows)
+    assert (line["accuracy_low"], line["accuracy_high"]) == evaluation.interval([1, 0])
 
 
 def test_a_page_needs_nothing_else(report):

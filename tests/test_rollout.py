@@ -70,7 +70,8 @@ def test_each_setting_belongs_to_a_script():
     common = {"model", "task", "mode", "dialogue", "seed", "crop_half", "temperature"}
     assert common <= set.intersection(*map(flags_of, SCRIPTS))
     assert {"group", "lr", "kl", "dry_run"} <= flags_of("train_rl") - flags_of("train_sft")
-    own = {"n", "tool", "json", "image", "question", "save"}
+    own = {"n", "samples", "tool", "json", "image", "question", "save", "report", "rate",
+           "ratings", "draw"}
     assert flags_of("evaluate") - flags_of("train_rl") == own
 
 
