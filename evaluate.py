@@ -1324,6 +1324,7 @@ PAGE = r"""<!DOCTYPE html>
   --line: #3a424c; --lit: #4d3b00; --c0: #56b4e9; --c1: #f09a4a; --c2: #3fc79a; --c3: #e39cc6; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem;
   background: var(--ground); color: var(--text); overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; white-space: pre-wrap; max-height: 15rem; overflow: auto; }
 .grid { display: grid; gap: 1.2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); }
 .bar { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .8rem 0; }
@@ -1469,11 +1470,11 @@ function showImage({image, size: [width, height], region}, {points, turns}, only
 }
 
 function showTurn({pieces, error, crop}, number) {
-  const text = make("div");
+  const text = make("div", {dir: "auto"});
   for (const [piece, point] of pieces) {
     const parts = piece.split(/(<\/?(?:think|tool_call|answer)>|\{"name.*"coordinate": |\}\})/);
     const step = point === null ? {} : {class: "step", tabindex: 0, "data-point": point};
-    text.append(make("span", {...step, dir: "auto"},
+    text.append(make("span", step,
       ...parts.map((part, i) => i % 2 ? make("span", {class: "soft"}, part) : part),
       point === null ? "" : make("sup", {}, `\u00a0${point + 1}`)));
   }
