@@ -1011,7 +1011,51 @@ class WebAgent:
 
     policy: a Policy, or a checkpoint's path or hub id. tries: how often an action is asked for,
     each time with other random numbers, until one can be used. settings: flags that the scripts
-    share, such as temperature=0.5; the others are those of the family "web"."""
+    share, such as temperature=0.5; the others are those of the family "web".
+
+    VisualWebArena pins older versions of torch and transformers, so the agent runs in a process of
+    its own, and the two exchange JSON and PNG bytes; nothing is unpickled. Both need the same
+    secret in the environment, VIGORL_KEY. The agent's side, in this folder:
+
+        import os
+        from multiprocessing.connection import Listener
+        from evaluate import WebAgent
+        agent = WebAgent("CHECKPOINT")
+        key = os.environb[b"VIGORL_KEY"]
+        with Listener(("localhost", 6000), authkey=key) as listener:
+            line = listener.accept()
+            while True:
+                message, *images = [line.recv_bytes() for _ in range(int(line.recv_bytes()))]
+                line.send_bytes(agent.answer_json(message, images))
+
+    In VisualWebArena's `run.py`, with `--observation_type image_som --action_set_tag som`, instead
+    of `construct_agent(...)` (`create_id_based_action` is in its `browser_env.actions`):
+
+        import io, json, os
+        from multiprocessing.connection import Client
+        from PIL import Image
+
+        class ViGoRL:
+            line = Client(("localhost", 6000), authkey=os.environb[b"VIGORL_KEY"])
+
+            def next_action(self, trajectory, intent, meta_data, images=None, **other):
+                state, history = trajectory[-1], meta_data["action_history"]
+                message = {"intent": intent, "action_history": history,
+                           "text": state["observation"]["text"],
+                           "url": state["info"]["page"].url, "reset": history == ["None"]}
+                parts = [json.dumps(message).encode()]
+                screen = Image.fromarray(state["observation"]["image"])
+                for image in [screen, *(images or [])]:
+                    file = io.BytesIO()
+                    image.save(file, "PNG")
+                    parts.append(file.getvalue())
+                for part in [b"%d" % len(parts), *parts]:
+                    self.line.send_bytes(part)
+                return create_id_based_action(json.loads(self.line.recv_bytes())["action"])
+
+            def reset(self, test_config_file): pass
+            def set_action_set_tag(self, tag): pass
+    """
 
     def __init__(self, policy, mode="zoom", tries=3, **settings):
         self.config = make_config({"mode": mode, **settings}, "web", "evaluate")
@@ -1056,9 +1100,9 @@ class WebAgent:
     def answer_json(self, message, images):
         """`next_action` for an environment in another process, which is not trusted.
 
-        elements), "url", and "reset": true at the start of a task. images: PNG files as bytes, the
-        elements), "url", and "reset": true where a new task begins. images: PNG files as bytes, the
-        screenshot first. -> bytes, a JSON object with the "action", or with an "error"."""
+        message: a JSON object with the "intent", the "action_history", the "text" (the page's
+        elements), the "url", and "reset": true where a new task begins. images: PNG files as bytes,
+        the screenshot first. -> bytes, a JSON object with the "action", or with an "error"."""
         try:
             request = json.loads(message)
             screen, *others = [read_image(image) for image in images]
@@ -1618,8 +1662,6 @@ def main(given):
                         "runs/toy-search-zoom/rl")
     if bool(config.image) != bool(config.question):
         raise UserError("--image and --question go together")
-    if not 0 < config.top_p <= 1:
-        raise UserError("--top-p must be above 0 and at most 1")
     if config.json.endswith(".jsonl"):
         raise UserError(f"--json {config.json}: the answers are kept in a .jsonl beside it; give a "
                         "name that ends in .json")
@@ -1705,4 +1747,4 @@ def print_report(config, figures, no_tool):
 
 
 if __name__ == "__main__":
-    run("evaluate", "Evaluate a checkpoint on a task, or ask it about an image.", main)
+    run("evaluate", __doc__.splitlines()[0], main)

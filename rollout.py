@@ -94,7 +94,7 @@ class Config:
     train_vision: bool = False         # train the vision tower too
 
     # train_sft, train_rl: warm start
-    base_steps: int = 1600             # pretraining steps of the tiny base before its exam
+    base_steps: int = 1100             # pretraining steps of the tiny base before its exam
     teacher: str = ""                  # checkpoint that searches for traces (the policy itself)
     traces: str = ""                   # fine-tune on this file of traces instead of searching
     export: str = ""                   # also write the traces in the release's form, crops as files
@@ -108,16 +108,16 @@ class Config:
     sft_lr: float = 5e-4               # peak learning rate, AdamW
 
     # train_rl: GRPO
-    steps: int = 160                   # GRPO steps
+    steps: int = 70                    # GRPO steps
     questions: int = 16                # questions a step
     update_questions: int | None = None    # questions an update (all of a step)
     group: int = 8                     # traces a question
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: of hidden matrices; AdamW of the rest
-    lr: float = 3e-3                   # peak learning rate
+    lr: float = 6e-3                   # peak learning rate
     adamw_lr: float = 4e-4             # peak learning rate of the rest, with muon
     warm_up: int = 5                   # steps until the peak
     final_lr: float = 0.0              # share of the peak at the end
-    kl: float = 0.05                   # coefficient of the KL penalty to the SFT model; 0: none
+    kl: float = 0.1                    # coefficient of the KL penalty to the SFT model; 0: none
     clip_norm: float = 1.0             # norm to which gradients are clipped
     diversity: float = 0.0             # bonus of a further distinct crop; fades out by half-time
     overlong: Literal["mask", "zero"] = "zero"    # truncated and forced traces: unused, or reward 0
@@ -837,8 +837,8 @@ def processes_to_start(given):
     asked = given.get("processes")
     if asked is not None and asked < 1:
         raise UserError("--processes must be at least 1")
-    alone = {"image", "dry_run", "rate", "ratings", "draw"}
-    if "WORLD_SIZE" in os.environ or alone.intersection(given):
+    alone = ("image", "dry_run", "rate", "ratings", "draw")
+    if "WORLD_SIZE" in os.environ or any(given.get(name) for name in alone):
         return 1
     if torch.cuda.is_available():
         if asked and asked > 1:

@@ -12,9 +12,9 @@ Kept of GRPO (DeepSeekMath; as the paper uses it): G traces a question, advantag
 group, clipped probability ratios (0.2 below, 0.28 above, a second clip at 3 for negative
 advantages), a KL penalty to the SFT model by the k3 estimator inside the loss, mean over tokens.
 Changed: one denominator for the whole update, whatever the micro-batches; overlong traces earn
-nothing, or are left out of loss and statistics (Mini-o3's way; --overlong); groups with equal
-rewards teach nothing and are skipped; the log-probabilities at sampling time are those that the
-engine recorded, so no second pass computes them.
+nothing, or are left out of loss and statistics (Mini-o3's way; --overlong); of a group with equal
+rewards one trace counts, for the penalty alone; the log-probabilities at sampling time are those
+that the engine recorded, so no second pass computes them.
 """
 import json
 import math
@@ -30,13 +30,13 @@ from evaluate import (
     HEADS,
     PAGE_TRACES,
     TOYS,
-    random_zoom_accuracy,
     cells,
     evaluate,
     interval,
     mean,
     open_file,
     questions_of,
+    random_zoom_accuracy,
     sample_traces,
     table,
     targets_hit,
@@ -132,18 +132,23 @@ def grpo_loss(new, old, ref, advantages, *, kl, clip_low=0.2, clip_high=0.28, du
 def train_step(policy, reference, groups, optimizers, config, factor):
     """One update on groups of traces with advantages. -> {name: value} to log, of all processes
 
-    groups: this process's share; where weights are sharded, one group at least."""
-    teaching = [[trace for trace in traces if trace.advantage] for traces in groups]
-    teaching = [traces for traces in teaching if traces]
-    own_tokens = sum(sum(trace.sampled) for traces in teaching for trace in traces)
-    tokens = int(sum_over_processes([own_tokens])[0])
-    sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0, "drift": 0.0, "groups_used": len(teaching)}
-    if not tokens:                          # in no process: all groups had equal rewards
+    A group of equal rewards gives one trace to the KL penalty alone. Without it nothing would hold
+    what no reward holds, such as points, once nearly all answers are right. groups: this process's
+    share; where weights are sharded, one group at least."""
+    used, groups_used = [], 0
+    for traces in groups:
+        teaching = [trace for trace in traces if trace.advantage]
+        groups_used += len(teaching) > 0
+        if teaching or reference is not None:
+            used.append(teaching or traces[:1])
+    tokens = int(sum_over_processes([sum(map(sampled_tokens, used))])[0])
+    sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0, "drift": 0.0, "groups_used": groups_used}
+    if not tokens:
         return {**sums, "grad_norm": 0.0, "tokens": 0}
 
     policy.model.train()
     spare = [min(groups, key=total_tokens)[:1]] if is_sharded(policy) else None
-    for batch in micro_batches(teaching, config.micro_tokens, spare):
+    for batch in micro_batches(used, config.micro_tokens, spare):
         old, advantages = token_tensors(batch.groups, policy.device)
         ref = None
         if reference is not None:
@@ -165,6 +170,10 @@ def total_tokens(traces):
     return sum(len(trace.ids) for trace in traces)
 
 
+def sampled_tokens(traces):
+    return sum(sum(trace.sampled) for trace in traces)
+
+
 def token_tensors(groups, device):
     """Log-probabilities at sampling time and advantages of all sampled tokens, each (N,)."""
     old, advantages = [], []
@@ -179,7 +188,8 @@ def token_tensors(groups, device):
 
 def train(policy, reference, dialogue, config, out):
     """The GRPO loop."""
-    optimizers = make_optimizers(policy, config.optimizer, config.lr, config.adamw_lr)
+    optimizers = make_optimizers(policy, config.optimizer, config.lr, config.adamw_lr,
+                                 newton_schulz=2)
     first = restore(policy, optimizers, out) if config.resume else 0
     started = time.time()
     for step in range(first, config.steps):
@@ -525,5 +535,4 @@ def main(given):
 
 
 if __name__ == "__main__":
-    run("train_rl", "Train a visually grounded policy with GRPO. Called with nothing, it makes the "
-        "tiny base, searches for traces, fine-tunes on them, and goes on to GRPO.", main)
+    run("train_rl", __doc__.splitlines()[0], main)

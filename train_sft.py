@@ -19,6 +19,7 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -72,6 +73,7 @@ from model import (
     read_config,
     shard_if_large,
     shard_like,
+    share_work,
     sum_over_processes,
     world_size,
     write_text,
@@ -657,7 +659,7 @@ def make_tiny(folder, strings, *, image_px=SEEN, hidden=96, layers=4, heads=3, v
 
 # --------------------------------------------------------------------- (e) its lessons and its exam
 
-TOWER_STEPS = 700                      # of the vision tower at most
+TOWER_STEPS = 800                      # of the vision tower at most
 TOWER_RATES = (0.02, 5e-3)             # peak learning rates: of Muon, of AdamW
 LANGUAGE_RATES = (0.01, 5e-3)
 BATCH = 16                             # lessons, or images, a step
@@ -728,9 +730,9 @@ def tile_truths(rng):
 
 
 def cell_truths(rng):
-    """-> an overview, and of each of its tokens the numbers of its CLASSES; the pattern cannot be
-    seen in it."""
-    scene = mixed_scene(rng)
+    """-> an overview of many cards, and of each of its tokens the numbers of its CLASSES; the
+    pattern cannot be seen in it."""
+    scene = mixed_scene(rng, 9, 16)
     seen = []
     truths = []
     for card in scene.cells():
@@ -927,7 +929,7 @@ def shifted(point, rng):
 
 def lesson_mix(share):
     """The lessons of a step at `share` of pretraining: lists first, then ever more dialogues."""
-    dialogues = 0 if share < 0.2 else 5 if share < 0.45 else 8
+    dialogues = 0 if share < 0.15 else 6 if share < 0.4 else 10
     lists = BATCH - 1 - dialogues
     return [lesson_read] + [lesson_dialogue] * dialogues + [lesson_list] * lists
 
@@ -939,6 +941,9 @@ def pretrain(policy, steps, seed, *, log=print):
     After `steps` steps, when the learning rate has decayed, comes an exam. A base that fails it
     goes on for a quarter of the steps, from a lower learning rate, and tries again; twice `steps`
     is the bound. A base of few steps has a tower of as few, and a short exam."""
+    for layer in policy.model.model.language_model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)    # at first a layer adds nothing to
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)       # what the tower tells
     train_tower(policy, seed, steps=min(TOWER_STEPS, steps), log=log)
     optimizers = make_optimizers(policy, "muon", *LANGUAGE_RATES)
     started, done, length, peak = time.time(), 0, steps, 1.0
@@ -1033,9 +1038,9 @@ def learning_rate(step, steps, warm_up, final=0.1, cosine=False):
     return min(1, (step + 1) / warm_up) * (1 - (1 - final) * done)
 
 
-def make_optimizers(policy, kind, lr, adamw_lr=None, parameters=None):
+def make_optimizers(policy, kind, lr, adamw_lr=None, parameters=None, newton_schulz=5):
     """"adamw", or "muon": Muon for hidden matrices, AdamW for the rest. parameters: the trainable
-    ones unless given."""
+    ones unless given. newton_schulz: steps of Muon's iteration."""
     parameters = parameters or policy.trainable()
     adamw = RoundedAdamW if policy.model.dtype == torch.bfloat16 else torch.optim.AdamW
     if kind == "adamw":
@@ -1046,7 +1051,8 @@ def make_optimizers(policy, kind, lr, adamw_lr=None, parameters=None):
     for p in parameters:
         outer = p.ndim != 2 or re.search("embed_tokens|lm_head", names[id(p)])
         (rest if outer else hidden).append(p)
-    return [Muon(hidden, lr=lr), adamw(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    muon = Muon(hidden, lr=lr, newton_schulz=newton_schulz)
+    return [muon, adamw(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def optimizer_step(parameters, optimizers, factor, clip=1.0):
@@ -1067,8 +1073,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, for hidden matrices of small models (Jordan 2024), all of a shape
     at once. In float32: torch.optim.Muon works in bfloat16, which many CPUs only emulate."""
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01, newton_schulz=5):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                      newton_schulz=newton_schulz))
 
     @torch.no_grad()
     def step(self):
@@ -1090,16 +1097,18 @@ class Muon(torch.optim.Optimizer):
             grads.append(full_tensor(p.grad))
             momenta.append(full_tensor(momentum))
         ahead = torch.stack(grads).lerp(torch.stack(momenta), group["momentum"])
+        updates = share_work(partial(orthogonalise, steps=group["newton_schulz"]), ahead)
         rows, columns = params[0].shape
         scale = max(1, rows / columns)**0.5
-        for p, update in zip(params, orthogonalise(ahead), strict=True):
+        for p, update in zip(params, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(shard_like(update, p), alpha=-group["lr"] * scale)
 
 
 def orthogonalise(x, steps=5):
     """Brings the singular values of matrices (n, rows, columns) near 1, by the quintic
-    Newton-Schulz iteration."""
+    Newton-Schulz iteration: with 5 steps almost all of them. With 2 the small ones stay small: in
+    GRPO's gradients a few directions count, and the others are noise."""
     if x.shape[-2] > x.shape[-1]:
         return orthogonalise(x.mT, steps).mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -1326,4 +1335,4 @@ def main(given):
 
 
 if __name__ == "__main__":
-    run("train_sft", "Warm start: search for right traces, then fine-tune on them.", main)
+    run("train_sft", __doc__.splitlines()[0], main)

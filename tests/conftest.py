@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from weakref import WeakKeyDictionary
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1",
@@ -49,25 +50,7 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture
 def policy(tiny_folder):
-    """The tiny policy, and in IMAGES what its pictures were: they drop it once it is encoded."""
-    policy = load(tiny_folder, device="cpu")
-    picture = policy.picture
-
-    def remember(image):
-        made = picture(image)
-        IMAGES[made] = made.image
-        return made
-    policy.picture = remember
-    yield policy
-    IMAGES.clear()
-
-
-IMAGES = {}
-
-
-def pixel_values(policy, pictures):
-    """What the vision tower got of some pictures."""
-    return policy.pixel_values([replace(picture, image=IMAGES[picture]) for picture in pictures])
+    return remember_images(load(tiny_folder, device="cpu"))
 
 
 def draw(path, size=(200, 100), box=None):
@@ -241,6 +224,26 @@ def converse(policy, turns, seed=0):
         content = [{"type": "text", "text": "here:"}, {"type": "image"}]
         return policy.reply(content, [noise(64 + 16 * done, 64, seed)])
     return on_turn
+
+
+IMAGES = WeakKeyDictionary()     # of Pictures, which drop theirs once they are encoded
+
+
+def remember_images(policy):
+    """Makes a policy note in IMAGES what its Pictures were made of. -> the policy"""
+    make = policy.picture
+
+    def picture(image):
+        made = make(image)
+        IMAGES[made] = made.image
+        return made
+    policy.picture = picture
+    return policy
+
+
+def pixel_values(policy, pictures):
+    """What the vision tower got of some pictures."""
+    return policy.pixel_values([replace(picture, image=IMAGES[picture]) for picture in pictures])
 
 
 @lru_cache

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import bench_speed
 import pytest
 from conftest import ROOT, in_processes, launch, read_to_end, run_in
 from PIL import Image
@@ -367,7 +368,6 @@ def test_bad_input_is_told_in_a_line(run_folder, call, name, arguments, message)
 def test_the_speed_benchmark_runs(tmp_path, monkeypatch, capsys):
     """Guards the benchmark against changes of what it measures: it compares log-probabilities
     before, and writes its ratios."""
-    import bench_speed
     path = tmp_path / "speed.json"
     flags = ["--only", "rollout_tiny", "update_tiny", "--pairs", "1", "--questions", "1",
              "--device", "cpu", "--json", str(path)]

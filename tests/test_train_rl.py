@@ -160,6 +160,22 @@ def test_groups_without_signal_are_skipped(policy, groups):
     assert not any(gradient.abs().max() > 0 for gradient in found.values())
 
 
+def test_a_group_without_signal_gives_one_trace_to_the_penalty(policy, groups, tiny_folder):
+    """Guards what no reward holds, such as points: once all answers are right, no group had a
+    signal, and nothing kept the policy near the reference model any more."""
+    reference = load(tiny_folder, device="cpu")
+    with torch.no_grad():
+        reference.model.model.language_model.norm.weight.mul_(1.1)
+    for trace in sum(groups, []):
+        trace.advantage = 0.0
+    logged, found = gradients(policy, groups, 10**6, reference)
+    first = [traces[0] for traces in groups]
+    assert logged["groups_used"] == 0 and logged["kl"] > 0
+    assert logged["tokens"] == sum(sum(trace.sampled) for trace in first)
+    assert logged["loss"] == pytest.approx(0.1 * logged["kl"], abs=1e-6)
+    assert any(gradient.abs().max() > 0 for gradient in found.values())
+
+
 def test_the_vision_tower_is_frozen(policy, groups):
     """Guards the default: no gradients in the vision tower, and its features are kept from the
     rollout."""
@@ -244,7 +260,7 @@ def test_the_tiny_bases_settings():
     """Guards the defaults without --model: among them overlong traces, which the tiny base, whose
     traces are short, is taught to end."""
     config = configured()
-    assert (config.overlong, config.optimizer, config.kl) == ("zero", "muon", 0.05)
+    assert (config.overlong, config.optimizer, config.kl) == ("zero", "muon", 0.1)
     assert configured(overlong="mask").overlong == "mask"
 
 

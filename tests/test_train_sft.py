@@ -748,6 +748,8 @@ def test_pretraining_ends_with_an_exam(policy, monkeypatch, exams, steps, failur
     marks = sft.pretrain(policy, 8, 0, log=lines.append)
     assert learned == list(range(steps)) and max(rates[8:], default=0) <= 0.4
     assert marks is (GOOD if GOOD in exams else BAD)
+    for layer in policy.model.model.language_model.layers:               # starts from nothing
+        assert not layer.self_attn.o_proj.weight.any() and not layer.mlp.down_proj.weight.any()
     failed = [line for line in lines if "NOT PASSED" in line]
     assert len(failed) == failures
     assert all("NOT PASSED in lists" in line and "dotted" not in line for line in failed)
@@ -847,6 +849,16 @@ def test_muon_takes_the_same_step_as_torchs():
     assert (ours - theirs).norm() < 0.02 * moved
     singular = torch.linalg.svdvals(orthogonalise(grad[None])[0])
     assert singular.min() > 0.3 and singular.max() < 1.3
+
+
+def test_two_steps_leave_small_directions_small():
+    """Guards GRPO's Muon: the strong directions of a gradient get a full step and its noise does
+    not; all steps of the iteration would raise it to the same size."""
+    gradient = torch.diag(torch.tensor([1.0] * 4 + [1e-2] * 4))[None]
+    for steps, weakest, strongest in ((5, 0.6, 1.3), (2, 0.0, 0.1)):
+        singular = torch.linalg.svdvals(orthogonalise(gradient, steps)[0])
+        assert singular[:4].min() > 0.6
+        assert weakest <= singular[4:].min() and singular[4:].max() < strongest
 
 
 def test_rounding_is_right_on_average():
