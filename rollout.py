@@ -85,8 +85,10 @@ class Config:
     response_tokens: int = 288         # tokens behind the question at most, crops included
     cache_tokens: int | None = 65_536  # columns of K/V in flight (real: by a GPU's free memory)
 
+    # train_sft, train_rl, evaluate: results
+    out: str = ""                      # folder of the run (runs/TASK-MODE), or of --draw's pictures
+
     # train_sft, train_rl: the run
-    out: str = ""                      # the run's folder (runs/TASK-MODE)
     resume: bool = False               # go on with the run in --out
     micro_tokens: int = 2048           # tokens in a forward and backward pass at most
     train_vision: bool = False         # train the vision tower too
@@ -100,6 +102,7 @@ class Config:
     search_questions: int = 128        # training questions that are searched
     simulations: int = 8               # of the tree search, a question
     chains: int = 2                    # traces kept a question at most
+    show_trees: int = 0                # search trees to print
     sft_steps: int | None = 30         # steps of fine-tuning (none: one pass over the traces)
     sft_batch: int = 32                # traces a step
     sft_lr: float = 5e-4               # peak learning rate, AdamW
@@ -132,6 +135,10 @@ class Config:
     image: str = ""                    # ask about this image
     question: str = ""                 # what to ask about --image
     save: str = ""                     # draw the (first) trace to this PNG file
+    report: str = ""                   # HTML file for figures and traces, to be looked at
+    rate: str = ""                     # HTML file on which a person rates steps; nothing else
+    ratings: tuple | None = None       # files that such pages exported; prints what they say
+    draw: str = ""                     # synthetic task: --n pictures and questions go to --out
 
     given: tuple = ()
 
@@ -191,7 +198,7 @@ def make_config(given, family, script):
                         "nothing to learn; give one above 0")
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top-p {config.top_p}: must be above 0 and at most 1")
-    least = {"seed": -math.inf, "max_crops": 0, "warm_up": 0, "group": 2}
+    least = {"seed": -math.inf, "max_crops": 0, "warm_up": 0, "group": 2, "show_trees": 0}
     for name, value in vars(config).items():
         if type(value) is int and value < least.get(name, 1):
             raise UserError(f"--{flag_of(name)} {value}: must be at least {least.get(name, 1)}")
@@ -245,6 +252,8 @@ def options_of(kind):
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind)}
+    if kind is tuple:
+        return {"nargs": "+", "metavar": "FILE"}
     return {"type": kind, "metavar": kind.__name__.upper()}
 
 
@@ -829,7 +838,8 @@ def processes_to_start(given):
     asked = given.get("processes")
     if asked is not None and asked < 1:
         raise UserError("--processes must be at least 1")
-    if "WORLD_SIZE" in os.environ or "image" in given or given.get("dry_run"):
+    alone = ("image", "dry_run", "rate", "ratings", "draw")
+    if "WORLD_SIZE" in os.environ or any(given.get(name) for name in alone):
         return 1
     if torch.cuda.is_available():
         if asked and asked > 1:

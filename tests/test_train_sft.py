@@ -179,12 +179,17 @@ def test_trees_are_searched_some_at_a_time(policy, tiny_folder, monkeypatch, tmp
     monkeypatch.setattr(sft, "TREES", 2)
     monkeypatch.setattr(sft, "search", search_some)
     monkeypatch.setattr(sft, "linearise", lambda question: [[answer(question.id)]])
-    config = Config(search_questions=5, seed=3)
-    chains = sft.make_traces(config, tiny_folder, tmp_path, lambda line: None)
+    monkeypatch.setattr(sft, "describe_tree", lambda question: f"tree of {question.id}")
+    config, printed = Config(search_questions=5, seed=3, show_trees=2), []
+    chains = sft.make_traces(config, tiny_folder, tmp_path, printed.append)
     assert [len(block) for block in searched] == [2, 2, 1]
     assert sum(searched, []) == [(f"train-3-{i}", f"search 3 {i}") for i in range(5)]
     assert [turns for _, turns in chains] == [[answer(f"train-3-{i}")] for i in range(5)]
     assert read_traces(tmp_path / "search.jsonl", [question for question, _ in chains]) == chains
+    trees = (tmp_path / "trees.txt").read_text().rstrip("\n").split("\n\n")
+    assert [tree.split("\n")[0] for tree in trees] == [f"tree of train-3-{i}" for i in range(5)]
+    assert all("\ntaken: " in tree for tree in trees)
+    assert printed[-1] == "\n\n".join(trees[:2])
 
 
 # -------------------------------------------------------------------------------------- linearising
