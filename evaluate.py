@@ -18,6 +18,7 @@ next.
 import ast
 import base64
 import csv
+import io
 import json
 import math
 import random
@@ -37,11 +38,13 @@ from model import Policy, UserError, gather, load, rank, world_size, write_text
 from reward import USAGE, Action, distinct_crops, in_region, option_text, parse_action, score
 from rollout import (
     OVERLONG,
+    POINT,
     Config,
     Question,
     crop_box,
     describe_config,
     draw_trace,
+    format_point,
     make_config,
     make_dialogue,
     parse_points,
@@ -658,16 +661,20 @@ def record_of(index, trace, tool=True):
         **behaviours(trace))
 
 
-def targets_hit(trace):
-    """Of each zoom call that was answered, whether its point lies on what the question is about (a
-    candidate; the box); empty where that is not known."""
-    question = trace.question
-    points = [trace.frames[0].to_original(point) for point in trace.zoom_points]
+def on_target(question, point):
+    """Whether a point (px of the original) lies on what a question is about: a candidate; the box.
+    None where that is not known."""
     if question.scene:
-        return [question.scene.contains(point) for point in points]
-    if question.kind == "point":
-        return [in_region(point, question.answer) for point in points]
-    return []
+        return question.scene.contains(point)
+    return in_region(point, question.answer) if question.kind == "point" else None
+
+
+def targets_hit(trace):
+    """Of each zoom call that was answered, whether its point is on target; empty where that is not
+    known."""
+    points = [trace.frames[0].to_original(point) for point in trace.zoom_points]
+    hits = [on_target(trace.question, point) for point in points]
+    return [hit for hit in hits if hit is not None]
 
 
 def true_thoughts(trace):
@@ -1004,7 +1011,51 @@ class WebAgent:
 
     policy: a Policy, or a checkpoint's path or hub id. tries: how often an action is asked for,
     each time with other random numbers, until one can be used. settings: flags that the scripts
-    share, such as temperature=0.5; the others are those of the family "web"."""
+    share, such as temperature=0.5; the others are those of the family "web".
+
+    VisualWebArena pins older versions of torch and transformers, so the agent runs in a process of
+    its own, and the two exchange JSON and PNG bytes; nothing is unpickled. Both need the same
+    secret in the environment, VIGORL_KEY. The agent's side, in this folder:
+
+        import os
+        from multiprocessing.connection import Listener
+        from evaluate import WebAgent
+        agent = WebAgent("CHECKPOINT")
+        key = os.environb[b"VIGORL_KEY"]
+        with Listener(("localhost", 6000), authkey=key) as listener:
+            line = listener.accept()
+            while True:
+                message, *images = [line.recv_bytes() for _ in range(int(line.recv_bytes()))]
+                line.send_bytes(agent.answer_json(message, images))
+
+    In VisualWebArena's `run.py`, with `--observation_type image_som --action_set_tag som`, instead
+    of `construct_agent(...)` (`create_id_based_action` is in its `browser_env.actions`):
+
+        import io, json, os
+        from multiprocessing.connection import Client
+        from PIL import Image
+
+        class ViGoRL:
+            line = Client(("localhost", 6000), authkey=os.environb[b"VIGORL_KEY"])
+
+            def next_action(self, trajectory, intent, meta_data, images=None, **other):
+                state, history = trajectory[-1], meta_data["action_history"]
+                message = {"intent": intent, "action_history": history,
+                           "text": state["observation"]["text"],
+                           "url": state["info"]["page"].url, "reset": history == ["None"]}
+                parts = [json.dumps(message).encode()]
+                screen = Image.fromarray(state["observation"]["image"])
+                for image in [screen, *(images or [])]:
+                    file = io.BytesIO()
+                    image.save(file, "PNG")
+                    parts.append(file.getvalue())
+                for part in [b"%d" % len(parts), *parts]:
+                    self.line.send_bytes(part)
+                return create_id_based_action(json.loads(self.line.recv_bytes())["action"])
+
+            def reset(self, test_config_file): pass
+            def set_action_set_tag(self, tag): pass
+    """
 
     def __init__(self, policy, mode="zoom", tries=3, **settings):
         self.config = make_config({"mode": mode, **settings}, "web", "evaluate")
@@ -1049,9 +1100,9 @@ class WebAgent:
     def answer_json(self, message, images):
         """`next_action` for an environment in another process, which is not trusted.
 
-        elements), "url", and "reset": true at the start of a task. images: PNG files as bytes, the
-        elements), "url", and "reset": true where a new task begins. images: PNG files as bytes, the
-        screenshot first. -> bytes, a JSON object with the "action", or with an "error"."""
+        message: a JSON object with the "intent", the "action_history", the "text" (the page's
+        elements), the "url", and "reset": true where a new task begins. images: PNG files as bytes,
+        the screenshot first. -> bytes, a JSON object with the "action", or with an "error"."""
         try:
             request = json.loads(message)
             screen, *others = [read_image(image) for image in images]
@@ -1063,6 +1114,520 @@ class WebAgent:
         except Exception as error:                     # a foreign message may hold anything
             reply = {"error": repr(error)}
         return json.dumps(reply).encode()
+
+
+# ------------------------------------------------------------------------- pages: report and rating
+
+PAGE_TRACES, PAGE_STEPS = 48, 48             # on a page: traces; steps to be rated
+IMAGE_BYTES, CROP_BYTES = 45_000, 24_000     # at most: of a question's image, of a trace's crops
+TEXT_SHOWN = 4_000                           # characters of a text
+HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e"
+                    r"\u2060-\u206f\ud800-\udfff\ufeff]")
+VERDICTS = ("yes", "no", "cannot tell")      # of a rater: is the point on what its step names?
+
+
+def sample_traces(policy, questions, dialogue, seed, n, **sampling):
+    """A trace of each of the first `n` questions: those that `evaluate` samples with this seed."""
+    asked = [questions[number] for number in range(min(n, len(questions)))]
+    seeds = [f"evaluation {seed} {number}" for number in range(len(asked))]
+    traces = {}
+    for trace, in rollout(policy, asked, dialogue, 1, seeds, **sampling):
+        traces[trace.question] = trace
+    return [traces[question] for question in asked]
+
+
+def write_report(path, config, traces, folder, rows=()):
+    """Writes the page of a run: curves, table, settings, a search tree, traces.
+
+    traces: {checkpoint: its Traces}, of the same questions in the same order. folder: the run's,
+    with log.jsonl and trees.txt if it has them. rows: of the table, the heads first."""
+    first_tree = read_if_there(folder / "trees.txt").split("\n\n")[0]
+    write_page(path, {
+        "kind": "report",
+        "title": visible(f"{config.task}, {config.mode}"),
+        "log": read_if_there(folder / "log.jsonl"),
+        "table": rows,
+        "settings": vars(config),
+        "tree": visible(first_tree),
+        "cases": describe_cases(traces),
+    })
+
+
+def read_if_there(path):
+    return path.read_text() if path.is_file() else ""
+
+
+def write_rating_page(path, config, traces):
+    """Writes the page on which a person rates random steps of traces. Raises UserError."""
+    cases = describe_cases({"": traces})
+    steps = []
+    for number, trace in enumerate(traces):
+        for place, point in enumerate(cases[number]["traces"][0]["points"]):
+            steps.append({
+                "id": f"question {number}, point {place}",
+                "case": number,
+                "place": place,
+                "truth": on_target(trace.question, point["at"]),
+            })
+    if not steps:
+        raise UserError(f"--rate {path}: no trace has a point that could be rated")
+    rng = random.Random(str(cases))
+    rng.shuffle(steps)
+    write_page(path, {
+        "kind": "rating",
+        "title": visible(f"Rating: {config.task}"),
+        "key": str(rng.random()),
+        "steps": steps[:PAGE_STEPS],
+        "cases": cases,
+    })
+
+
+def write_page(path, data):
+    """PAGE with its data, in which "<" is written as its code: no text can end the script."""
+    text = json.dumps(data).replace("<", "\\u003c")
+    write_text(path, PAGE.replace("{DATA}", text))
+
+
+def describe_cases(traces):
+    """{checkpoint: its Traces} -> what a page shows of each question: its (first) image, the truth,
+    and the traces side by side. Points and boxes are in px of the original image."""
+    cases = []
+    for row in zip(*traces.values(), strict=True):
+        question = row[0].question
+        image = question.load()[0]
+        cases.append({
+            "question": visible(question.text),
+            "truth": visible(question.answer, 300),
+            "region": question.answer if question.kind == "point" else None,
+            "image": picture_uri(image, IMAGE_BYTES),
+            "size": image.size,
+            "checkpoints": list(traces),
+            "traces": [describe_trace(trace, image) for trace in row],
+        })
+        question.release()
+    return cases
+
+
+def describe_trace(trace, image):
+    """What a page shows of a trace."""
+    scored = trace.score or score(trace)
+    frame = trace.frames[0]
+    points, turns = [], []
+    for turn in trace.turns:
+        pieces = split_at_points(turn.text, points)
+        crop = None
+        if turn.crop:
+            crop = picture_uri(image.crop(turn.crop), CROP_BYTES // len(trace.zoom_points))
+        error = visible(turn.error)
+        turns.append({"pieces": pieces, "error": error, "box": turn.crop, "crop": crop})
+    state = "right" if scored.correct else "wrong"
+    if trace.ended in OVERLONG:
+        state = "truncated"
+    elif trace.question.answer == "":        # a question of the user's own
+        state = "open"
+    return {
+        "state": state,
+        "ended": trace.ended,
+        "answer": visible(trace.answer or "none", 300),
+        "reward": {**vars(scored), "why": visible(scored.why)},
+        "turns": turns,
+        "points": [describe_point(point, frame) for point in points],
+    }
+
+
+def describe_point(point, frame):
+    return {
+        "text": format_point(point),
+        "at": frame.to_original(point),
+        "inside": frame.contains(point),
+    }
+
+
+def split_at_points(text, points):
+    """A turn's text in pieces [text, number of the point that ends it, or None].
+
+    points: those of the turns before, to which the turn's are added. A zoom call at the point of
+    its thought is no other point."""
+    pieces, last = [], 0
+    for found in POINT.finditer(text[:TEXT_SHOWN]):
+        point, = parse_points(found[0])
+        if points[-1:] != [point]:
+            points.append(point)
+        pieces.append([visible(text[last:found.end()]), len(points) - 1])
+        last = found.end()
+    return [*pieces, [visible(text[last:]), None]]
+
+
+def visible(text, most=TEXT_SHOWN):
+    """The beginning of a text, with the codes of characters that are not seen or turn it around."""
+    text = str(text)
+    if len(text) > most:
+        text = f"{text[:most]} ... ({len(text) - most:,} more characters)"
+    return HIDDEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", text)
+
+
+def picture_uri(image, most, side=1024):
+    """An image of at most `most` bytes as a data URI: a drawing as PNG, a photograph as JPEG."""
+    small = image.copy()
+    small.thumbnail((side, side))
+    file = io.BytesIO()
+    kind = "png" if small.getcolors(2**13) else "jpeg"
+    small.save(file, kind, quality=80)
+    if file.tell() > most and side > 32:
+        return picture_uri(image, most, max(small.size) * 3 // 4)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f"data:image/{kind};base64,{data}"
+
+
+def print_ratings(paths):
+    """Prints what raters said, each in a file that the rating page exported. Raises UserError."""
+    pages, raters = zip(*map(read_ratings, paths), strict=True)
+    if len(set(pages)) > 1:
+        raise UserError(f"--ratings {' '.join(paths)}: they are not of one page; give those of one")
+    for path, ratings in zip(paths, raters, strict=True):
+        said = [row["on"] for row in ratings]
+        told = [row for row in ratings if row["on"] in ("yes", "no")]
+        known = [row for row in told if row["truth"] is not None]
+        yes = said.count("yes")
+        agree = sum((row["on"] == "yes") == row["truth"] for row in known)
+        helps = mean(row["helps"] for row in ratings if row["helps"])
+        print(path)
+        print(f"  points on the thing named: {yes} of {len(told)}, {yes / max(1, len(told)):.3f}")
+        print(f"  cannot tell: {said.count('cannot tell')}")
+        print(f"  helpfulness, 1 to 5: {helps:.2f}")
+        print(f"  agrees with the truth: {agree} of {len(known)}")
+    if len(paths) > 1:
+        print_agreement("on", VERDICTS, raters)
+        print_agreement("helps", (1, 2, 3, 4, 5), raters)
+
+
+def print_agreement(name, values, raters):
+    """Prints Fleiss' kappa of the steps that all have rated."""
+    counts = []
+    for step in zip(*raters, strict=True):
+        said = [row[name] for row in step]
+        if None not in said:
+            counts.append([said.count(value) for value in values])
+    if counts:
+        print(f"Fleiss' kappa of {name!r}, {len(counts)} steps: {fleiss_kappa(counts):.3f}")
+
+
+def read_ratings(path):
+    """A file that the rating page exported -> its page, and a row a step. Raises UserError."""
+    try:
+        exported = json.loads(Path(path).read_text())
+        for row in exported["ratings"]:
+            if row["on"] not in (*VERDICTS, None) or row["helps"] not in (1, 2, 3, 4, 5, None):
+                raise ValueError(f"{row} is no rating")
+            row.setdefault("truth")
+        return (exported["key"], len(exported["ratings"])), exported["ratings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read as ratings ({error!r}); export them again from "
+                        "the page that --rate wrote") from None
+
+
+def fleiss_kappa(counts):
+    """Agreement of raters beyond chance, at most 1 (Fleiss 1971).
+
+    counts: of each thing rated, how many raters chose each category; each row has the same sum."""
+    raters = sum(counts[0])
+    pairs = raters * (raters - 1)
+    agreed = mean(sum(n * (n - 1) for n in row) for row in counts) / pairs
+    chance = sum((mean(column) / raters)**2 for column in zip(*counts, strict=True))
+    if chance == 1:
+        return 1.0
+    return (agreed - chance) / (1 - chance)
+
+
+def write_drawings(config):
+    """--draw: writes pictures of a synthetic task and questions.jsonl, which --task can read."""
+    if config.draw not in TOYS or not config.out:
+        raise UserError(f"--draw {config.draw}: needs one of {', '.join(TOYS)}, and --out FOLDER")
+    folder = Path(config.out)
+    lines = ""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(config.n or 5):
+        question = TOYS[config.draw]("test", config.seed, index)
+        name = f"{question.id}.png"
+        question.load()[0].save(folder / name)
+        row = {"problem": question.text, "answer": question.answer, "images": [name]}
+        lines += json.dumps(row) + "\n"
+        print(f"{folder / name}: {question.text} ({question.answer})")
+    write_text(folder / "questions.jsonl", lines)
+
+
+PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Traces</title>
+<style>
+:root { color-scheme: light dark; --ground: #fff; --text: #1b1e23; --soft: #5c6570;
+  --line: #cfd5dc; --lit: #ffe08a; --c0: #0072b2; --c1: #c04a00; --c2: #00805c; --c3: #a8477f; }
+@media (prefers-color-scheme: dark) { :root { --ground: #15181c; --text: #e6e8eb; --soft: #a0a9b4;
+  --line: #3a424c; --lit: #4d3b00; --c0: #56b4e9; --c1: #f09a4a; --c2: #3fc79a; --c3: #e39cc6; } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; padding: 1rem;
+  background: var(--ground); color: var(--text); overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; white-space: pre-wrap; max-height: 15rem; overflow: auto; }
+.grid { display: grid; gap: 1.2rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); }
+.bar { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .8rem 0; }
+button { font: inherit; color: inherit; background: var(--ground); border: 1px solid var(--soft);
+  border-radius: .4rem; padding: .3rem .8rem; }
+button[aria-pressed=true] { background: var(--text); color: var(--ground); }
+figure { margin: 0; align-self: end; }
+figcaption span { margin-right: .4rem; border-bottom: 2px solid; white-space: nowrap; }
+svg { display: block; width: 100%; fill: none; stroke-width: 2; }
+svg text { fill: var(--soft); font-size: 12px; text-anchor: end; }
+.axis { stroke: var(--line); stroke-width: 1; }
+.band { fill: var(--c0); opacity: .25; }
+.line0 { color: var(--c0); }
+.line1 { color: var(--c1); stroke-dasharray: 7 3; border-bottom-style: dashed; }
+.line2 { color: var(--c2); stroke-dasharray: 2 3; border-bottom-style: dotted; }
+.line3 { color: var(--c3); stroke-dasharray: 9 3 2 3; border-bottom-style: double; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; }
+td, th { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: left; }
+.scroll :is(td, th) { white-space: nowrap; }
+.scroll :is(td, th):not(:first-child) { text-align: right; }
+.soft { color: var(--soft); font-size: .85em; }
+.stage { position: relative; max-width: 30rem; }
+.stage img { display: block; width: 100%; }
+.stage svg { position: absolute; inset: 0; stroke: #fff; }
+.stage path { vector-effect: non-scaling-stroke; filter: drop-shadow(0 0 1px #000); }
+.truth { stroke-dasharray: 5 4; }
+.point { position: absolute; translate: -50% -50%; width: 1.6rem; height: 1.6rem; padding: 0;
+  border: 2px solid #fff; border-radius: 50%; background: #0060a0; color: #fff; line-height: 1; }
+.point.lit { background: #ffd24a; color: #000; border-color: #000; z-index: 1; }
+.step.lit { background: var(--lit); }
+.turn { display: flex; gap: .7rem; justify-content: space-between; max-width: 40rem;
+  margin: .7rem 0; border-left: 3px solid var(--line); padding-left: .7rem; white-space: pre-wrap; }
+.turn img { width: 7rem; height: 7rem; object-fit: contain; flex: none; }
+.sharp { image-rendering: pixelated; }
+</style>
+<h1></h1>
+<main></main>
+<script id="data" type="application/json">{DATA}</script>
+<script>
+const data = JSON.parse(document.getElementById("data").textContent);
+const main = document.querySelector("main"), keys = {};
+document.title = document.querySelector("h1").textContent = data.title;
+document.addEventListener("keydown", event => {
+  if (event.key in keys && !event.ctrlKey && !event.altKey && !event.metaKey) keys[event.key]();
+});
+
+// An element with attributes, listeners and children. A text becomes text, never markup.
+function make(name, attributes = {}, ...children) {
+  const space = ["svg", "path", "text"].includes(name) ? "2000/svg" : "1999/xhtml";
+  const element = document.createElementNS(`http://www.w3.org/${space}`, name);
+  for (const [key, value] of Object.entries(attributes))
+    if (key.startsWith("on")) element[key] = value; else element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+const button = (text, onclick, more) => make("button", {type: "button", onclick, ...more}, text);
+const picture = (src, alt) => make("img", {src, alt, onload: ({target}) =>
+  target.classList.toggle("sharp", target.naturalWidth <= 256)});
+const rows = (table, name) =>
+  table.map(row => make("tr", {}, ...row.map(cell => make(name, {}, cell))));
+
+// Buttons and the arrow keys step through items, of which show() makes elements. -> start(items)
+function pager(show, ...buttons) {
+  const place = make("span", {"aria-live": "polite"}), view = make("div");
+  let items = [], number = 0;
+  function start(list, at = 0) {
+    [items, number] = [list, Math.max(0, Math.min(at, list.length - 1))];
+    place.textContent = items.length ? `${number + 1} of ${items.length}` : "none";
+    view.replaceChildren(...items.slice(number, number + 1).flatMap(show));
+  }
+  keys.ArrowLeft = () => start(items, number - 1);
+  keys.ArrowRight = () => start(items, number + 1);
+  main.append(make("nav", {class: "bar"}, ...buttons, button("\u2039 before", keys.ArrowLeft),
+    button("next \u203a", keys.ArrowRight), place), view);
+  return start;
+}
+
+// ------------------------------------------------------------------------------------------ curves
+const CHARTS = [["reward and its parts, a trace", "reward", "format", "grounded", "diversity"],
+  ["accuracy with its 95 % interval", "accuracy"], ["zoom calls a trace", "zoom_calls"],
+  ["overlong: share of traces", "overlong"], ["sampled tokens a step", "tokens"],
+  ["KL to SFT, nats a token", "kl"], ["time, s a step", "seconds"]];
+const short = value => value.toLocaleString("en", {maximumSignificantDigits: 3});
+
+// The chart of some values of the log's lines, or nothing where the log has none of them.
+function chart(log, [title, ...names]) {
+  const series = names.map(name => log.map(({step, [name]: value}) => [step, value])
+    .filter(([_, value]) => Number.isFinite(value)));
+  const bounds = log.filter(line => names[0] == "accuracy" && line.accuracy_high != null);
+  const band = bounds.map(line => [line.step, line.accuracy_low]).concat(
+    bounds.map(line => [line.step, line.accuracy_high]).reverse());
+  const all = series.flat().concat(band), steps = all.map(([step]) => step);
+  if (!all.length) return "";
+  const first = Math.min(...steps), last = Math.max(first + 1, ...steps);
+  const most = Math.max(...all.map(([_, value]) => value)) || 1;
+  const unit = 10 ** Math.floor(Math.log10(most));
+  const top = [1, 2, 4, 6, 8, 10].find(times => times * unit > 0.999 * most) * unit;
+  const x = step => 46 + (step - first) / (last - first) * 304;
+  const y = value => 170 - value / top * 155;
+  const path = points => "M" + points.map(([step, value]) => `${x(step)},${y(value)}`).join("L");
+  const legend = make("figcaption", {}, make("b", {}, title), make("br")), told = [title];
+  const svg = make("svg", {viewBox: "0 0 360 205", role: "img"});
+  for (const value of [0, top / 4, top / 2, top * 3 / 4, top])
+    svg.append(make("path", {class: "axis", d: `M46,${y(value)}H350`}),
+      make("text", {x: 41, y: y(value) + 4}, short(value)));
+  for (const step of new Set([first, Math.round((first + last) / 2), last]))
+    svg.append(make("text", {x: x(step) + 4, y: 187}, short(step)));
+  svg.append(make("text", {x: 210, y: 203}, "step"));
+  if (band.length) svg.append(make("path", {class: "band", d: path(band)}));
+  series.forEach((points, i) => {
+    if (!points.length) return;
+    svg.append(make("path", {class: `line${i}`, stroke: "currentColor", d: path(points)}));
+    if (names.length > 1) legend.append(make("span", {class: `line${i}`}, names[i]));
+    told.push(`${names[i]} ${short(points[0][1])} at first, ${short(points.at(-1)[1])} at last`);
+  });
+  svg.setAttribute("aria-label", told.join(". "));
+  return make("figure", {}, legend, svg);
+}
+
+// ------------------------------------------------------------------------------------------ traces
+const MARKS = {right: "\u2713", wrong: "\u2717", truncated: "\u2026", open: "?"};
+const line = points => "M" + points.map(([x, y]) => `${x},${y}`).join("L");
+
+// A box, as its left, top, right and bottom, or a polygon.
+function outline(region) {
+  const [left, top, right, bottom] = region;
+  return region[0].length ? `${line(region)}Z` : `M${left},${top}H${right}V${bottom}H${left}Z`;
+}
+
+function showImage({image, size: [width, height], region}, {points, turns}, only) {
+  const svg = make("svg", {viewBox: `0 0 ${width} ${height}`});
+  if (only === undefined) {
+    for (const {box} of turns) if (box) svg.append(make("path", {d: outline(box)}));
+    if (region) svg.append(make("path", {class: "truth", d: outline(region)}));
+    if (points.length) svg.append(make("path", {d: line(points.map(point => point.at))}));
+  }
+  const dots = points.map(({at: [x, y], text, inside}, i) => button(i + 1, null, {class: "point",
+    style: `left: clamp(0%, ${100 * x / width}%, 100%); top: clamp(0%, ${100 * y / height}%, 100%)`,
+    "data-point": i, "aria-label": `point ${i + 1} at ${text}${inside ? "" : ", outside"}`}));
+  return make("div", {class: "stage"}, picture(image, "the image of the question"), svg,
+    ...dots.filter((_, i) => only === undefined || only == i));
+}
+
+function showTurn({pieces, error, crop}, number) {
+  const text = make("div", {dir: "auto"});
+  for (const [piece, point] of pieces) {
+    const parts = piece.split(/(<\/?(?:think|tool_call|answer)>|\{"name.*"coordinate": |\}\})/);
+    const step = point === null ? {} : {class: "step", tabindex: 0, "data-point": point};
+    text.append(make("span", step,
+      ...parts.map((part, i) => i % 2 ? make("span", {class: "soft"}, part) : part),
+      point === null ? "" : make("sup", {}, `\u00a0${point + 1}`)));
+  }
+  if (error) text.append(make("p", {class: "soft"}, `answered: ${error}`));
+  const shown = crop ? picture(crop, `crop of turn ${number + 1}`) : "";
+  return make("div", {class: "turn"}, text, shown);
+}
+
+// only: the point that is rated. Its turn is the last one shown, and its crop, so that nothing
+// tells the rater how the trace ends.
+function showTrace(item, trace, only) {
+  const end = trace.turns.findIndex(turn => turn.pieces.some(([_, point]) => point === only));
+  const turns = only === undefined ? trace.turns : trace.turns.slice(0, end + 1);
+  const card = make("div", {}, showImage(item, trace, only), ...turns.map(showTurn));
+  const light = (point, on) => card.querySelectorAll(`[data-point="${point}"]`).forEach(
+    part => part.classList.toggle("lit", on || point == only));
+  for (const part of card.querySelectorAll("[data-point]")) {
+    part.onmouseenter = part.onfocus = () => light(part.dataset.point, true);
+    part.onmouseleave = part.onblur = () => light(part.dataset.point, false);
+  }
+  light(only, true);
+  return card;
+}
+
+function showReward({answer, ended, reward: {why, total, ...parts}}) {
+  const told = Object.entries(parts).map(([name, value]) => `${name} ${short(value)}`).join(", ");
+  return make("p", {}, `answer: ${answer} (${ended})`, make("br"),
+    `reward ${short(total)}: ${told.replace("_", " ")}`, make("br"), why && `fault: ${why}`);
+}
+
+const showQuestion = item => make("h2", {dir: "auto"}, item.question);
+
+// ------------------------------------------------------------------------------------------ report
+function report() {
+  const log = data.log.split("\n").slice(0, -1).map(
+    text => JSON.parse(text.replace(/-?(NaN|Infinity)/g, "null")));
+  const given = ([_, value]) => value !== "" && value !== null;
+  const settings = Object.entries(data.settings).filter(given);
+  const folded = (title, part) => make("details", {}, make("summary", {}, title), part);
+  main.append(make("div", {class: "grid"}, ...CHARTS.map(names => chart(log, names))),
+    make("div", {class: "scroll"}, make("table", {}, ...rows(data.table.slice(0, 1), "th"),
+      ...rows(data.table.slice(1), "td"))),
+    folded("settings", make("table", {}, ...rows(settings, "td"))),
+    folded("a search tree", make("pre", {class: "scroll"}, data.tree || "none")));
+  const buttons = ["all", "right", "wrong", "truncated"].map(name => {
+    const chosen = data.cases.filter(item => name == "all" || item.traces.at(-1).state == name);
+    return button(`${name} (${chosen.length})`, event => {
+      buttons.forEach(other => other.setAttribute("aria-pressed", other == event.target));
+      start(chosen);
+    });
+  });
+  const start = pager(item => [showQuestion(item),
+    make("p", {dir: "auto"}, item.truth && `truth: ${item.truth}`),
+    make("div", {class: "grid"}, ...item.traces.map((trace, i) => make("article", {},
+      make("h3", {}, `${item.checkpoints[i]}: ${MARKS[trace.state]} ${trace.state}`),
+      showTrace(item, trace), showReward(trace))))], ...buttons);
+  buttons[0].click();
+}
+
+// ------------------------------------------------------------------------------------------ rating
+const ASKED = [["on", "Is the point on the thing that the step names?",
+    {y: "yes", n: "no", c: "cannot tell"}],
+  ["helps", "Does it help to follow the step? (1 not at all, 5 very much)",
+    {1: 1, 2: 2, 3: 3, 4: 4, 5: 5}]];
+const ratings = {};
+
+function exported() {
+  const all = data.steps.map(({id, truth}) => ({id, truth, on: null, helps: null, ...ratings[id]}));
+  return JSON.stringify({key: data.key, ratings: all}, null, 1);
+}
+
+function rating() {
+  let now;
+  try { Object.assign(ratings, JSON.parse(localStorage.getItem(data.key))); } catch { }
+  main.append(make("p", {class: "soft"}, `Keys: y, n, c and 1 to 5 rate the step in colour; the
+    arrows step on. Your answers are kept in this browser; export them at the end.`));
+  const choices = [], done = make("p", {class: "soft", "aria-live": "polite"});
+  for (const [name, question, values] of ASKED) {
+    const bar = make("div", {class: "bar", role: "group", "aria-label": question}, question);
+    for (const [key, value] of Object.entries(values)) {
+      keys[key] = () => {
+        ratings[now.id] = {...ratings[now.id], [name]: value};
+        try { localStorage.setItem(data.key, JSON.stringify(ratings)); } catch { }
+        start(data.steps, data.steps.indexOf(now));
+      };
+      const choice = button(key == value ? key : `${value} (${key})`, keys[key]);
+      choices.push([choice, name, value]);
+      bar.append(choice);
+    }
+    main.append(bar);
+  }
+  main.append(done);
+  const href = () => URL.createObjectURL(new Blob([exported()]));
+  const save = () => make("a", {download: "ratings.json", href: href()}).click();
+  const start = pager(step => {
+    now = step;
+    for (const [choice, name, value] of choices)
+      choice.setAttribute("aria-pressed", ratings[step.id]?.[name] === value);
+    const full = data.steps.filter(({id}) => ratings[id]?.on && ratings[id]?.helps);
+    done.textContent = `${full.length} of ${data.steps.length} steps are rated`;
+    const item = data.cases[step.case];
+    return [showQuestion(item), showTrace(item, item.traces[0], step.place)];
+  }, button("export", save));
+  start(data.steps);
+}
+
+({report, rating})[data.kind]();
+</script>
+"""
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -1088,13 +1653,15 @@ def configure(given, script):
 
 def main(given):
     config = configure(given, "evaluate")
+    if config.ratings:
+        return print_ratings(config.ratings)
+    if config.draw:
+        return write_drawings(config)
     if not config.model:
         raise UserError("--model PATH is needed: a hub id or a checkpoint folder, such as "
                         "runs/toy-search-zoom/rl")
     if bool(config.image) != bool(config.question):
         raise UserError("--image and --question go together")
-    if not 0 < config.top_p <= 1:
-        raise UserError("--top-p must be above 0 and at most 1")
     if config.json.endswith(".jsonl"):
         raise UserError(f"--json {config.json}: the answers are kept in a .jsonl beside it; give a "
                         "name that ends in .json")
@@ -1102,19 +1669,22 @@ def main(given):
     dialogue = make_dialogue(config, config.model, policy)
     if config.image:
         question = Question(config.question, [config.image], "")
-        show_trace(policy, dialogue, config, question, config.seed)
+        trace = show_trace(policy, dialogue, config, question, config.seed)
+        if config.report:
+            write_report(config.report, config, {config.model: [trace]}, Path(config.model).parent)
     else:
         evaluate_task(policy, dialogue, config)
 
 
 def show_trace(policy, dialogue, config, question, seed):
-    """Prints a trace, and draws it to --save."""
+    """Prints a trace, and draws it to --save. -> the Trace"""
     trace, = next(rollout(policy, [question], dialogue, 1, [seed], **config.sampling()))
     print(trace.text())
     answer = trace.answer or "no answer"
     print(f"-> {answer} ({trace.ended}; {len(trace.zoom_points)} zoom calls)\n")
     if config.save:
         draw_trace(trace).save(config.save)
+    return trace
 
 
 def evaluate_task(policy, dialogue, config):
@@ -1126,6 +1696,11 @@ def evaluate_task(policy, dialogue, config):
         file = open_file(config.task, config.image_root)
         questions = file.part(config.n or len(file))
     print(describe_config(config, "evaluate"))
+    sample = partial(sample_traces, policy, questions, dialogue, config.seed, PAGE_TRACES,
+                     **config.sampling())
+    if config.rate:
+        write_rating_page(config.rate, config, sample())
+        return print(f"rating page: {config.rate}")
     answered, path = [], None
     if config.json:
         path = Path(config.json).with_suffix(".jsonl")
@@ -1141,6 +1716,11 @@ def evaluate_task(policy, dialogue, config):
     if config.task in TOYS:
         baseline = [f"{random_zoom_accuracy(questions, dialogue, n):.3f}" for n in (0, 1, 4)]
         print("random-zoom baseline, 0 / 1 / 4 zoom calls:", " / ".join(baseline))
+    if config.report and rank() == 0:
+        rows = [HEADS, cells(Path(config.task).stem, figures, no_tool)]
+        folder = Path(config.model).parent
+        write_report(config.report, config, {config.model: sample()}, folder, rows)
+        print(f"report: {config.report}")
     if config.json and rank() == 0:
         summary = dict(vars(figures))
         if no_tool or not config.tool:
@@ -1151,7 +1731,8 @@ def evaluate_task(policy, dialogue, config):
 def settings_of(config, dialogue, n):
     """All that decides the result of an evaluation, for the first line of its answers."""
     settings = {name: value for name, value in vars(config).items()
-                if name not in ("json", "save", "image", "question", "processes", "given")}
+                if name not in ("json", "save", "image", "question", "processes", "given", "out",
+                                "report", "rate", "ratings", "draw")}
     return settings | {"dialogue": dialogue.to_json(), "n": n}
 
 
@@ -1166,4 +1747,4 @@ def print_report(config, figures, no_tool):
 
 
 if __name__ == "__main__":
-    run("evaluate", "Evaluate a checkpoint on a task, or ask it about an image.", main)
+    run("evaluate", __doc__.splitlines()[0], main)

@@ -717,12 +717,25 @@ class Row:
     unread: Chunk | None = None    # what has to be read before it goes on
 
 
+def free_columns(policy):
+    """How many columns of keys and values half of the GPU's free memory holds; without a GPU as
+    many as fit anywhere."""
+    if policy.device.type != "cuda":
+        return 262_144
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(policy.device)
+    config = policy.text_config
+    head_dim = config.hidden_size // config.num_attention_heads
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    return free // 2 // (numbers * policy.model.dtype.itemsize)
+
+
 class Engine:
     """Runs many groups of continuations at once, each row decoded at its own pace.
 
     policy, and: temperature (0: greedy), top_p, turn_tokens (sampled tokens a turn at most),
     response_tokens (all tokens behind the prompt at most), cache_tokens (K/V columns at most:
-    decides how many groups run at once; one always does).
+    decides how many groups run at once; one always does; None: what the GPU's free memory holds).
 
     A row that waits for its observation to be read holds up nobody: it is read when a tenth of the
     rows wait, or when there is nothing else to do. A row keeps its place until its group is done,
@@ -804,10 +817,11 @@ class Engine:
         """A cache for as many of the coming jobs as cache_tokens allow, for prompts that are up to
         a quarter longer than theirs."""
         self.cache = None                                    # frees the one before
+        cache_tokens = self.cache_tokens or free_columns(self.policy)
         rows = len(self.coming[0])
         while True:
             prompt_columns = max(len(job[0].prompt.ids) for job in self.coming) * 5 // 4
-            fits = self.cache_tokens // (prompt_columns + rows * self.response_tokens)
+            fits = cache_tokens // (prompt_columns + rows * self.response_tokens)
             job = next(self.jobs, None) if len(self.coming) < fits else None
             if job is None:
                 break

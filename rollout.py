@@ -83,10 +83,12 @@ class Config:
     top_p: float = 1.0                 # sample from the likeliest tokens that add up to this
     turn_tokens: int = 48              # tokens sampled a turn at most
     response_tokens: int = 288         # tokens behind the question at most, crops included
-    cache_tokens: int = 65_536         # columns of keys and values of all rollouts in flight
+    cache_tokens: int | None = 65_536  # columns of K/V in flight (real: by a GPU's free memory)
+
+    # train_sft, train_rl, evaluate: results
+    out: str = ""                      # folder of the run (runs/TASK-MODE), or of --draw's pictures
 
     # train_sft, train_rl: the run
-    out: str = ""                      # the run's folder (runs/TASK-MODE)
     resume: bool = False               # go on with the run in --out
     micro_tokens: int = 2048           # tokens in a forward and backward pass at most
     train_vision: bool = False         # train the vision tower too
@@ -100,6 +102,7 @@ class Config:
     search_questions: int = 128        # training questions that are searched
     simulations: int = 8               # of the tree search, a question
     chains: int = 2                    # traces kept a question at most
+    show_trees: int = 0                # search trees to print
     sft_steps: int | None = 30         # steps of fine-tuning (none: one pass over the traces)
     sft_batch: int = 32                # traces a step
     sft_lr: float = 5e-4               # peak learning rate, AdamW
@@ -132,6 +135,10 @@ class Config:
     image: str = ""                    # ask about this image
     question: str = ""                 # what to ask about --image
     save: str = ""                     # draw the (first) trace to this PNG file
+    report: str = ""                   # HTML file for figures and traces, to be looked at
+    rate: str = ""                     # HTML file on which a person rates steps; nothing else
+    ratings: tuple | None = None       # files that such pages exported; prints what they say
+    draw: str = ""                     # synthetic task: --n pictures and questions go to --out
 
     given: tuple = ()
 
@@ -150,7 +157,7 @@ class Config:
 # one counts more. response_tokens: the paper's 2,048 sampled ones, and room for four crops.
 GUI = dict(max_pixels=4_194_304, response_tokens=3072, crop_half=50, crop_size=384, crop_dot=True)
 PRESETS = {
-    "real": dict(turn_tokens=1024, response_tokens=4608, cache_tokens=262_144,
+    "real": dict(turn_tokens=1024, response_tokens=4608, cache_tokens=None,
                  crop_half=182, crop_size=672),
     "spatial": dict(max_pixels=4_194_304),
     "search": dict(max_pixels=2_850_000),
@@ -191,7 +198,7 @@ def make_config(given, family, script):
                         "nothing to learn; give one above 0")
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top-p {config.top_p}: must be above 0 and at most 1")
-    least = {"seed": -math.inf, "max_crops": 0, "warm_up": 0, "group": 2}
+    least = {"seed": -math.inf, "max_crops": 0, "warm_up": 0, "group": 2, "show_trees": 0}
     for name, value in vars(config).items():
         if type(value) is int and value < least.get(name, 1):
             raise UserError(f"--{flag_of(name)} {value}: must be at least {least.get(name, 1)}")
@@ -219,7 +226,8 @@ def default_text(name):
     """A field's defaults: "[48; real 1024; single turn 2048]"; nothing where there is none."""
     default = getattr(Config, name)
     values = [] if default in (None, "", False) else [str(default)]
-    values += [f"{key} {preset[name]}" for key, preset in PRESETS.items() if name in preset]
+    values += [f"{key} {preset[name]}" for key, preset in PRESETS.items()
+               if preset.get(name) is not None]
     return f" [{'; '.join(values)}]" if values else ""
 
 
@@ -244,6 +252,8 @@ def options_of(kind):
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind)}
+    if kind is tuple:
+        return {"nargs": "+", "metavar": "FILE"}
     return {"type": kind, "metavar": kind.__name__.upper()}
 
 
@@ -828,7 +838,8 @@ def processes_to_start(given):
     asked = given.get("processes")
     if asked is not None and asked < 1:
         raise UserError("--processes must be at least 1")
-    if "WORLD_SIZE" in os.environ or "image" in given or "dry_run" in given:
+    alone = ("image", "dry_run", "rate", "ratings", "draw")
+    if "WORLD_SIZE" in os.environ or any(given.get(name) for name in alone):
         return 1
     if torch.cuda.is_available():
         if asked and asked > 1:

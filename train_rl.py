@@ -28,16 +28,20 @@ from transformers import AutoModelForImageTextToText
 
 from evaluate import (
     HEADS,
+    PAGE_TRACES,
     TOYS,
     cells,
     evaluate,
+    interval,
     mean,
     open_file,
     questions_of,
     random_zoom_accuracy,
+    sample_traces,
     table,
     targets_hit,
     true_thoughts,
+    write_report,
 )
 from model import (
     MAX_LOGITS,
@@ -214,6 +218,9 @@ def train(policy, reference, dialogue, config, out):
             print_trace(groups[0][0])
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             save_state(policy, optimizers, out, step + 1)
+            traces = {f"step {step + 1}": [traces[0] for traces in groups[:PAGE_TRACES]]}
+            if rank() == 0:
+                write_report(out / "report.html", config, traces, out)
 
 
 def sample_groups(policy, dialogue, config, step):
@@ -261,6 +268,11 @@ def describe_rows(rows):
     """Means over a step's traces. on_target and true_thoughts only where the truth is known."""
     line = {"reward": mean(row["total"] for row in rows),
             "accuracy": mean(row["correct"] for row in rows)}
+    by_question = {}
+    for row in rows:
+        by_question.setdefault(row["id"], []).append(row["correct"])
+    shares = [mean(correct) for correct in by_question.values()]
+    line["accuracy_low"], line["accuracy_high"] = interval(shares)
     for name in ("format", "grounded", "diversity", "zoom_calls"):
         line[name] = mean(row[name] for row in rows)
     line["overlong"] = mean(row["ended"] in OVERLONG for row in rows)
@@ -358,7 +370,7 @@ def drop_rows_after(path, step):
 
 
 CAN_CHANGE = {"resume", "out", "eval_n", "save_every", "micro_tokens", "cache_tokens", "given",
-              "dry_run", "processes"}
+              "dry_run", "processes", "show_trees"}
 
 
 def check_settings(config, out):
@@ -404,8 +416,9 @@ def memory(config, settings):
     """An estimate of the GPU memory of one of world_size() processes, {what for: GiB}.
 
     config: of the checkpoint; settings: a Config. Weights and gradients have 2 bytes a parameter,
-    AdamW's moments 8; a prompt has an image of --max-pixels and 512 tokens of text. A rollout needs
-    all but gradients and activations, an update all but whole weights, keys and values."""
+    AdamW's moments 8; a prompt has an image of --max-pixels and 512 tokens of text. Keys and values
+    are those of --cache-tokens, or of one group at least. A rollout needs all but gradients and
+    activations, an update all but whole weights, keys and values."""
     total, tower = count_parameters(config)
     text, vision, gpus = config.text_config, config.vision_config, world_size()
     trained = total if settings.train_vision else total - tower
@@ -419,7 +432,7 @@ def memory(config, settings):
         "AdamW's moments": 8 * trained / gpus,
         "rollout: whole weights": 2 * trained * (gpus > 1),
         "rollout: keys and values":
-            2 * max(settings.cache_tokens, longest) * column * text.num_hidden_layers,
+            2 * max(settings.cache_tokens or 0, longest) * column * text.num_hidden_layers,
         "update: gradients": 2 * trained / gpus,
         "update: activations":
             update_bytes(text, prompt, settings.group, settings.response_tokens),
@@ -450,6 +463,7 @@ def final_table(config, stages, dialogue, out):
     else:
         questions = questions_of(config, "test", config.eval_n)
     summary, rows, seed = {}, [[*HEADS, "minutes"]], f"test {config.seed}"
+    traces = {}
     for name, path in stages.items():
         policy = load(str(path), **config.input_limits())
         with_tool, without = (evaluate(policy, questions, replace(dialogue, tool=tool), seed,
@@ -458,6 +472,9 @@ def final_table(config, stages, dialogue, out):
         summary[name] = {**vars(with_tool), "accuracy_no_tool": without.accuracy,
                          "minutes": minutes}
         rows.append([*cells(name, with_tool, without), f"{minutes:.1f}"])
+        if rank() == 0:
+            traces[name] = sample_traces(policy, questions, dialogue, seed,
+                                         PAGE_TRACES // len(stages), **config.sampling())
     print(f"\n{len(questions)} held-out questions, temperature {config.temperature:g}:")
     print(table(rows))
     if config.task in TOYS and not config.eval_task:
@@ -467,6 +484,8 @@ def final_table(config, stages, dialogue, out):
               + " / ".join(f"{accuracy:.3f}" for accuracy in blind.values()))
     if rank() == 0:
         write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_report(out / "report.html", config, traces, out, rows)
+        print(f"report: {out / 'report.html'}")
 
 
 def minutes_of(checkpoint):
@@ -517,5 +536,4 @@ def main(given):
 
 
 if __name__ == "__main__":
-    run("train_rl", "Train a visually grounded policy with GRPO. Called with nothing, it makes the "
-        "tiny base, searches for traces, fine-tunes on them, and goes on to GRPO.", main)
+    run("train_rl", __doc__.splitlines()[0], main)

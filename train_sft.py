@@ -407,6 +407,21 @@ def content_of(text):
     return parts
 
 
+def describe_tree(node, above="", depth=0):
+    """A tree as indented text, a node a line: visits, value, and the step that leads to it."""
+    path = "".join(turn.text for turn in node.trace.turns) + node.trace.prefix
+    step = in_a_line(path[len(above):] or node.trace.question.text)
+    lines = [f"{'  ' * depth}{node.visits} visits, value {node.value:.2f}: {step}"]
+    lines += [describe_tree(child, path, depth + 1) for child in node.children]
+    return "\n".join(lines)
+
+
+def in_a_line(text):
+    """Turns' text without tags, and of a zoom call only its point."""
+    text = re.sub(r'\{"name".*?(\[[^\]]*\])\}\}', r"zoom \1", text)
+    return " ".join(re.sub(r"</?\w+>", " ", text).split())[:300]
+
+
 def write_traces(path, chains):
     """chains: [(question, turns' texts)] -> JSON lines that a person can read."""
     lines = []
@@ -1240,16 +1255,23 @@ def make_traces(config, base, out, log):
         roots = search(teacher, [questions[i] for i in mine], dialogue,
                        [f"search {config.seed} {i}" for i in mine], config.sampling(),
                        simulations=config.simulations, log=log)
-        by_question += gather_shares([linearise(root) for root in roots])
+        found = [(linearise(root), describe_tree(root)) for root in roots]
+        by_question += gather_shares(found)
     rng = random.Random(f"chains {config.seed}")
-    chains = []
-    for question, own in zip(questions, by_question, strict=True):
-        chains += [(question, chain) for chain in rng.sample(own, min(config.chains, len(own)))]
+    chains, trees = [], []
+    for question, (own, tree) in zip(questions, by_question, strict=True):
+        taken = rng.sample(own, min(config.chains, len(own)))
+        chains += [(question, chain) for chain in taken]
+        lines = [f"taken: {in_a_line(''.join(chain))}" for chain in taken]
+        trees.append("\n".join([tree, *lines]))
+    if config.show_trees:
+        log("\n\n".join(trees[:config.show_trees]))
     if not chains:
         raise UserError(f"the search found no right trace in {len(questions)} questions; give a "
                         "stronger --teacher or more --search-questions")
     if rank() == 0:
         write_traces(path, chains)
+        write_text(out / "trees.txt", "\n\n".join(trees) + "\n")
     return chains
 
 
@@ -1313,4 +1335,4 @@ def main(given):
 
 
 if __name__ == "__main__":
-    run("train_sft", "Warm start: search for right traces, then fine-tune on them.", main)
+    run("train_sft", __doc__.splitlines()[0], main)

@@ -109,7 +109,7 @@ def test_the_main_job(run_folder):
     folder, output = run_folder
     out = folder / RUN
     for name in ("args.json", "log.jsonl", "traces.jsonl", "summary.json", "state.pt",
-                 "sft/config.json", "rl/config.json"):
+                 "report.html", "sft/config.json", "rl/config.json"):
         assert (out / name).is_file(), name
     assert len(read_rows(out / "log.jsonl")) == 4
     asked = [row["id"] for row in read_rows(out / "traces.jsonl")]
@@ -121,6 +121,7 @@ def test_the_main_job(run_folder):
         assert figures <= set(summary[stage])
     assert "without tool" in output and output.count("step 4/4") == 1
     assert "random-zoom baseline" in output
+    assert output.rstrip().endswith(f"report: {RUN}/report.html")
 
 
 def test_each_checkpoint_keeps_its_dialogue(run_folder):

@@ -5,6 +5,7 @@ import os
 import random
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import model
 from model import (
+    Cache,
     Engine,
     Sequence,
     TrainLayout,
     UserError,
+    free_columns,
     full_tensor,
     invert,
     is_sharded,
@@ -500,3 +503,17 @@ def test_what_cannot_be_loaded_says_so_in_a_line(tmp_path, tiny_folder):
         (cut / file.name).write_bytes(data)
     with pytest.raises(UserError, match="cut"):
         load(str(cut))
+
+
+def test_the_cache_takes_half_of_the_free_memory(policy, monkeypatch):
+    """Guards --cache-tokens without a value: on a GPU the bytes of a column were miscounted, and
+    rollouts ran out of memory or left it idle."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 10**6, 3 * 10**6))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert free_columns(policy) == 262_144
+    config, dtype = policy.text_config, policy.model.dtype
+    cache = Cache(policy, 1, 1, 1, 0)
+    column = sum(x.nbytes for x in cache.prompt)
+    gpu = SimpleNamespace(device=torch.device("cuda", 0), text_config=config,
+                          model=SimpleNamespace(dtype=dtype))
+    assert free_columns(gpu) == 10**6 // column

@@ -75,7 +75,7 @@ def test_each_setting_belongs_to_a_script():
 
 
 @pytest.mark.parametrize("script, family, given, expected", [
-    ("train_rl", "drawn", {}, dict(temperature=1.0, lr=3e-3, group=8, max_pixels=None)),
+    ("train_rl", "drawn", {}, dict(temperature=1.0, lr=6e-3, group=8, max_pixels=None)),
     ("evaluate", "drawn", {}, dict(temperature=1.0, top_p=1.0, crop_half=32, turn_tokens=48)),
     ("evaluate", "search", {}, dict(max_pixels=12_960_000, crop_half=182, crop_size=672,
                                     crop_dot=False, temperature=0.5, top_p=0.99)),
@@ -91,7 +91,7 @@ def test_each_setting_belongs_to_a_script():
                                              optimizer="adamw", diversity=0.2)),
     ("train_rl", "gui", {"model": "a", "mode": "think"}, dict(group=5, clip_norm=1.0, warm_up=0)),
     ("train_rl", "drawn", {"model": "a"}, dict(lr=1e-6, group=8, turn_tokens=48)),
-    ("evaluate", "gui", {"model": "a"}, dict(lr=3e-3, temperature=0.5)),
+    ("evaluate", "gui", {"model": "a"}, dict(lr=6e-3, temperature=0.5)),
 ])
 def test_defaults_by_family_then_evaluation_then_model(script, family, given, expected):
     """Guards the order of PRESETS: what is particular counts more than what is general."""

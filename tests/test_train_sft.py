@@ -179,12 +179,17 @@ def test_trees_are_searched_some_at_a_time(policy, tiny_folder, monkeypatch, tmp
     monkeypatch.setattr(sft, "TREES", 2)
     monkeypatch.setattr(sft, "search", search_some)
     monkeypatch.setattr(sft, "linearise", lambda question: [[answer(question.id)]])
-    config = Config(search_questions=5, seed=3)
-    chains = sft.make_traces(config, tiny_folder, tmp_path, lambda line: None)
+    monkeypatch.setattr(sft, "describe_tree", lambda question: f"tree of {question.id}")
+    config, printed = Config(search_questions=5, seed=3, show_trees=2), []
+    chains = sft.make_traces(config, tiny_folder, tmp_path, printed.append)
     assert [len(block) for block in searched] == [2, 2, 1]
     assert sum(searched, []) == [(f"train-3-{i}", f"search 3 {i}") for i in range(5)]
     assert [turns for _, turns in chains] == [[answer(f"train-3-{i}")] for i in range(5)]
     assert read_traces(tmp_path / "search.jsonl", [question for question, _ in chains]) == chains
+    trees = (tmp_path / "trees.txt").read_text().rstrip("\n").split("\n\n")
+    assert [tree.split("\n")[0] for tree in trees] == [f"tree of train-3-{i}" for i in range(5)]
+    assert all("\ntaken: " in tree for tree in trees)
+    assert printed[-1] == "\n\n".join(trees[:2])
 
 
 # -------------------------------------------------------------------------------------- linearising
@@ -743,6 +748,8 @@ def test_pretraining_ends_with_an_exam(policy, monkeypatch, exams, steps, failur
     marks = sft.pretrain(policy, 8, 0, log=lines.append)
     assert learned == list(range(steps)) and max(rates[8:], default=0) <= 0.4
     assert marks is (GOOD if GOOD in exams else BAD)
+    for layer in policy.model.model.language_model.layers:               # starts from nothing
+        assert not layer.self_attn.o_proj.weight.any() and not layer.mlp.down_proj.weight.any()
     failed = [line for line in lines if "NOT PASSED" in line]
     assert len(failed) == failures
     assert all("NOT PASSED in lists" in line and "dotted" not in line for line in failed)
@@ -842,6 +849,16 @@ def test_muon_takes_the_same_step_as_torchs():
     assert (ours - theirs).norm() < 0.02 * moved
     singular = torch.linalg.svdvals(orthogonalise(grad[None])[0])
     assert singular.min() > 0.3 and singular.max() < 1.3
+
+
+def test_two_steps_leave_small_directions_small():
+    """Guards GRPO's Muon: the strong directions of a gradient get a full step and its noise does
+    not; all steps of the iteration would raise it to the same size."""
+    gradient = torch.diag(torch.tensor([1.0] * 4 + [1e-2] * 4))[None]
+    for steps, weakest, strongest in ((5, 0.6, 1.3), (2, 0.0, 0.1)):
+        singular = torch.linalg.svdvals(orthogonalise(gradient, steps)[0])
+        assert singular[:4].min() > 0.6
+        assert weakest <= singular[4:].min() and singular[4:].max() < strongest
 
 
 def test_rounding_is_right_on_average():
