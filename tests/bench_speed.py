@@ -26,10 +26,12 @@ The vision tower is frozen, and each run encodes its images itself.
     memory    peak of an update on 1, 4 and 8 groups, one group a micro-batch: it grows with the
               longest group only.
 
-What TRL is given: a chat template that renders tool calls (that of Qwen2.5-VL drops them, and TRL
-refuses it), and how to parse them. One method is replaced: what was sampled in a turn is cut to its
-planned length, and all turns but the last end in a zoom call. The trainer learns from a group at a
-time, and so on a CPU do we (or from two): all at once is slower, for both.
+TRL 1.16 runs both steps by itself. It is given a chat template that renders tool calls (it refuses
+that of Qwen2.5-VL, which drops them) and the way to parse them. One of its methods is wrapped: what
+is sampled in a turn is cut to the planned length, and all turns but the last end in a zoom call.
+Prompts and observations have the same tokens as ours, and it is asserted that every response has
+the same length. TRL learns from a group at a time, and so do we on a CPU (or from two): all at once
+is slower, for both. Only the patch embedding, a matrix product, is ours on both sides.
 """
 import argparse
 import copy
@@ -219,13 +221,16 @@ def roll_out(policy, groups):
 
 @contextmanager
 def plain_attention(policy):
-    """Hugging Face's own attention, as a user of transformers has it."""
-    config = policy.model.model.language_model.config
-    config._attn_implementation = "sdpa"
+    """Inside, attention is Hugging Face's own, as a user of transformers has it."""
+    parts = (policy.model.model.language_model, policy.model.model.visual)
+    ours = [part.config._attn_implementation for part in parts]
+    for part in parts:
+        part.config._attn_implementation = "sdpa"
     try:
         yield
     finally:
-        config._attn_implementation = "layout"
+        for part, attention in zip(parts, ours, strict=True):
+            part.config._attn_implementation = attention
         policy.model.model.rope_deltas = None
 
 
@@ -354,6 +359,7 @@ def make_trainer(policy, images, plans, lengths, folder, args):
             return [{"type": "image", "image": crop_of(policy, self.image)}]
 
     class Trainer(GRPOTrainer):
+        """Cuts turns to the planned lengths, and ends all but the last in a zoom call."""
         turn = 0
 
         def _generate_single_turn(self, *inputs, **named):
@@ -370,11 +376,12 @@ def make_trainer(policy, images, plans, lengths, folder, args):
         assert [len(ids) for ids in completion_ids] == lengths
         return [float(i % 2) for i in range(len(lengths))]
 
-    model, tokenizer = copy.deepcopy(policy.model), copy.deepcopy(policy.tokenizer)
-    model.model.language_model.config._attn_implementation = "sdpa"
+    with plain_attention(policy):
+        model = copy.deepcopy(policy.model)
+    tokenizer = copy.deepcopy(policy.tokenizer)
+    tokenizer.response_template = qwen3_template
     template = tokenizer.chat_template.replace("<|im_end|>", "{{ m.tool_calls or '' }}<|im_end|>")
     template = template.replace("m.role", "m.role.replace('tool', 'user')")    # as Qwen's have it
-    tokenizer.response_template = qwen3_template
     text = MESSAGES[0]["content"][1]["text"]
     prompt = [{"role": "user", "content": text}]
     config = GRPOConfig(
