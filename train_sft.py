@@ -19,7 +19,6 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -73,7 +72,6 @@ from model import (
     read_config,
     shard_if_large,
     shard_like,
-    share_work,
     sum_over_processes,
     world_size,
     write_text,
@@ -659,7 +657,7 @@ def make_tiny(folder, strings, *, image_px=SEEN, hidden=96, layers=4, heads=3, v
 
 # --------------------------------------------------------------------- (e) its lessons and its exam
 
-TOWER_STEPS = 800                      # of the vision tower at most
+TOWER_STEPS = 700                      # of the vision tower at most
 TOWER_RATES = (0.02, 5e-3)             # peak learning rates: of Muon, of AdamW
 LANGUAGE_RATES = (0.01, 5e-3)
 BATCH = 16                             # lessons, or images, a step
@@ -1097,7 +1095,7 @@ class Muon(torch.optim.Optimizer):
             grads.append(full_tensor(p.grad))
             momenta.append(full_tensor(momentum))
         ahead = torch.stack(grads).lerp(torch.stack(momenta), group["momentum"])
-        updates = share_work(partial(orthogonalise, steps=group["newton_schulz"]), ahead)
+        updates = orthogonalise(ahead, group["newton_schulz"])
         rows, columns = params[0].shape
         scale = max(1, rows / columns)**0.5
         for p, update in zip(params, updates, strict=True):
