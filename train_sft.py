@@ -657,7 +657,7 @@ def make_tiny(folder, strings, *, image_px=SEEN, hidden=96, layers=4, heads=3, v
 
 # --------------------------------------------------------------------- (e) its lessons and its exam
 
-TOWER_STEPS = 700                      # of the vision tower at most
+TOWER_STEPS = 800                      # of the vision tower at most
 TOWER_RATES = (0.02, 5e-3)             # peak learning rates: of Muon, of AdamW
 LANGUAGE_RATES = (0.01, 5e-3)
 BATCH = 16                             # lessons, or images, a step
