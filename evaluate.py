@@ -609,7 +609,7 @@ def shuffled(n, seed):
 
 # Questions that a process takes at a time: enough to keep a GPU busy; and few, so that several
 # processes have work in a benchmark of some hundred questions, and that a killed run loses little.
-QUESTIONS_A_BLOCK = 64
+QUESTIONS_A_BLOCK = 128
 
 
 @dataclass
@@ -1696,6 +1696,7 @@ def evaluate_task(policy, dialogue, config):
         file = open_file(config.task, config.image_root)
         questions = file.part(config.n or len(file))
     print(describe_config(config, "evaluate"))
+    print(dialogue.describe())
     sample = partial(sample_traces, policy, questions, dialogue, config.seed, PAGE_TRACES,
                      **config.sampling())
     if config.rate:

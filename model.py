@@ -581,10 +581,11 @@ def causal_attention(q, k, v, scale):
 
 class TrainLayout:
     """Tokens (1, N), of each group [prompt | response 1 | ... | response G]. Each response is
-    computed with a copy of its prompt's K/V. lengths: see PackedBatch."""
+    computed with a copy of its prompt's K/V, a single one as its prompt's end. lengths: see
+    PackedBatch."""
 
     def __init__(self, lengths):
-        self.lengths = lengths
+        self.lengths = [[sum(group)] if len(group) == 2 else group for group in lengths]
 
     def __call__(self, layer, q, k, v, scale):
         flat = sum(self.lengths, [])
@@ -933,18 +934,6 @@ def sum_over_processes(numbers):
 def full_tensor(x):
     """A sharded tensor, gathered (all processes have to call it); anything else as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def share_work(function, stack):
-    """`function` of a stack of tensors, which it treats one by one: each process does its share.
-    -> the whole result"""
-    if world_size() == 1:
-        return function(stack)
-    mine = slice(rank(), None, world_size())
-    result = torch.zeros_like(stack)
-    result[mine] = function(stack[mine])
-    dist.all_reduce(result)
-    return result
 
 
 def shard_like(x, parameter):

@@ -587,6 +587,13 @@ class Dialogue:
         """What dialogue.json has."""
         return {name: value for name, value in asdict(self).items() if name not in ("mode", "tool")}
 
+    def describe(self):
+        """The wording in force, to be printed."""
+        parts = self.to_json()
+        prompt = parts.pop("system_prompts").get(self.mode, "(the chat template's own)")
+        return "\n".join(["dialogue:", f"  system prompt: {prompt!r}",
+                          *(f"  {name}: {value!r}" for name, value in parts.items())])
+
     def prompt(self, policy, question):
         """-> the Chunk after which the policy speaks, and the Frames of the question's images."""
         images = question.load()

@@ -16,6 +16,7 @@ nothing, or are left out of loss and statistics (Mini-o3's way; --overlong); of 
 rewards one trace counts, for the penalty alone; the log-probabilities at sampling time are those
 that the engine recorded, so no second pass computes them.
 """
+import gc
 import json
 import math
 import time
@@ -462,9 +463,10 @@ def final_table(config, stages, dialogue, out):
         questions = open_file(config.eval_task, config.image_root, config.eval_n)
     else:
         questions = questions_of(config, "test", config.eval_n)
-    summary, rows, seed = {}, [[*HEADS, "minutes"]], f"test {config.seed}"
-    traces = {}
+    summary, rows, traces = {}, [[*HEADS, "minutes"]], {}
+    seed = f"test {config.seed}"
     for name, path in stages.items():
+        policy = None                               # frees the one before
         policy = load(str(path), **config.input_limits())
         with_tool, without = (evaluate(policy, questions, replace(dialogue, tool=tool), seed,
                                        **config.sampling()) for tool in (True, False))
@@ -525,13 +527,15 @@ def main(given):
     policy = load_trainable(config, out / "sft")
     reference = load_trainable(config, out / "sft") if config.kl else None
     dialogue = make_dialogue(config, str(out / "sft"), policy)
+    print(dialogue.describe())
     train(policy, reference, dialogue, config, out)
     gather(None)                                    # the log is whole
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     minutes = sum(line["seconds"] for line in lines) / 60
     policy.save(out / "rl", notes={"minutes": minutes}, dialogue=dialogue.to_json())
     gather(None)
-    del policy, reference                           # their memory is the table's now
+    del policy, reference
+    gc.collect()                                    # a sharded model is part of cycles
     final_table(config, {"base": base, "sft": out / "sft", "rl": out / "rl"}, dialogue, out)
 
 

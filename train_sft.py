@@ -19,7 +19,6 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -73,7 +72,6 @@ from model import (
     read_config,
     shard_if_large,
     shard_like,
-    share_work,
     sum_over_processes,
     world_size,
     write_text,
@@ -667,7 +665,7 @@ GO_ON = 0.2                            # probability that a dialogue goes on, wh
 INSTRUCTED = 0.8                       # share of dialogues that show all cards of a colour
 ASTRAY = 0.15                          # share of zoom calls to a place of no card
 GUESSES = 0.05                         # share of the other dialogues that answer at once
-PASSES = {"says": 0.98, "target": 0.98, "lists": 0.8}    # least share, by part of the exam
+PASSES = {"says": 0.98, "target": 0.98, "lists": 0.7}    # least share, by part of the exam
 
 TILE = 16                              # px of the model input that a token of the image stands for
 FRAME = Frame((SEEN, SEEN), (SIDE, SIDE))
@@ -1097,7 +1095,7 @@ class Muon(torch.optim.Optimizer):
             grads.append(full_tensor(p.grad))
             momenta.append(full_tensor(momentum))
         ahead = torch.stack(grads).lerp(torch.stack(momenta), group["momentum"])
-        updates = share_work(partial(orthogonalise, steps=group["newton_schulz"]), ahead)
+        updates = orthogonalise(ahead, group["newton_schulz"])
         rows, columns = params[0].shape
         scale = max(1, rows / columns)**0.5
         for p, update in zip(params, updates, strict=True):
