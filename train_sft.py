@@ -177,8 +177,8 @@ def search(policy, questions, dialogue, seeds, sampling, *, simulations=8, width
         for node, reward in rewards:
             node.back_up(reward)
         solved = sum(root.value > 0 for root in roots)
-        log(f"search {simulation + 1}/{simulations}  questions with a right trace {solved}/"
-            f"{len(roots)}  {remaining(started, simulation + 1, simulations)}")
+        log(f"search {simulation + 1}/{simulations}  {solved} of this process's {len(roots)} trees "
+            f"have a right trace  {remaining(started, simulation + 1, simulations)}")
     return roots
 
 
