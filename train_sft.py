@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers.pre_tokenizers import ByteLevel
 from torch.distributed.tensor import DTensor
 from transformers import (
     AddedToken,
@@ -34,6 +33,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from evaluate import (
@@ -623,7 +623,7 @@ def make_tiny(folder, strings, *, image_px=SEEN, hidden=96, layers=4, heads=3, v
 
     strings: single tokens, besides special ones and bytes. image_px: side of the square model
     input, of patches of 8 px, merged 2x2."""
-    alphabet = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
+    alphabet = {character: i for i, character in enumerate(sorted(bytes_to_unicode().values()))}
     tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token="<|im_end|>",
                                pad_token="<|endoftext|>")
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
