@@ -588,11 +588,12 @@ class Dialogue:
         return {name: value for name, value in asdict(self).items() if name not in ("mode", "tool")}
 
     def describe(self):
-        """The wording in force, to be printed."""
+        """The wording in force, to be printed below the settings."""
         parts = self.to_json()
-        prompt = parts.pop("system_prompts").get(self.mode, "(the chat template's own)")
-        return "\n".join(["dialogue:", f"  system prompt: {prompt!r}",
-                          *(f"  {name}: {value!r}" for name, value in parts.items())])
+        parts["system_prompts"] = parts["system_prompts"].get(self.mode, "the chat template's own")
+        text = "dialogue: " + "  ".join(f"{name}={value!r}" for name, value in parts.items())
+        lines = textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ")
+        return "\n".join(lines)
 
     def prompt(self, policy, question):
         """-> the Chunk after which the policy speaks, and the Frames of the question's images."""
