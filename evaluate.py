@@ -7,13 +7,6 @@ Out: accuracy with its interval, with and without the tool, the behaviours that 
 
     python evaluate.py --model runs/toy-search-zoom/rl --task toy-search
     python evaluate.py --model runs/toy-search-zoom/rl --image my.png --question "..." --save a.png
-
-The synthetic task `toy-search` is V*Bench's idea in miniature. Of 4 to 6 coloured cards, 1 to 3
-have the colour that is asked about (the candidates), and exactly one of these bears a pattern.
-Which one it is, and which pattern, cannot be known from the model input: each pattern has a mean
-of zero over every block of 4x4 px, the cards' edges lie on block edges, and the policy gets the
-means of the blocks. So it has to zoom into a candidate, see whether it is plain, and zoom into the
-next.
 """
 import ast
 import base64
@@ -27,7 +20,7 @@ import string
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
 
@@ -37,192 +30,24 @@ from PIL import Image
 from model import Policy, UserError, gather, load, rank, world_size, write_text
 from reward import USAGE, Action, distinct_crops, in_region, option_text, parse_action, score
 from rollout import (
+    FACET,
     OVERLONG,
     POINT,
+    TOYS,
     Config,
     Question,
-    crop_box,
     describe_config,
     draw_trace,
     format_point,
     make_config,
     make_dialogue,
     parse_points,
+    random_zoom_accuracy,
     read_image,
     rollout,
     run,
+    toy,
 )
-
-# -------------------------------------------------------------------------------- synthetic scenes
-
-BLOCK = 4                  # px of the drawing that become one px of the model input
-SIDE = 256                 # px, width and height of the drawing
-CELL, CARD = 64, 40        # px: the cards lie in a 4x4 grid of cells, each moved by one of JITTER
-JITTER = (-12, 0, 12)      # px, in x and in y
-READABLE = 12              # px of a card, in x and in y, in which its pattern can be read
-COLOURS = {"red": (190, 50, 50), "green": (50, 170, 70), "blue": (60, 80, 200),
-           "yellow": (200, 190, 50), "purple": (150, 50, 180), "cyan": (60, 180, 190)}
-CONTRAST = 36
-LEVELS = {"0": 0.0, "+": 1.0, "-": -1.0, "#": 1.5, ".": -0.5}
-
-
-def block(drawing):
-    """16 letters, row by row -> (4, 4), what is added to a card's colour, times CONTRAST."""
-    return np.array([LEVELS[letter] for letter in drawing]).reshape(BLOCK, BLOCK)
-
-
-PATTERNS = {               # each has a mean of zero
-    "plain": block("0000" "0000" "0000" "0000"),
-    "horizontal": block("++++" "++++" "----" "----"),
-    "vertical": block("++--" "++--" "++--" "++--"),
-    "checked": block("++--" "++--" "--++" "--++"),
-    "rising": block("++--" "+--+" "--++" "-++-"),
-    "falling": block("+--+" "++--" "-++-" "--++"),
-    "dotted": block("...." ".##." ".##." "...."),
-}
-ANSWERS = tuple(pattern for pattern in PATTERNS if pattern != "plain")
-NOTHING = "nothing"        # said of a crop that shows no candidate
-QUESTION = ("One", " card bears a pattern. Which?")     # the colour stands between
-
-
-def draw_background():
-    """Red rises to the right, green downwards, in steps of a block: a patch tells its place."""
-    ramp = np.round(np.linspace(-60, 60, SIDE // BLOCK)).repeat(BLOCK)
-    image = np.full((SIDE, SIDE, 3), 127.0)
-    image[..., 0] += ramp
-    image[..., 1] += ramp[:, None]
-    return image.astype(np.uint8)
-
-
-def draw_card(colour, pattern):
-    tile = np.tile(PATTERNS[pattern], (CARD // BLOCK, CARD // BLOCK))
-    return (COLOURS[colour] + CONTRAST * tile[..., None]).astype(np.uint8)
-
-
-BACKGROUND = draw_background()
-CARDS = {face: draw_card(*face) for face in product(COLOURS, PATTERNS)}
-
-
-@dataclass(frozen=True)
-class Card:
-    colour: str
-    pattern: str
-    x: int                 # centre, px of the drawing
-    y: int
-
-    @property
-    def cell(self):
-        """(row, column) in the grid."""
-        return self.y // CELL, self.x // CELL
-
-    def distance(self, point):
-        """From the centre to a point, the larger of both axes, px."""
-        return max(abs(point[0] - self.x), abs(point[1] - self.y))
-
-    def readable_in(self, box):
-        """Whether a crop shows enough of the card."""
-        half = CARD // 2
-        width = min(self.x + half, box[2]) - max(self.x - half, box[0])
-        height = min(self.y + half, box[3]) - max(self.y - half, box[1])
-        return min(width, height) >= READABLE
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What is drawn where. Points and boxes are in px of the drawing."""
-    cards: tuple[Card, ...]
-    colour: str            # the one asked about
-
-    @property
-    def candidates(self):
-        """The cards of the colour asked about, in reading order of their cells."""
-        candidates = [card for card in self.cards if card.colour == self.colour]
-        return sorted(candidates, key=lambda card: card.cell)
-
-    def draw(self):
-        image = BACKGROUND.copy()
-        for card in self.cards:
-            top, left = card.y - CARD // 2, card.x - CARD // 2
-            image[top:top + CARD, left:left + CARD] = CARDS[card.colour, card.pattern]
-        return Image.fromarray(image)
-
-    def card_at(self, point):
-        """The card under a point, or None."""
-        return next((card for card in self.cards if card.distance(point) <= CARD // 2), None)
-
-    def cells(self):
-        """The 16 cells of the grid in reading order: the card in each, or None."""
-        cards = {card.cell: card for card in self.cards}
-        return [cards.get(divmod(number, 4)) for number in range(16)]
-
-    def contains(self, point):
-        """Whether a point lies on a candidate."""
-        card = self.card_at(point)
-        return card is not None and card.colour == self.colour
-
-    def shown(self, box):
-        """The candidates that can be read in a crop, the most central first."""
-        middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-        readable = [card for card in self.candidates if card.readable_in(box)]
-        return sorted(readable, key=lambda card: card.distance(middle))
-
-    def face_in(self, box):
-        """What is true of a crop: the pattern of the most central candidate, or "nothing"."""
-        shown = self.shown(box)
-        return shown[0].pattern if shown else NOTHING
-
-    def describes(self, thought, box):
-        """Whether a thought names what a crop shows, and no other pattern."""
-        words = set(re.findall(r"\w+", thought.lower()))
-        return words & {*PATTERNS, NOTHING} == {self.face_in(box)}
-
-
-def place_cards(rng, faces):
-    """(colour, pattern) pairs -> Cards in different cells of the grid."""
-    cards = []
-    for (colour, pattern), cell in zip(faces, rng.sample(range(16), len(faces)), strict=True):
-        x = cell % 4 * CELL + CELL // 2 + rng.choice(JITTER)
-        y = cell // 4 * CELL + CELL // 2 + rng.choice(JITTER)
-        cards.append(Card(colour, pattern, x, y))
-    return tuple(cards)
-
-
-def search_scene(rng, colour=None, candidates=None):
-    """4 to 6 cards, the first of which bears the pattern; 1, 2 or 3 of them (in one, two and three
-    cases of six) are candidates."""
-    colour = colour or rng.choice(list(COLOURS))
-    candidates = candidates or rng.choice((1, 2, 2, 3, 3, 3))
-    faces = [(colour, rng.choice(ANSWERS))] + [(colour, "plain")] * (candidates - 1)
-    others = [other for other in COLOURS if other != colour]
-    for _ in range(rng.randint(4, 6) - candidates):
-        faces.append((rng.choice(others), rng.choice(list(PATTERNS))))
-    return Scene(place_cards(rng, faces), colour)
-
-
-def toy_search(split, seed, index):
-    """Question number `index` of a split ("train", "validation", "test"); each (split, seed, index)
-    has random numbers of its own."""
-    scene = search_scene(random.Random(f"toy-search {split} {seed} {index}"))
-    return Question(f"{QUESTION[0]} {scene.colour}{QUESTION[1]}", [scene.draw],
-                    scene.cards[0].pattern, id=f"{split}-{seed}-{index}",
-                    category=str(len(scene.candidates)), scene=scene)
-
-
-TOYS = {"toy-search": toy_search}
-
-
-def random_zoom_accuracy(questions, dialogue, zoom_calls, seed=0):
-    """The random-zoom baseline: the accuracy of a player who zooms at random points, knows the
-    answer where a crop shows it, and else guesses one of ANSWERS."""
-    rng = random.Random(seed)
-    right = 0.0
-    for question in questions:
-        points = [(rng.randrange(SIDE), rng.randrange(SIDE)) for _ in range(zoom_calls)]
-        boxes = [crop_box((SIDE, SIDE), point, dialogue.crop_half) for point in points]
-        shown = any(question.scene.cards[0].readable_in(box) for box in boxes)
-        right += 1 if shown else 1 / len(ANSWERS)
-    return right / len(questions)
-
 
 # ----------------------------------------------------------------- data sets: how a row is answered
 
@@ -316,7 +141,6 @@ def scored_by(text, answer, label=False):
 # A reader makes a Question of a row, with the row's own names of images. An answer that needs the
 # image's size is a function of it. Sources: the data cards and the evaluation code of each.
 
-FACET = " | "    # between the parts of a category, "mobile | text": scores are given by each part
 PLATFORMS = {"ios": "mobile", "android": "mobile", "windows": "desktop", "macos": "desktop"}
 ASKS_FOR_SHARES = re.compile(r"\s*Your answer should be formatted as a list of tuples.*", re.S)
 # of BLINK in a row's id, of V*Bench in its image's folder
@@ -588,7 +412,7 @@ def questions_of(config, split, n, first=0):
     Of a file, in an order that the seed decides, a tenth is held out as the split "test"; the
     others come again after the last."""
     if config.task in TOYS:
-        return [TOYS[config.task](split, config.seed, index) for index in range(first, first + n)]
+        return [toy(config.task, split, config.seed, index) for index in range(first, first + n)]
     file = open_file(config.task, config.image_root)
     if len(file) < 2:
         raise UserError(f"{config.task}: one question is too few to train on; give a larger file")
@@ -670,9 +494,12 @@ def on_target(question, point):
 
 
 def targets_hit(trace):
-    """Of each zoom call that was answered, whether its point is on target; empty where that is not
-    known."""
-    points = [trace.frames[0].to_original(point) for point in trace.zoom_points]
+    """Of each zoom call that was answered (in the modes of one turn: of each point in the thought),
+    whether it is on target; empty where that is not known."""
+    pointed = trace.zoom_points
+    if trace.mode != "zoom":
+        pointed = [point for turn in trace.turns for point in turn.points]
+    points = [trace.frames[0].to_original(point) for point in pointed]
     hits = [on_target(trace.question, point) for point in points]
     return [hit for hit in hits if hit is not None]
 
@@ -1347,12 +1174,13 @@ def write_drawings(config):
     lines = ""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(config.n or 5):
-        question = TOYS[config.draw]("test", config.seed, index)
-        name = f"{question.id}.png"
-        question.load()[0].save(folder / name)
-        row = {"problem": question.text, "answer": question.answer, "images": [name]}
+        question = toy(config.draw, "test", config.seed, index)
+        names = [f"{question.id}{letter}.png" for letter in ("", "-later")[:len(question.images)]]
+        for name, image in zip(names, question.load(), strict=True):
+            image.save(folder / name)
+        row = {"problem": question.text, "answer": str(question.answer), "images": names}
         lines += json.dumps(row) + "\n"
-        print(f"{folder / name}: {question.text} ({question.answer})")
+        print(f"{folder / names[0]}: {question.text} ({question.answer})")
     write_text(folder / "questions.jsonl", lines)
 
 
@@ -1715,8 +1543,7 @@ def evaluate_task(policy, dialogue, config):
         show_trace(policy, dialogue, config, questions[0], f"evaluation {config.seed} 0")
     print_report(config, figures, no_tool)
     if config.task in TOYS:
-        baseline = [f"{random_zoom_accuracy(questions, dialogue, n):.3f}" for n in (0, 1, 4)]
-        print("random-zoom baseline, 0 / 1 / 4 zoom calls:", " / ".join(baseline))
+        print(describe_baseline(blind_accuracy(questions, dialogue)))
     if config.report and rank() == 0:
         rows = [HEADS, cells(Path(config.task).stem, figures, no_tool)]
         folder = Path(config.model).parent
@@ -1727,6 +1554,19 @@ def evaluate_task(policy, dialogue, config):
         if no_tool or not config.tool:
             summary["accuracy_no_tool"] = (no_tool or figures).accuracy
         write_text(config.json, json.dumps(summary, indent=1) + "\n")
+
+
+def blind_accuracy(questions, dialogue):
+    """Of synthetic questions -> {number of random zoom calls: accuracy of a player who sees nothing
+    else}"""
+    calls = (0, 1, 4) if dialogue.mode == "zoom" else (0,)
+    return {n: random_zoom_accuracy(questions, dialogue, n) for n in calls}
+
+
+def describe_baseline(blind):
+    """A line such as "random-zoom baseline, 0 / 1 / 4 crops: 0.167 / 0.250 / 0.412"."""
+    accuracies = " / ".join(f"{accuracy:.3f}" for accuracy in blind.values())
+    return f"random-zoom baseline, {' / '.join(map(str, blind))} crops: {accuracies}"
 
 
 def settings_of(config, dialogue, n):

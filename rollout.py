@@ -31,13 +31,15 @@ import time
 import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
@@ -63,7 +65,7 @@ class Config:
 
     # train_sft, train_rl, evaluate: the policy and its task
     model: str = ""                    # checkpoint folder or hub id; none: the tiny base, made here
-    task: str = "toy-search"           # a synthetic task, or a file of questions
+    task: str = "toy-search"           # toy-search, toy-spatial, toy-gui, or a file of questions
     image_root: str = ""               # folder that a file's images are named from
     family: Literal[FAMILIES] | None = None    # kind of task, for the defaults (known by the task)
     mode: Literal[MODES] = "zoom"      # how the policy answers
@@ -94,7 +96,7 @@ class Config:
     train_vision: bool = False         # train the vision tower too
 
     # train_sft, train_rl: warm start
-    base_steps: int = 1100             # pretraining steps of the tiny base before its exam
+    base_steps: int = 1300             # pretraining steps of the tiny base before its exam
     teacher: str = ""                  # checkpoint that searches for traces (the policy itself)
     traces: str = ""                   # fine-tune on this file of traces instead of searching
     export: str = ""                   # also write the traces in the release's form, crops as files
@@ -103,7 +105,8 @@ class Config:
     simulations: int = 8               # of the tree search, a question
     chains: int = 2                    # traces kept a question at most
     show_trees: int = 0                # search trees to print
-    sft_steps: int | None = 30         # steps of fine-tuning (none: one pass over the traces)
+    backtrack: bool = True             # also traces that correct a wrong one (--no-backtrack)
+    sft_steps: int | None = 30         # steps of fine-tuning; 0: GRPO starts from the base
     sft_batch: int = 32                # traces a step
     sft_lr: float = 5e-4               # peak learning rate, AdamW
 
@@ -159,6 +162,7 @@ GUI = dict(max_pixels=4_194_304, response_tokens=3072, crop_half=50, crop_size=3
 PRESETS = {
     "real": dict(turn_tokens=1024, response_tokens=4608, cache_tokens=None,
                  crop_half=182, crop_size=672),
+    "toy-spatial": dict(mode="grounded"),
     "spatial": dict(max_pixels=4_194_304),
     "search": dict(max_pixels=2_850_000),
     "gui": GUI,
@@ -189,8 +193,8 @@ def presets_of(config, family, script):
 
 def make_config(given, family, script):
     """The Config in force: the defaults, PRESETS over them, over these what was given by flags."""
-    values = {}
-    for name in presets_of(Config(**given), family, script):
+    values = dict(PRESETS.get(given.get("task"), {}))
+    for name in presets_of(Config(**(values | given)), family, script):
         values |= PRESETS.get(name, {})
     config = Config(**{**values, **given, "family": family, "given": tuple(sorted(given))})
     if script != "evaluate" and config.temperature == 0:
@@ -198,7 +202,8 @@ def make_config(given, family, script):
                         "nothing to learn; give one above 0")
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top-p {config.top_p}: must be above 0 and at most 1")
-    least = {"seed": -math.inf, "max_crops": 0, "warm_up": 0, "group": 2, "show_trees": 0}
+    least = {"seed": -math.inf, "max_crops": 0, "warm_up": 0, "group": 2, "show_trees": 0,
+             "sft_steps": 0}
     for name, value in vars(config).items():
         if type(value) is int and value < least.get(name, 1):
             raise UserError(f"--{flag_of(name)} {value}: must be at least {least.get(name, 1)}")
@@ -281,6 +286,9 @@ def describe_config(config, script):
 
 MAX_IMAGE_PIXELS = 2**27    # of a file, refused before it is decoded: 384 MiB in memory
 Image.MAX_IMAGE_PIXELS = None    # our own check, below, is an error and not a warning
+
+
+FACET = " | "    # between the parts of a category, "mobile | text": scores are given by each part
 
 
 @dataclass(eq=False)
@@ -796,6 +804,340 @@ def draw_trace(trace, width=768):
         ImageDraw.Draw(sheet).text((x + 6, y + 4), str(number), fill="white", font_size=20,
                                    stroke_width=2, stroke_fill="black")
     return sheet
+
+
+# -------------------------------------------------------------------------------- synthetic scenes
+
+# Three tasks in miniature, on drawings of which the truth is known. All are drawn with cards: a
+# colour, and a pattern that only a crop shows, for each pattern has a mean of zero over every block
+# of 4x4 px, the cards' edges lie on block edges, and the policy gets the means of the blocks.
+#
+# toy-search (V*Bench): of 4 to 6 cards, 1 to 3 have the colour asked about, the candidates; one of
+# these bears a pattern. Which? The policy has to zoom into a candidate, and, where it is plain,
+# into the next.
+# toy-spatial (SAT-2, BLINK): where is one card, seen from another; or, of two images, where has a
+# card moved to? All of it can be seen in the images.
+# toy-gui (ScreenSpot): a screen with windows, buttons in them and icons beside. The answer is a
+# point on the element asked for. Its colour will do where it is alone; of several alike, the
+# pattern decides, and has to be zoomed into.
+
+BLOCK = 4                  # px of the drawing that become one px of the model input
+SIDE = 256                 # px, width and height of the drawing
+CELL = 64                  # px: the cards lie in a 4x4 grid of cells, each moved by one of JITTER
+JITTER = (-12, 0, 12)      # px, in x and in y
+CARD = 40                  # px, width and height of a card, or of an icon
+BUTTON = (56, 32)          # px, width and height
+READABLE = 12              # px of a card, in x and in y, in which its pattern can be read
+COLOURS = {"red": (190, 50, 50), "green": (50, 170, 70), "blue": (60, 80, 200),
+           "yellow": (200, 190, 50), "purple": (150, 50, 180), "cyan": (60, 180, 190)}
+CONTRAST = 36
+LEVELS = {"0": 0.0, "+": 1.0, "-": -1.0, "#": 1.5, ".": -0.5}
+
+
+def block(drawing):
+    """16 letters, row by row -> (4, 4), what is added to a card's colour, times CONTRAST."""
+    return np.array([LEVELS[letter] for letter in drawing]).reshape(BLOCK, BLOCK)
+
+
+PATTERNS = {               # each has a mean of zero
+    "plain": block("0000" "0000" "0000" "0000"),
+    "horizontal": block("++++" "++++" "----" "----"),
+    "vertical": block("++--" "++--" "++--" "++--"),
+    "checked": block("++--" "++--" "--++" "--++"),
+    "rising": block("++--" "+--+" "--++" "-++-"),
+    "falling": block("+--+" "++--" "-++-" "--++"),
+    "dotted": block("...." ".##." ".##." "...."),
+}
+ANSWERS = tuple(pattern for pattern in PATTERNS if pattern != "plain")
+NOTHING = "nothing"        # said of a crop that shows no candidate
+DIRECTIONS = ("left", "right", "above", "below")
+# What is asked: colours and a pattern stand between.
+SEARCH = ("One", " card bears a pattern. Which?")
+RELATION = ("Where is the", " card, seen from the", " card?")
+MOVED = ("Where is the", " card now, seen from its old place?")
+CLICK = ("Click the", " element.")
+CLICK_ALIKE = ("Click the", " element that is ", ".")
+
+
+def draw_background():
+    """Red rises to the right, green downwards, in steps of a block: a patch tells its place."""
+    ramp = np.round(np.linspace(-60, 60, SIDE // BLOCK)).repeat(BLOCK)
+    image = np.full((SIDE, SIDE, 3), 127.0)
+    image[..., 0] += ramp
+    image[..., 1] += ramp[:, None]
+    return image.astype(np.uint8)
+
+
+def draw_face(colour, pattern):
+    """What a card is cut from, (CELL, CELL, 3)."""
+    tile = np.tile(PATTERNS[pattern], (CELL // BLOCK, CELL // BLOCK))
+    return (COLOURS[colour] + CONTRAST * tile[..., None]).astype(np.uint8)
+
+
+BACKGROUND = draw_background()
+FACES = {face: draw_face(*face) for face in product(COLOURS, PATTERNS)}
+
+
+def draw_window(image, box):
+    """A frame and a title bar with three buttons; inside, the ground is bluer."""
+    left, top, right, bottom = box
+    image[top:bottom, left:right] = 60, 64, 76
+    inside = slice(top + 2 * BLOCK, bottom - BLOCK), slice(left + BLOCK, right - BLOCK)
+    image[inside] = BACKGROUND[inside] + np.array([0, 0, 48], np.uint8)
+    for i, colour in enumerate(((230, 90, 80), (230, 190, 70), (100, 200, 90))):
+        x = left + (2 * i + 1) * BLOCK
+        image[top + BLOCK // 2:top + BLOCK // 2 + BLOCK, x:x + BLOCK] = colour
+
+
+@dataclass(frozen=True)
+class Card:
+    colour: str
+    pattern: str
+    x: int                 # centre, px of the drawing
+    y: int
+    width: int = CARD
+    height: int = CARD
+
+    @property
+    def cell(self):
+        """(row, column) in the grid."""
+        return self.y // CELL, self.x // CELL
+
+    @property
+    def box(self):
+        """(left, top, right, bottom), px of the drawing."""
+        return (self.x - self.width // 2, self.y - self.height // 2,
+                self.x + self.width // 2, self.y + self.height // 2)
+
+    def contains(self, point):
+        return (abs(point[0] - self.x) <= self.width // 2
+                and abs(point[1] - self.y) <= self.height // 2)
+
+    def distance(self, point):
+        """From the centre to a point, the larger of both axes, px."""
+        return max(abs(point[0] - self.x), abs(point[1] - self.y))
+
+    def readable_in(self, box):
+        """Whether a crop shows enough of the card."""
+        left, top, right, bottom = self.box
+        width = min(right, box[2]) - max(left, box[0])
+        height = min(bottom, box[3]) - max(top, box[1])
+        return min(width, height) >= READABLE
+
+    def direction_from(self, other):
+        """Where it lies, seen from another card: one of DIRECTIONS, or None where that is not
+        plain."""
+        dx, dy = self.x - other.x, self.y - other.y
+        if abs(dx) >= 2 * abs(dy):
+            return "left" if dx < 0 else "right"
+        if abs(dy) >= 2 * abs(dx):
+            return "above" if dy < 0 else "below"
+        return None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is drawn where. Points and boxes are in px of the drawing.
+
+    colour: asked about, and `other`, too, where two cards are. moved: where the first card lies in
+    a second image. windows: boxes."""
+    cards: tuple[Card, ...]
+    colour: str
+    other: str = ""
+    moved: Card | None = None
+    windows: tuple = ()
+
+    @property
+    def candidates(self):
+        """The cards of the colour asked about, in reading order of their cells."""
+        candidates = [card for card in self.cards if card.colour == self.colour]
+        return sorted(candidates, key=lambda card: card.cell)
+
+    @property
+    def named(self):
+        """The cards of a spatial question, in its order; a card that moved in both places."""
+        if self.moved:
+            return [self.cards[0], self.moved]
+        return [card for card in self.cards[:2] if self.other]
+
+    def draw(self):
+        image = BACKGROUND.copy()
+        for window in self.windows:
+            draw_window(image, window)
+        for card in self.cards:
+            left, top, right, bottom = card.box
+            face = FACES[card.colour, card.pattern]
+            image[top:bottom, left:right] = face[:card.height, :card.width]
+        return Image.fromarray(image)
+
+    def draw_later(self):
+        """The second image: the first card has moved."""
+        return replace(self, cards=(self.moved, *self.cards[1:])).draw()
+
+    def card_at(self, point):
+        """The card under a point, or None."""
+        return next((card for card in self.cards if card.contains(point)), None)
+
+    def cells(self):
+        """The 16 cells of the grid in reading order: the card in each, or None."""
+        cards = {card.cell: card for card in self.cards}
+        return [cards.get(divmod(number, 4)) for number in range(16)]
+
+    def contains(self, point):
+        """Whether a point lies on what is asked about, in either image."""
+        return any(card.contains(point) for card in [*self.candidates, *self.named])
+
+    def shown(self, box):
+        """The candidates that can be read in a crop, the most central first."""
+        middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        readable = [card for card in self.candidates if card.readable_in(box)]
+        return sorted(readable, key=lambda card: card.distance(middle))
+
+    def face_in(self, box):
+        """What is true of a crop: the pattern of the most central candidate, or "nothing"."""
+        shown = self.shown(box)
+        return shown[0].pattern if shown else NOTHING
+
+    def describes(self, thought, box):
+        """Whether a thought names what a crop shows, and no other pattern."""
+        words = set(re.findall(r"\w+", thought.lower()))
+        return words & {*PATTERNS, NOTHING} == {self.face_in(box)}
+
+
+def place_cards(rng, faces, windows=()):
+    """(colour, pattern) pairs -> Cards in different cells of the grid; in a window, buttons."""
+    cards = []
+    for (colour, pattern), cell in zip(faces, rng.sample(range(16), len(faces)), strict=True):
+        x = cell % 4 * CELL + CELL // 2
+        y = cell // 4 * CELL + CELL // 2
+        dx, dy = rng.choice(JITTER), rng.choice(JITTER)
+        if any(in_box((x, y), window) for window in windows):
+            cards.append(Card(colour, pattern, x, y + abs(dy), *BUTTON))    # below the title
+        else:
+            cards.append(Card(colour, pattern, x + dx, y + dy))
+    return tuple(cards)
+
+
+def in_box(point, box):
+    return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
+
+
+def search_scene(rng, colour=None, candidates=None):
+    """4 to 6 cards, the first of which bears the pattern; 1, 2 or 3 of them (in one, two and three
+    cases of six) are candidates."""
+    colour = colour or rng.choice(list(COLOURS))
+    candidates = candidates or rng.choice((1, 2, 2, 3, 3, 3))
+    faces = [(colour, rng.choice(ANSWERS))] + [(colour, "plain")] * (candidates - 1)
+    faces += other_faces(rng, colour, candidates)
+    return Scene(place_cards(rng, faces), colour)
+
+
+def other_faces(rng, colour, fewer):
+    """4 to 6 cards, less `fewer`, of any colour but one."""
+    others = [other for other in COLOURS if other != colour]
+    return [(rng.choice(others), rng.choice(list(PATTERNS)))
+            for _ in range(rng.randint(4, 6) - fewer)]
+
+
+def relation_scene(rng, direction):
+    """4 to 6 cards of different colours; seen from the second, the first lies in `direction`."""
+    colours = rng.sample(list(COLOURS), rng.randint(4, 6))
+    faces = [(colour, rng.choice(list(PATTERNS))) for colour in colours]
+    while True:
+        cards = place_cards(rng, faces)
+        if cards[0].direction_from(cards[1]) == direction:
+            return Scene(cards, colours[0], colours[1])
+
+
+def moved_scene(rng, direction):
+    """The same, in two images: the first card moves to where the second one was to lie."""
+    scene = relation_scene(rng, direction)
+    first, second, *others = scene.cards
+    old = replace(first, x=second.x, y=second.y)
+    return Scene((old, *others), first.colour, moved=first)
+
+
+def windows_of(rng):
+    """Boxes of one or two windows, two or three cells wide and high."""
+    windows = []
+    for _ in range(rng.randint(1, 2)):
+        columns, rows = rng.randint(2, 3), rng.randint(2, 3)
+        left, top = rng.randint(0, 4 - columns), rng.randint(0, 4 - rows)
+        box = left, top, left + columns, top + rows
+        windows.append(tuple(number * CELL for number in box))
+    return tuple(windows)
+
+
+def screen_scene(rng):
+    """4 to 6 elements; 1 to 3 have the colour of the first, each with a pattern of its own."""
+    colour = rng.choice(list(COLOURS))
+    candidates = rng.choice((1, 2, 3))
+    faces = [(colour, pattern) for pattern in rng.sample(ANSWERS, candidates)]
+    windows = windows_of(rng)
+    cards = place_cards(rng, faces + other_faces(rng, colour, candidates), windows)
+    return Scene(cards, colour, windows=windows)
+
+
+def ask_search(rng):
+    scene = search_scene(rng)
+    return Question(f"{SEARCH[0]} {scene.colour}{SEARCH[1]}", [scene.draw], scene.cards[0].pattern,
+                    category=str(len(scene.candidates)), scene=scene)
+
+
+def ask_spatial(rng):
+    direction = rng.choice(DIRECTIONS)
+    if rng.random() < 0.5:
+        scene = relation_scene(rng, direction)
+        text = f"{RELATION[0]} {scene.colour}{RELATION[1]} {scene.other}{RELATION[2]}"
+        return Question(text, [scene.draw], direction, category="relation", scene=scene)
+    scene = moved_scene(rng, direction)
+    return Question(f"{MOVED[0]} {scene.colour}{MOVED[1]}", [scene.draw, scene.draw_later],
+                    direction, category="moved", scene=scene)
+
+
+def ask_screen(rng):
+    scene = screen_scene(rng)
+    target = scene.cards[0]
+    alike = len(scene.candidates) > 1
+    text = f"{CLICK[0]} {scene.colour}{CLICK[1]}"
+    if alike:
+        text = (f"{CLICK_ALIKE[0]} {scene.colour}{CLICK_ALIKE[1]}{target.pattern}"
+                f"{CLICK_ALIKE[2]}")
+    kind = "icon" if target.width == CARD else "button"
+    return Question(text, [scene.draw], target.box, "point", scene=scene,
+                    category=f"{kind}{FACET}{'alike' if alike else 'alone'}")
+
+
+TOYS = {"toy-search": ask_search, "toy-spatial": ask_spatial, "toy-gui": ask_screen}
+
+
+def toy(task, split, seed, index):
+    """Question number `index` of a split ("train", "validation", "test"); each (split, seed, index)
+    has random numbers of its own."""
+    question = TOYS[task](random.Random(f"{task} {split} {seed} {index}"))
+    question.id = f"{split}-{seed}-{index}"
+    return question
+
+
+def chance(question):
+    """The probability that a guess is right: of a pattern, of a direction, of the elements that
+    are alike."""
+    if question.kind == "point":
+        return 1 / len(question.scene.candidates)
+    return 1 / len(DIRECTIONS if question.scene.named else ANSWERS)
+
+
+def random_zoom_accuracy(questions, dialogue, zoom_calls, seed=0):
+    """The random-zoom baseline: the accuracy of a player who zooms at random points, knows the
+    answer where a crop shows it, and else guesses."""
+    rng = random.Random(seed)
+    right = 0.0
+    for question in questions:
+        points = [(rng.randrange(SIDE), rng.randrange(SIDE)) for _ in range(zoom_calls)]
+        boxes = [crop_box((SIDE, SIDE), point, dialogue.crop_half) for point in points]
+        shown = any(question.scene.cards[0].readable_in(box) for box in boxes)
+        right += 1 if shown else chance(question)
+    return right / len(questions)
 
 
 # --------------------------------------------------------------------------------- running a script

@@ -10,11 +10,12 @@ Each process samples and learns from its own share of the questions, and all mak
 
 Kept of GRPO (DeepSeekMath; as the paper uses it): G traces a question, advantages relative to their
 group, clipped probability ratios (0.2 below, 0.28 above, a second clip at 3 for negative
-advantages), a KL penalty to the SFT model by the k3 estimator inside the loss, mean over tokens.
-Changed: one denominator for the whole update, whatever the micro-batches; overlong traces earn
-nothing, or are left out of loss and statistics (Mini-o3's way; --overlong); of a group with equal
-rewards one trace counts, for the penalty alone; the log-probabilities at sampling time are those
-that the engine recorded, so no second pass computes them.
+advantages), a KL penalty to the SFT model inside the loss, mean over tokens.
+Changed: the penalty is estimated by k2, not k3 (see `grpo_loss`); one denominator for the whole
+update, whatever the micro-batches; overlong traces earn nothing, or are left out of loss and
+statistics (Mini-o3's way; --overlong); of a group with equal rewards one trace counts, for the
+penalty alone; the log-probabilities at sampling time are those that the engine recorded, so no
+second pass computes them.
 """
 import gc
 import json
@@ -30,14 +31,14 @@ from transformers import AutoModelForImageTextToText
 from evaluate import (
     HEADS,
     PAGE_TRACES,
-    TOYS,
+    blind_accuracy,
     cells,
+    describe_baseline,
     evaluate,
     interval,
     mean,
     open_file,
     questions_of,
-    random_zoom_accuracy,
     sample_traces,
     table,
     targets_hit,
@@ -64,7 +65,7 @@ from model import (
     write_text,
 )
 from reward import MULTI_TURN, SINGLE_TURN, score
-from rollout import OVERLONG, describe_config, make_dialogue, rollout, run
+from rollout import OVERLONG, TOYS, describe_config, make_dialogue, rollout, run
 from train_sft import (
     configure_training,
     folder_of,
@@ -111,8 +112,10 @@ def grpo_loss(new, old, ref, advantages, *, kl, clip_low=0.2, clip_high=0.28, du
 
     new, old, ref: log-probabilities under the policy, at sampling time, and under the reference
     model (None: no penalty). Clipped surrogate: max(-A * ratio, -A * clip(ratio)), for negative A
-    at most -A * dual_clip; penalty: k3 = exp(d) - d - 1 with d = ref - new. The caller divides by
-    the number of tokens of the whole update."""
+    at most -A * dual_clip. Penalty: d^2 / 2 with d = ref - new (k2), whose gradient on the policy's
+    own samples is on average that of the KL divergence. That of exp(d) - d - 1 (k3, the paper's)
+    is not, and grows with exp(d), so that few tokens make a step; as a value it is the better
+    estimate, and is logged. The caller divides by the number of tokens of the whole update."""
     ratio = (new - old).exp()
     surrogate = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -122,9 +125,8 @@ def grpo_loss(new, old, ref, advantages, *, kl, clip_low=0.2, clip_high=0.28, du
             "drift": (new - old).abs().sum().item()}
     if ref is not None:
         d = ref - new
-        k3 = d.exp() - d - 1
-        loss = loss + kl * k3
-        sums["kl"] = k3.sum().item()
+        loss = loss + kl * d.square() / 2
+        sums["kl"] = (d.exp() - d - 1).sum().item()
     return loss.sum(), sums
 
 
@@ -480,10 +482,8 @@ def final_table(config, stages, dialogue, out):
     print(f"\n{len(questions)} held-out questions, temperature {config.temperature:g}:")
     print(table(rows))
     if config.task in TOYS and not config.eval_task:
-        blind = {calls: random_zoom_accuracy(questions, dialogue, calls) for calls in (0, 1, 4)}
-        summary["random_zoom"] = blind
-        print("random-zoom baseline, 0 / 1 / 4 crops: "
-              + " / ".join(f"{accuracy:.3f}" for accuracy in blind.values()))
+        summary["random_zoom"] = blind = blind_accuracy(questions, dialogue)
+        print(describe_baseline(blind))
     if rank() == 0:
         write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
         write_report(out / "report.html", config, traces, out, rows)

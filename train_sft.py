@@ -36,26 +36,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from evaluate import (
-    ANSWERS,
-    BLOCK,
-    CARDS,
-    CELL,
-    COLOURS,
-    JITTER,
-    NOTHING,
-    PATTERNS,
-    QUESTION,
-    SIDE,
-    Scene,
-    Unusable,
-    configure,
-    mean,
-    place_cards,
-    questions_of,
-    scored_by,
-    search_scene,
-)
+from evaluate import Unusable, configure, mean, questions_of, scored_by
 from model import (
     Chunk,
     Policy,
@@ -78,11 +59,29 @@ from model import (
 )
 from reward import is_correct, score
 from rollout import (
+    ANSWERS,
+    BLOCK,
+    CELL,
+    CLICK,
+    CLICK_ALIKE,
+    COLOURS,
+    DIRECTIONS,
+    FACES,
+    JITTER,
+    MOVED,
+    NOTHING,
+    PATTERNS,
     POINT,
+    RELATION,
+    SEARCH,
+    SIDE,
     Dialogue,
     Frame,
     Question,
+    Scene,
     Trace,
+    ask_screen,
+    ask_spatial,
     continue_traces,
     crop_box,
     describe_config,
@@ -91,9 +90,13 @@ from rollout import (
     make_dialogue,
     parse_points,
     parse_turn,
+    place_cards,
     read_image,
     rollout,
     run,
+    search_scene,
+    toy,
+    windows_of,
     zoom,
 )
 
@@ -277,9 +280,10 @@ BACKTRACK = "That was not it. "        # before a right rollout that follows a w
 SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 
 
-def linearise(root, min_distance=10):
+def linearise(root, backtrack=True, min_distance=10):
     """The chains of a tree, lists of turns' texts, the shortest first and none twice: of each node,
-    every right rollout, and every wrong one that a right one corrects (paper: warm start)."""
+    every right rollout, and, where `backtrack` is set, every wrong one that a right one corrects
+    (paper: warm start)."""
     join = join_turns if root.trace.mode == "zoom" else join_steps
     chains = []
     for node in root.walk():
@@ -288,7 +292,7 @@ def linearise(root, min_distance=10):
         wrong = [trace for trace in ended if not is_correct(trace)]
         for trace in right:
             chains.append([turn.text for turn in trace.turns])
-        for bad, good in product(wrong, right):
+        for bad, good in product(wrong if backtrack else (), right):
             chains.append(join(node, bad, good, min_distance))
     unique = dict.fromkeys(tuple(chain) for chain in chains if chain)
     return sorted(map(list, unique), key=lambda chain: sum(map(len, chain)))
@@ -611,8 +615,9 @@ def tiny_strings():
             for slash in ("", "/")]
     grammar = [TINY.before_crop, TINY.after_crop, f"</think>\n{before}[", f"]{after}",
                "</think>\n<answer>", "system\n", "user\n", "assistant\n"]
-    words = [*TINY_PROMPTS.values(), *QUESTION, *SHOW, LIST, " Card ", "Card ", " at (", ", ", ").",
-             " None.", "Nothing.", ":", BACKTRACK]
+    questions = SHOW + SEARCH + RELATION + MOVED + CLICK + CLICK_ALIKE + DIRECTIONS
+    words = [*TINY_PROMPTS.values(), *dict.fromkeys(questions), LIST, " Card ", "Card ", " at (",
+             ", ", ").", " None.", "Nothing.", ":", BACKTRACK]
     colours = [f" {colour}" for colour in COLOURS]
     patterns = [f"{pattern.capitalize()}." for pattern in PATTERNS]
     return tags + grammar + words + colours + list(PATTERNS) + patterns
@@ -657,15 +662,20 @@ def make_tiny(folder, strings, *, image_px=SEEN, hidden=96, layers=4, heads=3, v
 
 # --------------------------------------------------------------------- (e) its lessons and its exam
 
-TOWER_STEPS = 800                      # of the vision tower at most
+TOWER_STEPS = 1200                     # of the vision tower at most
 TOWER_RATES = (0.02, 5e-3)             # peak learning rates: of Muon, of AdamW
 LANGUAGE_RATES = (0.01, 5e-3)
 BATCH = 16                             # lessons, or images, a step
 GO_ON = 0.2                            # probability that a dialogue goes on, whatever a crop showed
-INSTRUCTED = 0.8                       # share of dialogues that show all cards of a colour
+INSTRUCTED = 0.7                       # share of dialogues that show all cards of a colour
 ASTRAY = 0.15                          # share of zoom calls to a place of no card
-GUESSES = 0.05                         # share of the other dialogues that answer at once
-PASSES = {"says": 0.98, "target": 0.98, "lists": 0.7}    # least share, by part of the exam
+GUESSES = 0.05                         # share of the other dialogues that answer at once, blindly
+LESSON_MODES = ("direct", "think", *["grounded"] * 4)    # of lessons of one turn
+AT_ONCE = 0.3                          # share of those on screens that answer without a zoom call
+IN_WINDOWS = 0.3                       # share of the tower's drawings that have windows
+# The least share of right marks, by part of the exam.
+PASSES = {"says": 0.98, "target": 0.98, "relation": 0.98, "moved": 0.98, "screen": 0.98,
+          "lists": 0.7}
 
 TILE = 16                              # px of the model input that a token of the image stands for
 FRAME = Frame((SEEN, SEEN), (SIDE, SIDE))
@@ -684,24 +694,26 @@ def face_truth(colour, pattern):
     return (list(COLOURS).index(colour), list(PATTERNS).index(pattern), UNASKED, UNASKED, UNASKED)
 
 
-def overview(scene):
-    """The drawing as the tiny base sees it: the means of its blocks, as by the box filter of its
+def overview(draw):
+    """A drawing as the tiny base sees it: the means of its blocks, as by the box filter of its
     image processor."""
-    return scene.draw().reduce(SIDE // SEEN)
+    return draw().reduce(SIDE // SEEN)
 
 
-def mixed_scene(rng, fewest=4, most=9, copies=(1, 2, 3, 3)):
-    """`fewest` to `most` cards, of each colour as many as a draw from `copies` says."""
+def mixed_scene(rng, fewest=4, most=9, copies=(1, 2, 3, 3), in_windows=0.0):
+    """`fewest` to `most` cards, of each colour as many as a draw from `copies` says; with
+    probability `in_windows` there are windows, too."""
     colours = []
     for colour in rng.sample(list(COLOURS), 6):
         colours += [colour] * rng.choice(copies)
     colours = colours[:rng.randint(fewest, most)]
     faces = [(colour, rng.choice(("plain", *PATTERNS))) for colour in colours]
-    return Scene(place_cards(rng, faces), colours[0])
+    windows = windows_of(rng) if rng.random() < in_windows else ()
+    return Scene(place_cards(rng, faces, windows), colours[0], windows=windows)
 
 
 def patterned(rng, colour=None, candidates=None):
-    """A scene as the questions have, but any candidate may bear a pattern, or all, or none."""
+    """A scene as toy-search has, but any candidate may bear a pattern, or all, or none."""
     scene = search_scene(rng, colour, candidates)
     new = {}
     for card in scene.candidates:
@@ -721,7 +733,7 @@ def tile_truths(rng):
             pattern = rng.choice(list(PATTERNS))
             y = rng.randrange(0, BLOCK, step)
             x = rng.randrange(0, BLOCK, step)
-            face = CARDS[colour, pattern][y:y + TILE, x:x + TILE]
+            face = FACES[colour, pattern][y:y + TILE, x:x + TILE]
             image[top:top + TILE, left:left + TILE] = face
             truths.append(face_truth(colour, pattern))
     return Image.fromarray(image), truths
@@ -730,7 +742,7 @@ def tile_truths(rng):
 def cell_truths(rng):
     """-> an overview of many cards, and of each of its tokens the numbers of its CLASSES; the
     pattern cannot be seen in it."""
-    scene = mixed_scene(rng, 9, 16)
+    scene = mixed_scene(rng, 9, 16, in_windows=IN_WINDOWS)
     seen = []
     truths = []
     for card in scene.cells():
@@ -741,13 +753,13 @@ def cell_truths(rng):
         place = PLACES.index(card.x), PLACES.index(card.y)
         truths.append((colour, UNASKED, *place, seen.count(colour)))
         seen.append(colour)
-    return overview(scene), truths
+    return overview(scene.draw), truths
 
 
 def crop_truths(rng):
     """-> a crop near a card, and of each of its tokens the numbers of its CLASSES: of what fills
     it, a card or the ground."""
-    scene = mixed_scene(rng)
+    scene = mixed_scene(rng, in_windows=IN_WINDOWS)
     card = rng.choice(scene.cards)
     point = card.x + rng.randint(-24, 24), card.y + rng.randint(-24, 24)
     left, top, right, bottom = box = crop_box((SIDE, SIDE), point, SEEN // 2)
@@ -808,10 +820,10 @@ class Lesson(Sequence):
     """A pretraining sequence as it is written: text that is learned, text that is only read, and
     images."""
 
-    def __init__(self, policy, system, user, image):
-        super().__init__(policy.prompt([{"role": "system", "content": system},
-                                        {"role": "user", "content": content_of("<image>" + user)}],
-                                       [image]))
+    def __init__(self, policy, mode, user, *images):
+        content = content_of("<image>" * len(images) + user)
+        super().__init__(policy.prompt([{"role": "system", "content": TINY_PROMPTS[mode]},
+                                        {"role": "user", "content": content}], images))
         self.policy = policy
 
     def write(self, text, learned=True):
@@ -833,7 +845,7 @@ def lesson_list(policy, rng, share=1.0):
     """Locate: list the cards of every colour, in reading order, and say where there is none (or no
     more)."""
     scene = mixed_scene(rng, **list_kind(share))
-    lesson = Lesson(policy, TINY_PROMPTS["grounded"], LIST, overview(scene))
+    lesson = Lesson(policy, "grounded", LIST, overview(scene.draw))
     present = {card.colour for card in scene.cards}
     absent = [colour for colour in COLOURS if colour not in present]
     colours = sorted(present) + absent[:1]
@@ -864,13 +876,31 @@ def lesson_read(policy, rng, share=1.0):
     for card in rng.sample(scene.cards, min(4, len(scene.cards))):
         point = card.x + rng.randint(-16, 16), card.y + rng.randint(-16, 16)
         crop = zoom(drawing, point, SEEN // 2, SEEN)
-        user = f"{QUESTION[0]} {card.colour}{QUESTION[1]}"
+        user = f"{SEARCH[0]} {card.colour}{SEARCH[1]}"
         if lesson:
             lesson.show("<image>" + user, crop)
         else:
-            lesson = Lesson(policy, TINY_PROMPTS["direct"], user, crop)
+            lesson = Lesson(policy, "direct", user, crop)
         lesson.write(f"<answer>{card.pattern}</answer>")
     return lesson.end_turn()
+
+
+def lesson_answer(policy, rng, share=1.0):
+    """The modes of one turn, with answers that are not sensible: names what is asked about, with or
+    without its place, or nothing; then answers with any direction, or points at the first of the
+    candidates, whichever is asked for."""
+    mode = rng.choice(LESSON_MODES)
+    question = rng.choice((ask_spatial, ask_screen))(rng)
+    scene = question.scene
+    cards = scene.named or scene.candidates[:1]
+    points = [FRAME.to_input((card.x, card.y)) for card in cards]
+    lesson = Lesson(policy, mode, question.text, *(overview(image) for image in question.images))
+    if mode == "grounded":
+        lesson.write(f"<think>{' '.join(map(card_text, (1, 2), points))}</think>\n")
+    elif mode == "think":
+        lesson.write(f"<think>{' '.join(f'Card {n}.' for n, _ in enumerate(cards, 1))}</think>\n")
+    answer = rng.choice(DIRECTIONS) if scene.named else format_point(points[0])
+    return lesson.write(f"<answer>{answer}</answer>").end_turn()
 
 
 def lesson_dialogue(policy, rng, share=1.0):
@@ -880,18 +910,25 @@ def lesson_dialogue(policy, rng, share=1.0):
     it missed) with probability GO_ON, and otherwise answers, if need be with any pattern. So the
     base learns the grammar, where cards are and what a crop shows, but not when to go on. Where a
     zoom call goes astray its point is not learned: the base learns to say that nothing is there."""
-    instructed = rng.random() < INSTRUCTED
-    before, after = SHOW if instructed else QUESTION
-    colour = rng.choice(list(COLOURS))
-    count = rng.choice((1, 2, 3, 3))
-    scene = patterned(rng, colour, count)
+    kind = rng.choices((SHOW, SEARCH, CLICK), (INSTRUCTED, *[(1 - INSTRUCTED) / 2] * 2))[0]
+    if kind is CLICK:
+        question = ask_screen(rng)
+        scene, text = question.scene, question.text
+    else:
+        scene = patterned(rng, candidates=rng.choice((1, 2, 3, 3)))
+        text = f"{kind[0]} {scene.colour}{kind[1]}"
     drawing = scene.draw()
     candidates = scene.candidates
-    lesson = Lesson(policy, TINY_PROMPTS["zoom"], f"{before} {colour}{after}", overview(scene))
-    if not instructed and rng.random() < GUESSES:
+    lesson = Lesson(policy, "zoom", text, overview(scene.draw))
+    anything = rng.choice(ANSWERS)
+    if kind is CLICK:
+        anything = format_point(FRAME.to_input((candidates[0].x, candidates[0].y)))
+    if kind is not SHOW and rng.random() < GUESSES:
         lesson.write(TINY.forced_answer, learned=False)
-        lesson.write(f"{rng.choice(ANSWERS)}</answer>")
-        return lesson.end_turn()
+        return lesson.write(f"{anything}</answer>").end_turn()
+    if kind is CLICK and rng.random() < AT_ONCE:
+        thought = f"Card 1 at {anything}."
+        return lesson.write(f"<think>{thought}</think>\n<answer>{anything}</answer>").end_turn()
     number = 0
     thought = ""
     for turn in range(4):
@@ -910,11 +947,15 @@ def lesson_dialogue(policy, rng, share=1.0):
         face = scene.face_in(crop_box(drawing.size, point, SEEN // 2))
         thought = f"{face.capitalize()}. "
         more = face == NOTHING or number + 1 < len(candidates)
-        if turn == 3 or not more or not (instructed or rng.random() < GO_ON):
+        if turn == 3 or not more or not (kind is SHOW or rng.random() < GO_ON):
             break
         if face != NOTHING:
             number += 1
-    answer = face if face in ANSWERS else rng.choice(ANSWERS)
+    answer = anything
+    if kind is CLICK and face != NOTHING:
+        answer = format_point(spot)
+    elif face in ANSWERS:
+        answer = face
     lesson.write(f"<think>{thought.strip()}</think>\n<answer>{answer}</answer>")
     return lesson.end_turn()
 
@@ -927,9 +968,10 @@ def shifted(point, rng):
 
 def lesson_mix(share):
     """The lessons of a step at `share` of pretraining: lists first, then ever more dialogues."""
-    dialogues = 0 if share < 0.15 else 6 if share < 0.4 else 10
-    lists = BATCH - 1 - dialogues
-    return [lesson_read] + [lesson_dialogue] * dialogues + [lesson_list] * lists
+    answers, dialogues = (0, 0) if share < 0.15 else (3, 5) if share < 0.4 else (3, 8)
+    lists = BATCH - 1 - answers - dialogues
+    return ([lesson_read] + [lesson_answer] * answers + [lesson_dialogue] * dialogues
+            + [lesson_list] * lists)
 
 
 def pretrain(policy, steps, seed, *, log=print):
@@ -986,7 +1028,8 @@ def exam(policy, seed, n=1024):
     -> {part: share}
 
     says PATTERN: thoughts after a crop of such a card that name its pattern; target 1, 2, 3: first,
-    second and third zoom calls that lie on the first, second and third candidate; lists: the
+    second and third zoom calls that lie on the first, second and third candidate; relation, moved,
+    screen: traces of the mode `grounded` that point at what is asked about, and answer; lists: the
     probability with which all cards of a scene are listed without a mistake."""
     questions = []
     seeds = []
@@ -998,6 +1041,15 @@ def exam(policy, seed, n=1024):
     marks = []                                               # (part, right or wrong)
     for trace, in rollout(policy, questions, TINY, 1, seeds, turn_tokens=48, response_tokens=288):
         marks += examine(trace)
+    asked = []
+    for task in ("toy-spatial", "toy-gui"):
+        for i in range(rank(), n // 4, world_size()):
+            seeds.append(f"exam {task} {seed} {i}")
+            asked.append(toy(task, "exam", seed, i))
+    grounded = replace(TINY, mode="grounded")
+    for trace, in rollout(policy, asked, grounded, 1, seeds[len(questions):], turn_tokens=48):
+        name = "screen" if trace.question.kind == "point" else trace.question.category
+        marks.append((name, names_cards(trace)))
     for i in range(rank(), n // 8, world_size()):
         lesson = lesson_list(policy, random.Random(f"exam list {seed} {i}"))
         with torch.no_grad():
@@ -1006,7 +1058,7 @@ def exam(policy, seed, n=1024):
     for name, mark in sum(gather(marks), []):
         by_part[name].append(mark)
     names = ["lists", *(f"says {pattern}" for pattern in PATTERNS), "target 1", "target 2",
-             "target 3"]
+             "target 3", "relation", "moved", "screen"]
     return {name: mean(by_part[name]) for name in names}     # 0 for what it never did
 
 
@@ -1023,6 +1075,19 @@ def examine(trace):
     for number, (card, target) in enumerate(zip(shown, scene.candidates, strict=False), 1):
         marks.append((f"target {number}", card is target))
     return marks
+
+
+def names_cards(trace):
+    """Whether a trace of the mode `grounded` points at what is asked about, in order, and answers
+    by a direction, right or wrong, or by a point on a candidate."""
+    scene = trace.question.scene
+    points = [trace.frames[0].to_original(point) for point in trace.turns[0].points]
+    answer = trace.answer or ""
+    if scene.named:
+        on_cards = [card.contains(point) for card, point in zip(scene.named, points, strict=False)]
+        return on_cards == [True, True] and answer in DIRECTIONS
+    points += [trace.frames[0].to_original(point) for point in parse_points(answer)]
+    return len(points) == 2 and all(map(scene.contains, points))
 
 
 # ---------------------------------------------------------------------- (f) optimizers and schedule
@@ -1253,7 +1318,7 @@ def make_traces(config, base, out, log):
         roots = search(teacher, [questions[i] for i in mine], dialogue,
                        [f"search {config.seed} {i}" for i in mine], config.sampling(),
                        simulations=config.simulations, log=log)
-        found = [(linearise(root), describe_tree(root)) for root in roots]
+        found = [(linearise(root, config.backtrack), describe_tree(root)) for root in roots]
         by_question += gather_shares(found)
     rng = random.Random(f"chains {config.seed}")
     chains, trees = [], []
@@ -1294,6 +1359,12 @@ def warm_start(config, log):
     base = make_base(config, log)
     if gather((out / "sft").is_dir())[0]:
         log(f"sft: {out / 'sft'} is there")
+        return base
+    if config.sft_steps == 0:
+        policy = load(base, **config.input_limits())
+        dialogue = make_dialogue(config, base, policy)
+        policy.save(out / "sft", notes={"minutes": 0.0}, dialogue=dialogue.to_json())
+        gather(None)
         return base
     started = time.time()
     chains = make_traces(config, base, out, log)

@@ -68,10 +68,10 @@ from transformers import (
     TrainerCallback,
 )
 
-from evaluate import table, toy_search
+from evaluate import table
 from model import Chunk, Engine, Policy, Sequence, load, micro_batches
 from reward import score
-from rollout import Config, make_dialogue, rollout
+from rollout import Config, make_dialogue, rollout, toy
 from train_rl import grpo_loss, set_advantages, train_step
 from train_sft import make_optimizers, make_tiny, tiny_strings
 
@@ -614,7 +614,7 @@ def share_outside(_, folder, args, rng):
         started = time.perf_counter()
         for name in ("hidden", "choose", "features"):
             setattr(policy, name, timed(getattr(policy, name)))
-        questions = [toy_search("train", args.seed, step * 16 + i) for i in range(16)]
+        questions = [toy("toy-search", "train", args.seed, step * 16 + i) for i in range(16)]
         seeds = [question.id for question in questions]
         groups = list(rollout(policy, questions, dialogue, GROUP, seeds, **config.sampling()))
         for name in ("hidden", "choose", "features"):

@@ -12,8 +12,7 @@ from conftest import ROOT, in_processes, launch, read_to_end, run_in
 from PIL import Image
 from transformers.modeling_utils import load_state_dict
 
-from evaluate import toy_search
-from rollout import format_call
+from rollout import format_call, toy
 from train_sft import TINY, card_text, write_traces
 
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -59,7 +58,7 @@ def script_traces(path, n):
     where no base can search yet."""
     chains = []
     for index in range(n):
-        question = toy_search("train", 0, index)
+        question = toy("toy-search", "train", 0, index)
         turns, thought = [], ""
         for number, card in enumerate(question.scene.candidates, 1):
             point = card.x / 4, card.y / 4
@@ -318,7 +317,7 @@ def test_single_turn_traces_become_zoom_calls(run_folder, call):
     folder, _ = run_folder
     chains = []
     for index in range(4):
-        question = toy_search("train", 0, index)
+        question = toy("toy-search", "train", 0, index)
         steps = [f"A card at ({c.x // 4}, {c.y // 4})." for c in question.scene.candidates]
         chains.append((question, [answer_turn(" ".join([*steps, "So."]), question.answer)]))
     write_traces(folder / "single.jsonl", chains)

@@ -1,7 +1,6 @@
 """The task toy-search is honest, and the figures are what they say."""
 import json
 import math
-import random
 import sys
 
 import numpy as np
@@ -10,121 +9,41 @@ from conftest import in_processes
 
 import evaluate as evaluation
 from evaluate import (
-    ANSWERS,
-    CARD,
-    SIDE,
-    Card,
-    Scene,
     behaviours,
     evaluate,
     interval,
     official_rule,
     questions_of,
-    random_zoom_accuracy,
     read_records,
     record_of,
     report,
-    search_scene,
     summarise,
     table,
     targets_hit,
-    toy_search,
     true_thoughts,
 )
 from model import UserError, load, rank
 from rollout import (
+    ANSWERS,
+    SIDE,
+    Card,
     Config,
     Dialogue,
     Frame,
     Question,
+    Scene,
     Trace,
     Turn,
     crop_box,
     draw_trace,
     format_call,
+    format_point,
     parse_turn,
+    toy,
 )
 from train_sft import replay
 
-# --------------------------------------------------------------------------------- synthetic scenes
-
-
-def test_the_answer_is_not_in_what_the_policy_first_sees(policy):
-    """Guards the honesty of toy-search: whatever the patterns, and whichever card bears one, the
-    model input is the same, bit by bit."""
-    rng = random.Random(0)
-    for _ in range(30):
-        scene = search_scene(rng)
-        shuffled = [card.pattern for card in scene.cards]
-        rng.shuffle(shuffled)
-        others = [rng.choice(ANSWERS) for _ in scene.cards]
-        for patterns in (["plain"] * len(scene.cards), shuffled, others):
-            cards = tuple(Card(card.colour, pattern, card.x, card.y)
-                          for card, pattern in zip(scene.cards, patterns, strict=True))
-            one, other = policy.picture(scene.draw()), policy.picture(Scene(cards, "").draw())
-            assert one.image.tobytes() == other.image.tobytes()
-
-
-def test_a_crop_shows_the_answer():
-    """Guards the task from being impossible: the patterns differ in a crop."""
-    crops = set()
-    for pattern in ("plain", *ANSWERS):
-        scene = Scene((Card("red", pattern, 96, 96),), "red")
-        crop = scene.draw().crop(crop_box((SIDE, SIDE), (96, 96), 32))
-        crops.add(np.asarray(crop).tobytes())
-    assert len(crops) == 7
-
-
-def test_scenes():
-    """Guards the task's promise: 4 to 6 cards apart from each other, 1 to 3 candidates, exactly one
-    of them with a pattern."""
-    counts = set()
-    for index in range(300):
-        question = toy_search("test", 0, index)
-        scene = question.scene
-        patterned, = (card for card in scene.candidates if card.pattern != "plain")
-        assert patterned.pattern == question.answer and scene.colour in question.text
-        assert 4 <= len(scene.cards) <= 6
-        for i, card in enumerate(scene.cards):
-            for middle in (card.x, card.y):
-                assert CARD // 2 <= middle <= SIDE - CARD // 2
-            assert all(card.distance((other.x, other.y)) >= CARD for other in scene.cards[:i])
-        counts.add(len(scene.candidates))
-    assert counts == {1, 2, 3}
-    in_order = sorted(scene.candidates, key=lambda card: (card.y // 64, card.x // 64))
-    assert scene.candidates == in_order
-
-
-def test_scenes_stay_what_they_were():
-    """Guards figures measured earlier: a seed gives the same drawing, to the pixel."""
-    question = toy_search("test", 0, 0)
-    image = np.asarray(question.load()[0]).astype(int)
-    assert (question.text, question.answer) == SEED_0[:2]
-    assert [(card.x, card.y) for card in question.scene.cards] == SEED_0[2]
-    assert image.sum(axis=(0, 1)).tolist() == SEED_0[3]
-
-
-SEED_0 = ("One cyan card bears a pattern. Which?", "dotted",
-          [(44, 224), (212, 236), (108, 96), (32, 108), (160, 224)], [8187072, 7966112, 8411072])
-
-
-def test_splits_do_not_overlap():
-    """Guards held-out questions: no drawing of one split is in another."""
-    drawings = {split: {toy_search(split, 0, i).scene for i in range(500)}
-                for split in ("train", "validation", "test")}
-    assert not drawings["train"] & drawings["test"]
-    assert not drawings["train"] & drawings["validation"]
-    assert toy_search("test", 0, 3).scene == toy_search("test", 0, 3).scene
-    assert toy_search("test", 0, 3).scene != toy_search("test", 1, 3).scene
-
-
-def test_the_random_zoom_baseline():
-    """Guards the yardstick: without a zoom call the chance of a guess, more with more of them, far
-    from certain."""
-    questions = ask_for(400)
-    none, one, four = (random_zoom_accuracy(questions, Dialogue(), n) for n in (0, 1, 4))
-    assert none == pytest.approx(1 / 6) and none < one < four < 0.6
-
+# ------------------------------------------------------------------------------- what a scene knows
 
 # One red card with a pattern, a plain one, and a blue one, in the middle of three cells.
 SCENE = Scene((Card("red", "dotted", 32, 32), Card("red", "plain", 160, 32),
@@ -241,6 +160,19 @@ def test_targets(policy):
     assert trace.frames[0] == Frame((64, 64), size) and targets_hit(trace) == [True, False]
     question.kind, question.answer = "string", "red"
     assert targets_hit(trace) == [] and report([[record_of(0, trace)]]).on_target is None
+
+
+def test_points_of_a_single_turn_are_targets(policy):
+    """Guards on_target in the mode `grounded`: each point of the thought, on a card that is asked
+    about or not; a card that moved may be pointed at in both places."""
+    question = toy("toy-spatial", "test", 0, 1)
+    old, new = question.scene.named
+    assert question.scene.moved is new
+    other = question.scene.cards[1]
+    places = [format_point((card.x / 4, card.y / 4)) for card in (old, new, other)]
+    text = f"<think>{' '.join(f'Card at {place}.' for place in places)}</think>\n<answer>x</answer>"
+    trace = replay(policy, Dialogue("grounded"), question, [text])
+    assert targets_hit(trace) == [True, True, False]
 
 
 def written(*texts, mode="zoom"):

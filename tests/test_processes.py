@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import load_state_dict
 
 import model
-from evaluate import toy_search
 from model import (
     UserError,
     average_gradients,
@@ -25,7 +24,7 @@ from model import (
     unsharded,
     world_size,
 )
-from rollout import Config, processes_to_start, read_command_line, rollout
+from rollout import Config, processes_to_start, read_command_line, rollout, toy
 from train_rl import restore, save_state, train_step
 from train_sft import TINY, fine_tune, make_optimizers
 
@@ -51,7 +50,7 @@ def load_two(folder, kind):
 
 def some_groups(policy):
     """Traces of five questions, with advantages; of one question there is nothing to learn."""
-    questions = [toy_search("train", 0, i) for i in range(5)]
+    questions = [toy("toy-search", "train", 0, i) for i in range(5)]
     with unsharded(policy):
         groups = list(rollout(policy, questions, TINY, 3, range(5), turn_tokens=8,
                               response_tokens=40))
@@ -207,7 +206,7 @@ def test_gradients_of_replicated_weights_are_averaged():
 def sample(folder, out):
     """The tokens and log-probabilities of this process's share of some questions, to a file."""
     policy = load(folder, device="cpu")
-    questions = [toy_search("train", 0, i) for i in range(5)]
+    questions = [toy("toy-search", "train", 0, i) for i in range(5)]
     mine = slice(rank(), None, world_size())
     groups = rollout(policy, questions[mine], TINY, 2, range(5)[mine], turn_tokens=12,
                      response_tokens=90)

@@ -17,7 +17,7 @@ import train_rl
 import train_sft as sft
 from evaluate import fleiss_kappa, picture_uri, visible
 from model import UserError
-from rollout import Config, Frame, Question, Trace, crop_box, format_call, parse_turn
+from rollout import TOYS, Config, Frame, Question, Trace, crop_box, format_call, parse_turn, toy
 
 HOSTILE = "</script><script>document.title = 'broken'</script><img src=x onerror=alert(1)>\"'&" \
           "<!-- \x00\x07\u202eright to left\u2066\u2028\u2029 ]]> \ud800 {DATA}"
@@ -47,7 +47,7 @@ def drawn_traces(answers, points=((11, 56),)):
     """A trace with an answer for each of the first questions of toy-search."""
     traces = []
     for index, answer in enumerate(answers):
-        question = evaluation.toy_search("test", 0, index)
+        question = toy("toy-search", "test", 0, index)
         right = question.answer if answer else "nothing"
         calls = [call_turn(point) for point in points]
         traces.append(make_trace(question, *calls, answer_turn(right)))
@@ -121,7 +121,7 @@ def test_a_page_needs_nothing_else(report):
 def test_points_are_numbered_where_they_are():
     """Points of the model input were drawn as if they were of the image; a zoom call counted as a
     second point beside that of its thought."""
-    question = evaluation.toy_search("test", 0, 0)
+    question = toy("toy-search", "test", 0, 0)
     trace = make_trace(question, call_turn((11, 56)), call_turn((60, 2)), call_turn((11, 56)),
                        answer_turn("dotted", "At (99, -5)."))
     case, = evaluation.describe_cases({"rl": [trace]})
@@ -200,7 +200,7 @@ def test_pictures_are_small():
         assert len(uri) < max(most, 2_000) * 4 / 3 + 40
         width, height = image_of(uri).size
         assert abs(width / height - 1500 / 900) < 0.1
-    drawing = evaluation.toy_search("test", 0, 0).load()[0]
+    drawing = toy("toy-search", "test", 0, 0).load()[0]
     assert np.array_equal(image_of(picture_uri(drawing, 45_000)), drawing)    # sharp
 
 
@@ -276,15 +276,19 @@ def test_ratings_of_different_pages(tmp_path):
 
 # -------------------------------------------------------------------------------------- the scripts
 
-def test_drawings_are_questions(tmp_path, capsys):
+@pytest.mark.parametrize("task", TOYS)
+def test_drawings_are_questions(tmp_path, capsys, task):
     """The pictures that --draw writes could not be asked about without typing them in."""
-    evaluation.main({"draw": "toy-search", "n": 2, "out": str(tmp_path / "drawn")})
-    assert "test-0-1.png: One red card" in capsys.readouterr().out
+    evaluation.main({"draw": task, "n": 4, "out": str(tmp_path / "drawn")})
     file = evaluation.read_questions(tmp_path / "drawn" / "questions.jsonl")
+    printed = capsys.readouterr().out
     for index, question in enumerate(file.questions):
-        drawn = evaluation.toy_search("test", 0, index)
+        drawn = toy(task, "test", 0, index)
+        assert f"test-0-{index}.png: {drawn.text} ({drawn.answer})" in printed
         assert (question.text, question.answer) == (drawn.text, drawn.answer)
-        assert np.array_equal(question.load()[0], drawn.load()[0])
+        assert question.kind == drawn.kind
+        for read, made in zip(question.load(), drawn.load(), strict=True):
+            assert np.array_equal(read, made)
     with pytest.raises(UserError, match="--out"):
         evaluation.main({"draw": "toy-search"})
 
@@ -309,7 +313,7 @@ def test_evaluate_writes_both_pages(tiny_folder, tmp_path, monkeypatch):
 
 def test_nothing_to_rate(tmp_path):
     """A page without steps is empty; the reason is said."""
-    question = evaluation.toy_search("test", 0, 0)
+    question = toy("toy-search", "test", 0, 0)
     with pytest.raises(UserError, match="no trace has a point"):
         evaluation.write_rating_page(tmp_path / "page.html", Config(),
                                      [make_trace(question, answer_turn("dotted"))])
@@ -317,7 +321,7 @@ def test_nothing_to_rate(tmp_path):
 
 def test_a_tree_as_text():
     """A tree whose steps repeat the whole path cannot be read."""
-    question = evaluation.toy_search("test", 0, 0)
+    question = toy("toy-search", "test", 0, 0)
     paths = [make_trace(question, *texts, ended="") for texts in (
         [], [call_turn((11, 56))], [call_turn((11, 56)), answer_turn("dotted")])]
     root = sft.Node(paths[0])

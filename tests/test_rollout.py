@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 import rollout as rollout_module
-from evaluate import hint_for, toy_search
+from evaluate import hint_for
 from model import UserError
 from rollout import (
     MODES,
@@ -31,6 +31,7 @@ from rollout import (
     parse_turn,
     read_image,
     rollout,
+    toy,
     zoom,
 )
 from train_sft import TINY
@@ -381,7 +382,7 @@ def test_a_trace_does_not_depend_on_what_runs_beside_it(policy):
     """Guards random numbers that belong to questions: whichever others are asked, in whatever
     order, and however many run at a time, a question with its seed gets the same traces, token by
     token; with another seed it gets others."""
-    questions = [toy_search("train", 0, i) for i in range(5)]
+    questions = [toy("toy-search", "train", 0, i) for i in range(5)]
 
     def traces(numbers, seed="a", **limits):
         numbers = list(numbers)
@@ -518,7 +519,7 @@ def test_rows_that_do_not_say_what_is_wanted_get_a_hint(policy, question, kind, 
 def test_drawn_questions_are_asked_as_before(policy):
     """Guards trained tiny checkpoints: the tokens of a drawn question's prompt are its text and the
     images, nothing else."""
-    drawn = toy_search("test", 0, 0)
+    drawn = toy("toy-search", "test", 0, 0)
     content = [{"type": "image"}, {"type": "text", "text": drawn.text}]
     messages = [{"role": "system", "content": TINY.system_prompts["zoom"]},
                 {"role": "user", "content": content}]

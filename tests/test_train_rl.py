@@ -7,9 +7,8 @@ import torch
 from transformers import AutoConfig, Qwen2_5_VLConfig
 
 import train_rl
-from evaluate import toy_search
 from model import UserError, load
-from rollout import Config, Dialogue, describe_config, rollout
+from rollout import Config, Dialogue, describe_config, rollout, toy
 from train_rl import group_advantages, grpo_loss, split_for_updates, train_step
 
 
@@ -60,15 +59,32 @@ def test_the_clipped_loss(ratio, advantage, expected, gradient):
 
 
 def test_the_kl_penalty():
-    """Guards k3 = exp(d) - d - 1 with d = ref - new, inside the loss."""
+    """Guards k2 = d^2 / 2 inside the loss and k3 = exp(d) - d - 1 in the log, d = ref - new."""
     new = torch.tensor([-1.0], requires_grad=True)
     ref = torch.tensor([-1.5])
     loss, sums = grpo_loss(new, new.detach(), ref, torch.zeros(1), kl=0.1)
     loss.backward()
-    k3 = math.exp(-0.5) + 0.5 - 1
-    assert loss.item() == pytest.approx(0.1 * k3, abs=1e-6)
-    assert sums["kl"] == pytest.approx(k3, abs=1e-6)
-    assert new.grad.item() == pytest.approx(0.1 * (1 - math.exp(-0.5)), abs=1e-6)
+    assert loss.item() == pytest.approx(0.1 * 0.5**2 / 2, abs=1e-6)
+    assert sums["kl"] == pytest.approx(math.exp(-0.5) + 0.5 - 1, abs=1e-6)
+    assert new.grad.item() == pytest.approx(0.1 * 0.5, abs=1e-6)
+
+
+def test_the_gradient_of_the_kl_penalty_is_that_of_the_kl_divergence():
+    """Guards why the penalty is k2: averaged over the policy's own samples its gradient is that of
+    KL(policy || reference), computed from the whole distributions."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, generator=generator, requires_grad=True)
+    ref = torch.randn(5, generator=generator).log_softmax(0)
+    new = logits.log_softmax(0)
+    divergence = (new.exp() * (new - ref)).sum()
+    wanted, = torch.autograd.grad(divergence, logits, retain_graph=True)
+    found = torch.zeros(5)
+    for token, probability in enumerate(new.exp().tolist()):
+        one = slice(token, token + 1)
+        loss, _ = grpo_loss(new[one], new[one].detach(), ref[one], torch.zeros(1), kl=1.0)
+        gradient, = torch.autograd.grad(loss, logits, retain_graph=True)
+        found += probability * gradient
+    torch.testing.assert_close(found, wanted)
 
 
 # ------------------------------------------------------------------------------------- the update
@@ -87,7 +103,7 @@ class NoStep:
 @pytest.fixture
 def groups(policy):
     """Three groups of three traces with advantages 1, -0.5, -0.5."""
-    questions = [toy_search("train", 0, i) for i in range(3)]
+    questions = [toy("toy-search", "train", 0, i) for i in range(3)]
     sampling = dict(turn_tokens=12, response_tokens=90)
     groups = list(rollout(policy, questions, Dialogue(), 3, range(3), **sampling))
     for traces in groups:

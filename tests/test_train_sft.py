@@ -14,10 +14,24 @@ from PIL import Image
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import train_sft as sft
-from evaluate import BACKGROUND, BLOCK, COLOURS, CONTRAST, PATTERNS, Scene, toy_search
 from model import UserError, load
 from reward import is_correct, score
-from rollout import Config, Dialogue, Question, format_call, format_point, parse_turn
+from rollout import (
+    BACKGROUND,
+    BLOCK,
+    COLOURS,
+    CONTRAST,
+    PATTERNS,
+    Config,
+    Dialogue,
+    Question,
+    Scene,
+    chance,
+    format_call,
+    format_point,
+    parse_turn,
+    toy,
+)
 from train_sft import (
     BACKTRACK,
     Muon,
@@ -58,7 +72,7 @@ def finished(policy, question, texts, mode="zoom"):
 
 @pytest.fixture
 def question():
-    return toy_search("train", 0, 0)
+    return toy("toy-search", "train", 0, 0)
 
 
 def wrong_answer(question):
@@ -156,7 +170,7 @@ def test_continuing_from_a_path_gives_complete_traces(policy, question):
 def test_search_counts_every_rollout(policy):
     """Guards all parts together: visits add up, children are at most `width`, the value is the
     mean reward, and a window that a tree shows twice is one picture."""
-    questions = [toy_search("train", 0, i) for i in range(3)]
+    questions = [toy("toy-search", "train", 0, i) for i in range(3)]
     roots = search(policy, questions, Dialogue(), range(3), SAMPLING, simulations=2, width=3,
                    rollouts=2, log=lambda line: None)
     for root in roots:
@@ -178,7 +192,7 @@ def test_trees_are_searched_some_at_a_time(policy, tiny_folder, monkeypatch, tmp
         return questions
     monkeypatch.setattr(sft, "TREES", 2)
     monkeypatch.setattr(sft, "search", search_some)
-    monkeypatch.setattr(sft, "linearise", lambda question: [[answer(question.id)]])
+    monkeypatch.setattr(sft, "linearise", lambda question, backtrack: [[answer(question.id)]])
     monkeypatch.setattr(sft, "describe_tree", lambda question: f"tree of {question.id}")
     config, printed = Config(search_questions=5, seed=3, show_trees=2), []
     chains = sft.make_traces(config, tiny_folder, tmp_path, printed.append)
@@ -217,6 +231,13 @@ def test_chains_straight_and_with_back_tracking(policy, question):
     assert joined == [bad[0], zoom_call(40, 40, BACKTRACK + "Plain. There"), good[2]]
     trace = replay(policy, Dialogue(), question, joined)
     assert is_correct(trace) and trace.ended == "answer" and score(trace).format == 1
+
+
+def test_straight_chains_alone(policy, question):
+    """Guards --no-backtrack: right rollouts as they are, and nothing else."""
+    bad = [zoom_call(10, 10), answer(wrong_answer(question))]
+    good = [zoom_call(11, 10), zoom_call(40, 40, "Plain. There"), answer(question.answer)]
+    assert linearise(tree(policy, question, [bad, good, good]), backtrack=False) == [good]
 
 
 @pytest.mark.parametrize("path", ["", "<think>At (9, 9)."])
@@ -460,7 +481,7 @@ def test_what_is_exported_is_the_same_dialogue(policy, tmp_path, how):
     policy.image_processor.size["shortest_edge"] = 256
     dialogue = Dialogue(**how)
     image = Image.effect_noise((100, 90), 90).convert("RGB")
-    words = toy_search("train", 0, 0)
+    words = toy("toy-search", "train", 0, 0)
     place = Question("Description: the sign", [image], (40, 50, 70, 80), "point",
                      hint="Say (x, y).")
     frame = dialogue.start(policy, place, 1)[0].frames[0]
@@ -502,7 +523,7 @@ def test_fine_tuning_lowers_the_loss_whatever_the_micro_batches(policy, tiny_fol
     """Guards the loss: it falls, and it does not depend on how the batch is cut."""
     traces = []
     for i in range(4):
-        question = toy_search("train", 0, i)
+        question = toy("toy-search", "train", 0, i)
         traces.append(replay(policy, Dialogue(), question,
                              [zoom_call(10 + i, 10), answer(question.answer)]))
     losses = []
@@ -554,10 +575,12 @@ def test_tiles_are_as_they_are_said_to_be():
     assert len(met) == len(COLOURS) * len(PATTERNS)
 
 
-def test_cells_are_as_they_are_said_to_be():
+@pytest.mark.parametrize("in_windows", [0, 1])
+def test_cells_are_as_they_are_said_to_be(monkeypatch, in_windows):
     """Guards the lessons on overviews: of every token, whether its cell has a card, of what colour,
     where, and which of its colour it is, read again from the image; patterns, which cannot be seen
     in it, are not asked."""
+    monkeypatch.setattr(sft, "IN_WINDOWS", in_windows)
     ground = np.asarray(Image.fromarray(BACKGROUND).reduce(4))
     rng, met = random.Random(0), [set() for _ in sft.CLASSES]
     for _ in range(60):
@@ -573,11 +596,13 @@ def test_cells_are_as_they_are_said_to_be():
             if colour == len(COLOURS):
                 middle = (slice(row * 16 + 4, row * 16 + 12),
                           slice(column * 16 + 4, column * 16 + 12))
-                assert (pixels[middle] == ground[middle]).all()
+                red_and_green = slice(0, 2 if in_windows else 3)    # blue rises in a window
+                same = pixels[middle] == ground[middle]
+                assert same[..., red_and_green].all()
                 assert truth[2:] == (sft.UNASKED,) * 3
                 continue
             x, y = sft.PLACES[x], sft.PLACES[y]
-            card = pixels[(y - 20) // 4:(y + 20) // 4, (x - 20) // 4:(x + 20) // 4]
+            card = pixels[(y - 16) // 4:(y + 16) // 4, (x - 20) // 4:(x + 20) // 4]
             assert (x // 64, y // 64) == (column, row)
             assert (card == COLOURS[list(COLOURS)[colour]]).all()
             assert number == seen.count(colour)
@@ -615,7 +640,7 @@ def test_lists_are_true(policy):
     the drawing."""
     for seed in range(30):
         scene = sft.mixed_scene(random.Random(seed))
-        made = policy.picture(sft.overview(scene)).image.tobytes()
+        made = policy.picture(sft.overview(scene.draw)).image.tobytes()
         assert made == policy.picture(scene.draw()).image.tobytes()
         text = policy.decode(sft.lesson_list(policy, random.Random(seed)).ids)
         said = {}
@@ -652,8 +677,9 @@ def test_dialogues_of_lessons_are_true(policy, monkeypatch, instructed):
     shows, or says that it shows no card of that colour; observations, and the places of zoom calls
     that went astray, are not learned."""
     monkeypatch.setattr(sft, "INSTRUCTED", instructed)
+    monkeypatch.setattr(sft, "AT_ONCE", 0)
     rng, met = random.Random(0), set()
-    for _ in range(40):
+    for _ in range(60):
         lesson = sft.lesson_dialogue(policy, rng)
         asked = policy.decode(lesson.prompt.ids)
         assert (sft.SHOW[0] in asked) == bool(instructed)
@@ -672,6 +698,41 @@ def test_dialogues_of_lessons_are_true(policy, monkeypatch, instructed):
         assert learned.count("Card ") == sum("Card " in thought for thought in thoughts)
         assert "<observation>" not in learned
     assert met == {*PATTERNS, "nothing"}
+
+
+def test_single_turn_lessons_are_true_and_senseless(policy):
+    """Guards the lessons of the modes of one turn: in `grounded`, the thought points at the cards
+    that are asked about, in order; the answer is a direction, or a point on an element of the
+    colour asked for; and it is right no more often than a guess."""
+    chances, right, met = [], [], set()
+    for number in range(400):
+        lesson = sft.lesson_answer(policy, random.Random(number))
+        rng = random.Random(number)                       # the same draws as in the lesson
+        mode = rng.choice(sft.LESSON_MODES)
+        question = rng.choice((sft.ask_spatial, sft.ask_screen))(rng)
+        turn = parse_turn(policy.decode(lesson.ids).removesuffix("<|im_end|>"))
+        frame = sft.FRAME
+        scene = question.scene
+        met.add((mode, question.kind))
+        assert bool(turn.points) == (mode == "grounded")
+        assert bool(turn.thought) == (mode != "direct")
+        if mode == "grounded":
+            cards = [scene.card_at(frame.to_original(point)) for point in turn.points]
+            if scene.moved:
+                assert scene.moved.contains(frame.to_original(turn.points[1]))
+                cards[1] = scene.moved
+            assert cards == scene.named or [card.colour for card in cards] == [scene.colour]
+        if question.kind == "point":
+            place, = sft.parse_points(turn.answer)
+            card = scene.card_at(frame.to_original(place))
+            assert card.colour == scene.colour
+            right.append(card is scene.cards[0])
+        else:
+            assert turn.answer in sft.DIRECTIONS
+            right.append(turn.answer == question.answer)
+        chances.append(chance(question))
+    assert len(met) == 6
+    assert sum(right) / 400 == pytest.approx(sum(chances) / 400, abs=0.07)
 
 
 def tower_accuracy(policy, draw, part):
@@ -809,27 +870,51 @@ def test_the_exam_marks_rightly(policy):
     assert not any(right for name, right in missed if name.startswith("target"))
 
 
+def one_turn(policy, question, lie):
+    """A trace of the mode `grounded` that points at what is asked about, and answers; or that lies
+    about the first place."""
+    scene = question.scene
+    cards = scene.named or scene.candidates[:1]
+    places = [format_point((card.x / 4, card.y / 4)) for card in cards]
+    thought = " ".join(f"Card at {place}." for place in (["(0, 0)"] if lie else []) + places)
+    reply = answer(places[0] if question.kind == "point" else "left", thought)
+    return replay(policy, Dialogue("grounded"), question, [reply])
+
+
 @pytest.mark.parametrize("lie", [None, "striped"])
 def test_the_exam_of_a_policy(policy, monkeypatch, lie):
     """Guards the shares: one that sees and says all is given 1 in everything, one that says wrong
-    of every first card fails; who knows no lists has next to 0 in them; and the seeds of questions
-    differ."""
+    of every first card, or points elsewhere in its only turn, fails; who knows no lists has next to
+    0 in them; and the seeds of questions differ."""
     asked = []
 
-    def scripted(policy, questions, dialogue_, group, seeds, **sampling):
+    def scripted(policy, questions, how, group, seeds, **sampling):
         asked.extend(zip(seeds, questions, strict=True))
         for question in questions:
-            yield [dialogue(policy, question.scene, lie=lie)]
+            if how.mode == "zoom":
+                yield [dialogue(policy, question.scene, lie=lie)]
+            else:
+                yield [one_turn(policy, question, lie)]
     monkeypatch.setattr(sft, "rollout", scripted)
     marks = sft.exam(policy, 0, n=16)
-    assert len({seed for seed, _ in asked}) == len({question.scene for _, question in asked}) == 16
-    assert all(question.text.startswith("Show each") for _, question in asked)
+    assert len({seed for seed, _ in asked}) == len({question.scene for _, question in asked}) == 24
+    assert all(question.text.startswith("Show each") for _, question in asked[:16])
     assert {name.split()[0] for name in marks} == set(sft.PASSES)
     assert marks.pop("lists") < 0.01
     targets = {name: share for name, share in marks.items() if name.startswith("target")}
     said = [share for name, share in marks.items() if name.startswith("says")]
     assert set(targets.values()) == {1.0} and len(targets) == 3
     assert (min(said) == 1) if lie is None else (min(said) < sft.PASSES["says"])
+    assert marks["relation"] == marks["moved"] == marks["screen"] == (lie is None)
+
+
+def test_no_warm_start(policy, tiny_folder, tmp_path):
+    """Guards --sft-steps 0: GRPO starts from the base as it is, and nothing is searched."""
+    config = Config(model=tiny_folder, sft_steps=0, out=str(tmp_path / "run"))
+    assert sft.warm_start(config, print) == tiny_folder
+    start = load(str(tmp_path / "run" / "sft"), device="cpu")
+    assert all(map(torch.equal, start.model.parameters(), policy.model.parameters()))
+    assert not (tmp_path / "run" / "search.jsonl").exists()
 
 
 # --------------------------------------------------------------------------------------- optimizers
