@@ -505,11 +505,14 @@ def targets_hit(trace):
 
 
 def true_thoughts(trace):
-    """Of each thought of the policy's own behind a crop, whether it says what the crop shows; empty
-    where that is not known."""
+    """Of each thought of the policy's own behind a crop, whether it says what the crop shows; of a
+    thought that compares two cards, whether it does so truly; empty where that is not known."""
     scene = trace.question.scene
     if not scene:
         return []
+    if scene.named:
+        compared = [scene.compares(turn.thought) for turn in trace.turns if not turn.forced]
+        return [true for true in compared if true is not None]
     return [scene.describes(turn.thought, before.crop)
             for before, turn in pairwise(trace.turns) if before.crop and not turn.forced]
 

@@ -96,7 +96,7 @@ class Config:
     train_vision: bool = False         # train the vision tower too
 
     # train_sft, train_rl: warm start
-    base_steps: int = 1300             # pretraining steps of the tiny base before its exam
+    base_steps: int = 1600             # pretraining steps of the tiny base before its exam
     teacher: str = ""                  # checkpoint that searches for traces (the policy itself)
     traces: str = ""                   # fine-tune on this file of traces instead of searching
     export: str = ""                   # also write the traces in the release's form, crops as files
@@ -111,7 +111,7 @@ class Config:
     sft_lr: float = 5e-4               # peak learning rate, AdamW
 
     # train_rl: GRPO
-    steps: int = 70                    # GRPO steps
+    steps: int = 60                    # GRPO steps
     questions: int = 16                # questions a step
     update_questions: int | None = None    # questions an update (all of a step)
     group: int = 8                     # traces a question
@@ -120,7 +120,7 @@ class Config:
     adamw_lr: float = 4e-4             # peak learning rate of the rest, with muon
     warm_up: int = 5                   # steps until the peak
     final_lr: float = 0.0              # share of the peak at the end
-    kl: float = 0.1                    # coefficient of the KL penalty to the SFT model; 0: none
+    kl: float = 0.15                   # coefficient of the KL penalty to the SFT model; 0: none
     clip_norm: float = 1.0             # norm to which gradients are clipped
     diversity: float = 0.0             # bonus of a further distinct crop; fades out by half-time
     overlong: Literal["mask", "zero"] = "zero"    # truncated and forced traces: unused, or reward 0
@@ -815,8 +815,8 @@ def draw_trace(trace, width=768):
 # toy-search (V*Bench): of 4 to 6 cards, 1 to 3 have the colour asked about, the candidates; one of
 # these bears a pattern. Which? The policy has to zoom into a candidate, and, where it is plain,
 # into the next.
-# toy-spatial (SAT-2, BLINK): where is one card, seen from another; or, of two images, where has a
-# card moved to? All of it can be seen in the images.
+# toy-spatial (SAT-2, BLINK): is one card left or right of another, above or below; or, of two
+# images, of its old place? All of it can be seen in the images.
 # toy-gui (ScreenSpot): a screen with windows, buttons in them and icons beside. The answer is a
 # point on the element asked for. Its colour will do where it is alone; of several alike, the
 # pattern decides, and has to be zoomed into.
@@ -850,11 +850,15 @@ PATTERNS = {               # each has a mean of zero
 }
 ANSWERS = tuple(pattern for pattern in PATTERNS if pattern != "plain")
 NOTHING = "nothing"        # said of a crop that shows no candidate
+VERDICTS = ("Not here.", "Indeed.")    # of a candidate on a screen: is it the one asked for?
 DIRECTIONS = ("left", "right", "above", "below")
 # What is asked: colours and a pattern stand between.
 SEARCH = ("One", " card bears a pattern. Which?")
-RELATION = ("Where is the", " card, seen from the", " card?")
-MOVED = ("Where is the", " card now, seen from its old place?")
+IS_THE = "Is the"
+RELATION = {("left", "right"): " card left or right of the",
+            ("above", "below"): " card above or below the"}
+MOVED = {("left", "right"): " card now left or right of its old place?",
+         ("above", "below"): " card now above or below its old place?"}
 CLICK = ("Click the", " element.")
 CLICK_ALIKE = ("Click the", " element that is ", ".")
 
@@ -924,15 +928,11 @@ class Card:
         height = min(bottom, box[3]) - max(top, box[1])
         return min(width, height) >= READABLE
 
-    def direction_from(self, other):
-        """Where it lies, seen from another card: one of DIRECTIONS, or None where that is not
-        plain."""
-        dx, dy = self.x - other.x, self.y - other.y
-        if abs(dx) >= 2 * abs(dy):
-            return "left" if dx < 0 else "right"
-        if abs(dy) >= 2 * abs(dx):
-            return "above" if dy < 0 else "below"
-        return None
+    def steps_from(self, other):
+        """How many columns or rows it lies in each direction of another card."""
+        (row, column), (other_row, other_column) = self.cell, other.cell
+        return {"left": other_column - column, "right": column - other_column,
+                "above": other_row - row, "below": row - other_row}
 
 
 @dataclass(frozen=True)
@@ -955,9 +955,10 @@ class Scene:
 
     @property
     def named(self):
-        """The cards of a spatial question, in its order; a card that moved in both places."""
+        """The cards of a spatial question, in its order; a card that moved in its new place and in
+        its old one."""
         if self.moved:
-            return [self.cards[0], self.moved]
+            return [self.moved, self.cards[0]]
         return [card for card in self.cards[:2] if self.other]
 
     def draw(self):
@@ -999,9 +1000,29 @@ class Scene:
         return shown[0].pattern if shown else NOTHING
 
     def describes(self, thought, box):
-        """Whether a thought names what a crop shows, and no other pattern."""
-        words = set(re.findall(r"\w+", thought.lower()))
-        return words & {*PATTERNS, NOTHING} == {self.face_in(box)}
+        """Whether a thought names what a crop shows, and no other pattern; and, of a screen, says
+        only truly whether that is asked for (if it says so at all)."""
+        thought = thought.lower()
+        face = self.face_in(box)
+        verdicts = [verdict for verdict in VERDICTS if verdict.lower() in thought]
+        if self.windows and verdicts and verdicts != [self.verdict(face)]:
+            return False
+        return set(re.findall(r"\w+", thought)) & {*PATTERNS, NOTHING} == {face}
+
+    def verdict(self, face):
+        """What is true of a candidate's pattern on a screen: one of VERDICTS."""
+        return VERDICTS[face == self.cards[0].pattern]
+
+    def compares(self, thought):
+        """Whether a thought says truly how the named cards lie; None where it does not say it."""
+        said = set(re.findall(r"\w+", thought)) & set(DIRECTIONS)
+        return said <= set(self.directions()) if said else None
+
+    def directions(self):
+        """Of a spatial question: where the first card named lies, seen from the second."""
+        first, second = self.named
+        steps = first.steps_from(second)
+        return [direction for direction in DIRECTIONS if steps[direction] > 0]
 
 
 def place_cards(rng, faces, windows=()):
@@ -1040,12 +1061,13 @@ def other_faces(rng, colour, fewer):
 
 
 def relation_scene(rng, direction):
-    """4 to 6 cards of different colours; seen from the second, the first lies in `direction`."""
+    """4 to 6 cards of different colours; the first lies in `direction` of the second, in the next
+    row or column: of cards anywhere the place of one alone would give most answers away."""
     colours = rng.sample(list(COLOURS), rng.randint(4, 6))
     faces = [(colour, rng.choice(list(PATTERNS))) for colour in colours]
     while True:
         cards = place_cards(rng, faces)
-        if cards[0].direction_from(cards[1]) == direction:
+        if cards[0].steps_from(cards[1])[direction] == 1:
             return Scene(cards, colours[0], colours[1])
 
 
@@ -1085,14 +1107,16 @@ def ask_search(rng):
 
 
 def ask_spatial(rng):
-    direction = rng.choice(DIRECTIONS)
+    axis = rng.choice(list(RELATION))
+    direction = rng.choice(axis)
     if rng.random() < 0.5:
         scene = relation_scene(rng, direction)
-        text = f"{RELATION[0]} {scene.colour}{RELATION[1]} {scene.other}{RELATION[2]}"
+        text = f"{IS_THE} {scene.colour}{RELATION[axis]} {scene.other} card?"
         return Question(text, [scene.draw], direction, category="relation", scene=scene)
     scene = moved_scene(rng, direction)
-    return Question(f"{MOVED[0]} {scene.colour}{MOVED[1]}", [scene.draw, scene.draw_later],
-                    direction, category="moved", scene=scene)
+    text = f"{IS_THE} {scene.colour}{MOVED[axis]}"
+    images = [scene.draw, scene.draw_later]
+    return Question(text, images, direction, category="moved", scene=scene)
 
 
 def ask_screen(rng):
@@ -1120,11 +1144,11 @@ def toy(task, split, seed, index):
 
 
 def chance(question):
-    """The probability that a guess is right: of a pattern, of a direction, of the elements that
+    """The probability that a guess is right: of a pattern, of two directions, of the elements that
     are alike."""
     if question.kind == "point":
         return 1 / len(question.scene.candidates)
-    return 1 / len(DIRECTIONS if question.scene.named else ANSWERS)
+    return 1 / 2 if question.scene.named else 1 / len(ANSWERS)
 
 
 def random_zoom_accuracy(questions, dialogue, zoom_calls, seed=0):

@@ -19,7 +19,7 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, product
+from itertools import pairwise, permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +67,7 @@ from rollout import (
     COLOURS,
     DIRECTIONS,
     FACES,
+    IS_THE,
     JITTER,
     MOVED,
     NOTHING,
@@ -75,6 +76,7 @@ from rollout import (
     RELATION,
     SEARCH,
     SIDE,
+    VERDICTS,
     Dialogue,
     Frame,
     Question,
@@ -597,6 +599,7 @@ TINY_PROMPTS = {"direct": "Answer.", "think": "Think.", "grounded": "Point.", "z
 TINY = Dialogue(system_prompts=TINY_PROMPTS)
 SHOW = ("Show each", " card.")         # in lessons: an instruction to show all of a colour
 LIST = "List the cards."
+COMPARE = "Compare the cards."
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
                   "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 CHAT_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -615,9 +618,10 @@ def tiny_strings():
             for slash in ("", "/")]
     grammar = [TINY.before_crop, TINY.after_crop, f"</think>\n{before}[", f"]{after}",
                "</think>\n<answer>", "system\n", "user\n", "assistant\n"]
-    questions = SHOW + SEARCH + RELATION + MOVED + CLICK + CLICK_ALIKE + DIRECTIONS
-    words = [*TINY_PROMPTS.values(), *dict.fromkeys(questions), LIST, " Card ", "Card ", " at (",
-             ", ", ").", " None.", "Nothing.", ":", BACKTRACK]
+    questions = [*SHOW, *SEARCH, IS_THE, *RELATION.values(), *MOVED.values(), " card?"]
+    questions += dict.fromkeys(CLICK + CLICK_ALIKE + DIRECTIONS)
+    words = [*TINY_PROMPTS.values(), *questions, *VERDICTS, LIST, COMPARE, " Card ", "Card ",
+             " at (", ", ", ").", " None.", "Nothing.", ":", BACKTRACK]
     colours = [f" {colour}" for colour in COLOURS]
     patterns = [f"{pattern.capitalize()}." for pattern in PATTERNS]
     return tags + grammar + words + colours + list(PATTERNS) + patterns
@@ -667,14 +671,15 @@ TOWER_RATES = (0.02, 5e-3)             # peak learning rates: of Muon, of AdamW
 LANGUAGE_RATES = (0.01, 5e-3)
 BATCH = 16                             # lessons, or images, a step
 GO_ON = 0.2                            # probability that a dialogue goes on, whatever a crop showed
-INSTRUCTED = 0.7                       # share of dialogues that show all cards of a colour
+INSTRUCTED = 0.6                       # share of dialogues that show all cards of a colour
 ASTRAY = 0.15                          # share of zoom calls to a place of no card
 GUESSES = 0.05                         # share of the other dialogues that answer at once, blindly
-LESSON_MODES = ("direct", "think", *["grounded"] * 4)    # of lessons of one turn
+KNOWS = 0.4                            # share of questions on directions with a right answer
+VERDICT = 0.5                          # share of thoughts on a screen that say whether it is it
 AT_ONCE = 0.3                          # share of those on screens that answer without a zoom call
 IN_WINDOWS = 0.3                       # share of the tower's drawings that have windows
 # The least share of right marks, by part of the exam.
-PASSES = {"says": 0.98, "target": 0.98, "relation": 0.98, "moved": 0.98, "screen": 0.98,
+PASSES = {"says": 0.98, "target": 0.98, "relation": 0.95, "moved": 0.95, "screen": 0.95,
           "lists": 0.7}
 
 TILE = 16                              # px of the model input that a token of the image stands for
@@ -837,8 +842,8 @@ class Lesson(Sequence):
         self.end_turn().add(self.policy.reply(content_of(text), [image]))
 
 
-def card_text(number, point):
-    return f"Card {number} at {format_point(point)}."
+def card_text(number, point=None):
+    return f"Card {number} at {format_point(point)}." if point else f"Card {number}."
 
 
 def lesson_list(policy, rng, share=1.0):
@@ -868,6 +873,20 @@ def list_kind(share):
     return dict(fewest=4, most=5 + int(4 * u), copies=(1, 2, 3, 3))
 
 
+def lesson_compare(policy, rng, share=1.0):
+    """Compare: where are two cards, and where does the first lie, seen from the second? Four pairs
+    of an overview."""
+    scene = mixed_scene(rng, most=6, copies=(1,))
+    lesson = Lesson(policy, "grounded", COMPARE, overview(scene.draw))
+    for pair in rng.sample(list(permutations(scene.cards, 2)), 4):
+        lesson.write("".join(f" {card.colour}" for card in pair) + ":", learned=False)
+        for number, card in enumerate(pair, 1):
+            lesson.write(" " + card_text(number, FRAME.to_input((card.x, card.y))))
+        steps = pair[0].steps_from(pair[1])
+        lesson.write("".join(f" {name}" for name in DIRECTIONS if steps[name] > 0) + ".")
+    return lesson
+
+
 def lesson_read(policy, rng, share=1.0):
     """Read: what is on the card in the crop? Up to four of them in turn."""
     scene = mixed_scene(rng)
@@ -886,20 +905,27 @@ def lesson_read(policy, rng, share=1.0):
 
 
 def lesson_answer(policy, rng, share=1.0):
-    """The modes of one turn, with answers that are not sensible: names what is asked about, with or
-    without its place, or nothing; then answers with any direction, or points at the first of the
-    candidates, whichever is asked for."""
-    mode = rng.choice(LESSON_MODES)
-    question = rng.choice((ask_spatial, ask_screen))(rng)
+    """The modes of one turn: names what is asked about, with or without its place, or nothing; then
+    answers. In a share KNOWS of the lessons the thought says how the two cards lie, and the answer
+    follows from it; else it is a guess. Of a screen it points at the first of the candidates,
+    whichever is asked for."""
+    mode = rng.choice(("direct", "think", "grounded"))
+    question = rng.choice((ask_spatial, ask_spatial, ask_screen))(rng)
     scene = question.scene
     cards = scene.named or scene.candidates[:1]
-    points = [FRAME.to_input((card.x, card.y)) for card in cards]
+    places = [FRAME.to_input((card.x, card.y)) for card in cards]
+    thoughts = [card_text(number, place if mode == "grounded" else None)
+                for number, place in enumerate(places, 1)]
+    if not scene.named:
+        answer = format_point(places[0])
+    elif rng.random() < KNOWS:
+        answer = question.answer
+        thoughts.append(" ".join(scene.directions()) + ".")
+    else:
+        answer = rng.choice(next(axis for axis in RELATION if question.answer in axis))
     lesson = Lesson(policy, mode, question.text, *(overview(image) for image in question.images))
-    if mode == "grounded":
-        lesson.write(f"<think>{' '.join(map(card_text, (1, 2), points))}</think>\n")
-    elif mode == "think":
-        lesson.write(f"<think>{' '.join(f'Card {n}.' for n, _ in enumerate(cards, 1))}</think>\n")
-    answer = rng.choice(DIRECTIONS) if scene.named else format_point(points[0])
+    if mode != "direct":
+        lesson.write(f"<think>{' '.join(thoughts)}</think>\n")
     return lesson.write(f"<answer>{answer}</answer>").end_turn()
 
 
@@ -908,8 +934,10 @@ def lesson_dialogue(policy, rng, share=1.0):
 
     After each crop, whatever it showed, it goes on to the next candidate (or back to the one that
     it missed) with probability GO_ON, and otherwise answers, if need be with any pattern. So the
-    base learns the grammar, where cards are and what a crop shows, but not when to go on. Where a
-    zoom call goes astray its point is not learned: the base learns to say that nothing is there."""
+    base learns the grammar, where cards are and what a crop shows, but not when to go on. Of a
+    candidate on a screen it says in a share VERDICT whether that is the one asked for, and goes on
+    as senselessly. Where a zoom call goes astray its point is not learned: the base learns to say
+    that nothing is there."""
     kind = rng.choices((SHOW, SEARCH, CLICK), (INSTRUCTED, *[(1 - INSTRUCTED) / 2] * 2))[0]
     if kind is CLICK:
         question = ask_screen(rng)
@@ -947,6 +975,8 @@ def lesson_dialogue(policy, rng, share=1.0):
         face = scene.face_in(crop_box(drawing.size, point, SEEN // 2))
         thought = f"{face.capitalize()}. "
         more = face == NOTHING or number + 1 < len(candidates)
+        if kind is CLICK and face != NOTHING and rng.random() < VERDICT:
+            thought += f"{scene.verdict(face)} "
         if turn == 3 or not more or not (kind is SHOW or rng.random() < GO_ON):
             break
         if face != NOTHING:
@@ -968,10 +998,10 @@ def shifted(point, rng):
 
 def lesson_mix(share):
     """The lessons of a step at `share` of pretraining: lists first, then ever more dialogues."""
-    answers, dialogues = (0, 0) if share < 0.15 else (3, 5) if share < 0.4 else (3, 8)
-    lists = BATCH - 1 - answers - dialogues
-    return ([lesson_read] + [lesson_answer] * answers + [lesson_dialogue] * dialogues
-            + [lesson_list] * lists)
+    dialogues, others = (0, 0) if share < 0.2 else (4, 3) if share < 0.45 else (7, 3)
+    kinds = [lesson_read] + [lesson_dialogue] * dialogues
+    kinds += [lesson_answer] * others + [lesson_compare] * others
+    return kinds + [lesson_list] * (BATCH - len(kinds))
 
 
 def pretrain(policy, steps, seed, *, log=print):

@@ -56,6 +56,7 @@ ARMS = {                                 # name: script, flags
     "zoom-no-bonus": ("train_rl", "--mode zoom"),
     "zoom": ("train_rl", "--mode zoom --diversity 0.2"),
 }
+FEWER = ("straight", "think-warm", "grounded-sft", "zoom-sft", "zoom-no-bonus")    # 3 seeds at most
 TASKS = {"toy-spatial": "", "toy-gui": "", "toy-search": "zoom"}    # the arms' names begin so
 SCALING = {
     "group": {n: f"--mode zoom --group {n}" for n in (2, 4, 8, 16)},
@@ -104,7 +105,7 @@ def jobs_of(tasks, arms, seeds, more):
     """The jobs of all tasks, arms and seeds. more: flags for all of them, before an arm's own."""
     return [Job(task, arm, seed, script, (*known_to(script, more), *flags.split()))
             for seed in seeds for task in tasks for arm, (script, flags) in ARMS.items()
-            if arm in arms and arm.startswith(TASKS[task])]
+            if arm in arms and arm.startswith(TASKS[task]) and not (arm in FEWER and seed > 2)]
 
 
 def scaling_jobs(more):

@@ -166,13 +166,28 @@ def test_points_of_a_single_turn_are_targets(policy):
     """Guards on_target in the mode `grounded`: each point of the thought, on a card that is asked
     about or not; a card that moved may be pointed at in both places."""
     question = toy("toy-spatial", "test", 0, 1)
-    old, new = question.scene.named
+    new, old = question.scene.named
     assert question.scene.moved is new
     other = question.scene.cards[1]
     places = [format_point((card.x / 4, card.y / 4)) for card in (old, new, other)]
     text = f"<think>{' '.join(f'Card at {place}.' for place in places)}</think>\n<answer>x</answer>"
     trace = replay(policy, Dialogue("grounded"), question, [text])
     assert targets_hit(trace) == [True, True, False]
+
+
+def test_true_comparisons(policy):
+    """Guards the share of true thoughts on relations: every direction that a thought names is one
+    in which the first card lies; a thought that names none does not count."""
+    question = toy("toy-spatial", "test", 0, 0)
+    true = question.scene.directions()
+    false = next(word for word in ("left", "right") if word not in true)
+
+    def thoughts(words):
+        text = f"<think>Card 1. {words}</think>\n<answer>{question.answer}</answer>"
+        return true_thoughts(replay(policy, Dialogue("think"), question, [text]))
+    assert question.answer in true
+    assert thoughts(" ".join(true)) == thoughts(true[0]) == [True]
+    assert thoughts(f"{false} {true[0]}") == [False] and thoughts("") == []
 
 
 def written(*texts, mode="zoom"):

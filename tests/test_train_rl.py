@@ -276,7 +276,9 @@ def test_the_tiny_bases_settings():
     """Guards the defaults without --model: among them overlong traces, which the tiny base, whose
     traces are short, is taught to end."""
     config = configured()
-    assert (config.overlong, config.optimizer, config.kl) == ("zero", "muon", 0.1)
+    assert (config.overlong, config.optimizer, config.kl) == ("zero", "muon", 0.15)
+    assert config.mode == "zoom" and configured(task="toy-spatial").mode == "grounded"
+    assert configured(task="toy-spatial", mode="think").mode == "think"
     assert configured(overlong="mask").overlong == "mask"
 
 

@@ -26,7 +26,6 @@ from rollout import (
     Dialogue,
     Question,
     Scene,
-    chance,
     format_call,
     format_point,
     parse_turn,
@@ -655,6 +654,27 @@ def test_lists_are_true(policy):
                                      for i, card in enumerate(cards, 1))
 
 
+def test_comparisons_are_true(policy):
+    """Guards the lessons that compare: of each pair of colours where both cards are, and in which
+    directions of the second the first lies, by the places as they are written."""
+    met = set()
+    for seed in range(40):
+        text = policy.decode(sft.lesson_compare(policy, random.Random(seed)).ids)
+        cards = {card.colour: card for card in sft.mixed_scene(
+            random.Random(seed), most=6, copies=(1,)).cards}
+        parts = re.findall(r" (\w+) (\w+): Card 1 at (.+?)\. Card 2 at (.+?)\. ([a-z ]+)\.", text)
+        assert len(parts) == 4
+        for *colours, first, second, said in parts:
+            (x, y), (other_x, other_y) = (sft.parse_points(place)[0] for place in (first, second))
+            for colour, place in zip(colours, ((x, y), (other_x, other_y)), strict=True):
+                assert cards[colour].contains(sft.FRAME.to_original(place))
+            true = {"left": x // 16 < other_x // 16, "right": x // 16 > other_x // 16,
+                    "above": y // 16 < other_y // 16, "below": y // 16 > other_y // 16}
+            assert said.split() == [name for name, holds in true.items() if holds]
+            met.update(said.split())
+    assert met == set(sft.DIRECTIONS)
+
+
 def test_what_is_read_from_crops_is_in_them(policy):
     """Guards the lessons that read: the answer to each crop is the pattern that its middle
     shows."""
@@ -700,39 +720,35 @@ def test_dialogues_of_lessons_are_true(policy, monkeypatch, instructed):
     assert met == {*PATTERNS, "nothing"}
 
 
-def test_single_turn_lessons_are_true_and_senseless(policy):
+def test_single_turn_lessons_are_true(policy):
     """Guards the lessons of the modes of one turn: in `grounded`, the thought points at the cards
-    that are asked about, in order; the answer is a direction, or a point on an element of the
-    colour asked for; and it is right no more often than a guess."""
-    chances, right, met = [], [], set()
-    for number in range(400):
+    that are asked about, in order; a point that answers lies on the first candidate, whichever is
+    asked for; a direction is one of the two, and as often right as KNOWS says."""
+    right, met = [], set()
+    for number in range(600):
         lesson = sft.lesson_answer(policy, random.Random(number))
         rng = random.Random(number)                       # the same draws as in the lesson
-        mode = rng.choice(sft.LESSON_MODES)
-        question = rng.choice((sft.ask_spatial, sft.ask_screen))(rng)
-        turn = parse_turn(policy.decode(lesson.ids).removesuffix("<|im_end|>"))
-        frame = sft.FRAME
+        mode = rng.choice(("direct", "think", "grounded"))
+        question = rng.choice((sft.ask_spatial, sft.ask_spatial, sft.ask_screen))(rng)
         scene = question.scene
-        met.add((mode, question.kind))
+        turn = parse_turn(policy.decode(lesson.ids).removesuffix("<|im_end|>"))
+        met.add((mode, question.category.split()[0]))
         assert bool(turn.points) == (mode == "grounded")
         assert bool(turn.thought) == (mode != "direct")
+        cards = scene.named or scene.candidates[:1]
+        places = [sft.FRAME.to_original(point) for point in turn.points]
         if mode == "grounded":
-            cards = [scene.card_at(frame.to_original(point)) for point in turn.points]
-            if scene.moved:
-                assert scene.moved.contains(frame.to_original(turn.points[1]))
-                cards[1] = scene.moved
-            assert cards == scene.named or [card.colour for card in cards] == [scene.colour]
+            assert all(card.contains(place) for card, place in zip(cards, places, strict=True))
         if question.kind == "point":
             place, = sft.parse_points(turn.answer)
-            card = scene.card_at(frame.to_original(place))
-            assert card.colour == scene.colour
-            right.append(card is scene.cards[0])
+            assert cards[0].contains(sft.FRAME.to_original(place))
         else:
-            assert turn.answer in sft.DIRECTIONS
+            assert turn.answer in question.text
             right.append(turn.answer == question.answer)
-        chances.append(chance(question))
-    assert len(met) == 6
-    assert sum(right) / 400 == pytest.approx(sum(chances) / 400, abs=0.07)
+            said = [word for word in sft.DIRECTIONS if word in turn.thought]
+            assert not said or (said == scene.directions() and right[-1])
+    assert len(met) == 12
+    assert sum(right) / len(right) == pytest.approx((1 + sft.KNOWS) / 2, abs=0.07)
 
 
 def tower_accuracy(policy, draw, part):

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 import evaluate
-from evaluate import WebAgent, shorten, web_question
+from evaluate import MAX_ELEMENTS, WebAgent, shorten, web_question
 from model import UserError
 from reward import USAGE, Action, parse_action
-from rollout import MAX_ELEMENTS, parse_turn
+from rollout import parse_turn
 
 
 def state(text="[1] [A] [Home]\n[12] [BUTTON] [Buy]", channels=3, **info):
