@@ -675,7 +675,7 @@ INSTRUCTED = 0.6                       # share of dialogues that show all cards 
 ASTRAY = 0.15                          # share of zoom calls to a place of no card
 GUESSES = 0.05                         # share of the other dialogues that answer at once, blindly
 KNOWS = 0.4                            # share of questions on directions with a right answer
-VERDICT = 0.5                          # share of thoughts on a screen that say whether it is it
+VERDICT = 0.8                          # share of thoughts on a screen that say whether it is it
 AT_ONCE = 0.3                          # share of those on screens that answer without a zoom call
 IN_WINDOWS = 0.3                       # share of the tower's drawings that have windows
 # The least share of right marks, by part of the exam.
@@ -888,19 +888,26 @@ def lesson_compare(policy, rng, share=1.0):
 
 
 def lesson_read(policy, rng, share=1.0):
-    """Read: what is on the card in the crop? Up to four of them in turn."""
+    """Read: what is on the card in the crop? Or is it the one asked for, as on a screen? Up to four
+    of them in turn."""
     scene = mixed_scene(rng)
     drawing = scene.draw()
     lesson = None
+    judge = rng.random() < 0.5
     for card in rng.sample(scene.cards, min(4, len(scene.cards))):
         point = card.x + rng.randint(-16, 16), card.y + rng.randint(-16, 16)
         crop = zoom(drawing, point, SEEN // 2, SEEN)
         user = f"{SEARCH[0]} {card.colour}{SEARCH[1]}"
+        text = f"<answer>{card.pattern}</answer>"
+        if judge:
+            wanted = rng.choice((card.pattern, rng.choice(ANSWERS)))
+            user = f"{CLICK_ALIKE[0]} {card.colour}{CLICK_ALIKE[1]}{wanted}{CLICK_ALIKE[2]}"
+            text = f"{card.pattern.capitalize()}. {VERDICTS[card.pattern == wanted]}"
         if lesson:
             lesson.show("<image>" + user, crop)
         else:
             lesson = Lesson(policy, "direct", user, crop)
-        lesson.write(f"<answer>{card.pattern}</answer>")
+        lesson.write(text)
     return lesson.end_turn()
 
 
@@ -998,9 +1005,9 @@ def shifted(point, rng):
 
 def lesson_mix(share):
     """The lessons of a step at `share` of pretraining: lists first, then ever more dialogues."""
-    dialogues, others = (0, 0) if share < 0.2 else (4, 3) if share < 0.45 else (7, 3)
-    kinds = [lesson_read] + [lesson_dialogue] * dialogues
-    kinds += [lesson_answer] * others + [lesson_compare] * others
+    dialogues, others = (0, 0) if share < 0.2 else (4, 1) if share < 0.45 else (7, 1)
+    kinds = [lesson_read] * (1 + others) + [lesson_dialogue] * dialogues
+    kinds += [lesson_answer] * 2 * others + [lesson_compare] * 3 * others
     return kinds + [lesson_list] * (BATCH - len(kinds))
 
 
