@@ -818,8 +818,8 @@ def draw_trace(trace, width=768):
 # toy-spatial (SAT-2, BLINK): is one card left or right of another, above or below; or, of two
 # images, of its old place? All of it can be seen in the images.
 # toy-gui (ScreenSpot): a screen with windows, buttons in them and icons beside. The answer is a
-# point on the element asked for. Its colour will do where it is alone; of several alike, the
-# pattern decides, and has to be zoomed into.
+# point on the element asked for. Its colour will do where it is alone; of several alike, the one
+# that bears a pattern is the one, and has to be zoomed into.
 
 BLOCK = 4                  # px of the drawing that become one px of the model input
 SIDE = 256                 # px, width and height of the drawing
@@ -850,7 +850,6 @@ PATTERNS = {               # each has a mean of zero
 }
 ANSWERS = tuple(pattern for pattern in PATTERNS if pattern != "plain")
 NOTHING = "nothing"        # said of a crop that shows no candidate
-VERDICTS = ("Not here.", "Indeed.")    # of a candidate on a screen: is it the one asked for?
 DIRECTIONS = ("left", "right", "above", "below")
 # What is asked: colours and a pattern stand between.
 SEARCH = ("One", " card bears a pattern. Which?")
@@ -860,7 +859,7 @@ RELATION = {("left", "right"): " card left or right of the",
 MOVED = {("left", "right"): " card now left or right of its old place?",
          ("above", "below"): " card now above or below its old place?"}
 CLICK = ("Click the", " element.")
-CLICK_ALIKE = ("Click the", " element that is ", ".")
+CLICK_ALIKE = ("Click the", " element that bears a pattern.")
 
 
 def draw_background():
@@ -1000,18 +999,9 @@ class Scene:
         return shown[0].pattern if shown else NOTHING
 
     def describes(self, thought, box):
-        """Whether a thought names what a crop shows, and no other pattern; and, of a screen, says
-        only truly whether that is asked for (if it says so at all)."""
-        thought = thought.lower()
-        face = self.face_in(box)
-        verdicts = [verdict for verdict in VERDICTS if verdict.lower() in thought]
-        if self.windows and verdicts and verdicts != [self.verdict(face)]:
-            return False
-        return set(re.findall(r"\w+", thought)) & {*PATTERNS, NOTHING} == {face}
-
-    def verdict(self, face):
-        """What is true of a candidate's pattern on a screen: one of VERDICTS."""
-        return VERDICTS[face == self.cards[0].pattern]
+        """Whether a thought names what a crop shows, and no other pattern."""
+        words = set(re.findall(r"\w+", thought.lower()))
+        return words & {*PATTERNS, NOTHING} == {self.face_in(box)}
 
     def compares(self, thought):
         """Whether a thought says truly how the named cards lie; None where it does not say it."""
@@ -1043,21 +1033,16 @@ def in_box(point, box):
     return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
 
 
-def search_scene(rng, colour=None, candidates=None):
+def search_scene(rng, colour=None, candidates=None, windows=()):
     """4 to 6 cards, the first of which bears the pattern; 1, 2 or 3 of them (in one, two and three
-    cases of six) are candidates."""
+    cases of six) are candidates. windows: of a screen."""
     colour = colour or rng.choice(list(COLOURS))
     candidates = candidates or rng.choice((1, 2, 2, 3, 3, 3))
     faces = [(colour, rng.choice(ANSWERS))] + [(colour, "plain")] * (candidates - 1)
-    faces += other_faces(rng, colour, candidates)
-    return Scene(place_cards(rng, faces), colour)
-
-
-def other_faces(rng, colour, fewer):
-    """4 to 6 cards, less `fewer`, of any colour but one."""
     others = [other for other in COLOURS if other != colour]
-    return [(rng.choice(others), rng.choice(list(PATTERNS)))
-            for _ in range(rng.randint(4, 6) - fewer)]
+    for _ in range(rng.randint(4, 6) - candidates):
+        faces.append((rng.choice(others), rng.choice(list(PATTERNS))))
+    return Scene(place_cards(rng, faces, windows), colour, windows=windows)
 
 
 def relation_scene(rng, direction):
@@ -1090,16 +1075,6 @@ def windows_of(rng):
     return tuple(windows)
 
 
-def screen_scene(rng):
-    """4 to 6 elements; 1 to 3 have the colour of the first, each with a pattern of its own."""
-    colour = rng.choice(list(COLOURS))
-    candidates = rng.choice((1, 2, 3))
-    faces = [(colour, pattern) for pattern in rng.sample(ANSWERS, candidates)]
-    windows = windows_of(rng)
-    cards = place_cards(rng, faces + other_faces(rng, colour, candidates), windows)
-    return Scene(cards, colour, windows=windows)
-
-
 def ask_search(rng):
     scene = search_scene(rng)
     return Question(f"{SEARCH[0]} {scene.colour}{SEARCH[1]}", [scene.draw], scene.cards[0].pattern,
@@ -1120,16 +1095,14 @@ def ask_spatial(rng):
 
 
 def ask_screen(rng):
-    scene = screen_scene(rng)
+    windows = windows_of(rng)
+    scene = search_scene(rng, candidates=rng.choice((1, 2, 3)), windows=windows)
     target = scene.cards[0]
     alike = len(scene.candidates) > 1
-    text = f"{CLICK[0]} {scene.colour}{CLICK[1]}"
-    if alike:
-        text = (f"{CLICK_ALIKE[0]} {scene.colour}{CLICK_ALIKE[1]}{target.pattern}"
-                f"{CLICK_ALIKE[2]}")
+    before, after = CLICK_ALIKE if alike else CLICK
     kind = "icon" if target.width == CARD else "button"
-    return Question(text, [scene.draw], target.box, "point", scene=scene,
-                    category=f"{kind}{FACET}{'alike' if alike else 'alone'}")
+    return Question(f"{before} {scene.colour}{after}", [scene.draw], target.box, "point",
+                    scene=scene, category=f"{kind}{FACET}{'alike' if alike else 'alone'}")
 
 
 TOYS = {"toy-search": ask_search, "toy-spatial": ask_spatial, "toy-gui": ask_screen}

@@ -76,7 +76,6 @@ from rollout import (
     RELATION,
     SEARCH,
     SIDE,
-    VERDICTS,
     Dialogue,
     Frame,
     Question,
@@ -620,7 +619,7 @@ def tiny_strings():
                "</think>\n<answer>", "system\n", "user\n", "assistant\n"]
     questions = [*SHOW, *SEARCH, IS_THE, *RELATION.values(), *MOVED.values(), " card?"]
     questions += dict.fromkeys(CLICK + CLICK_ALIKE + DIRECTIONS)
-    words = [*TINY_PROMPTS.values(), *questions, *VERDICTS, LIST, COMPARE, " Card ", "Card ",
+    words = [*TINY_PROMPTS.values(), *questions, LIST, COMPARE, " Card ", "Card ",
              " at (", ", ", ").", " None.", "Nothing.", ":", BACKTRACK]
     colours = [f" {colour}" for colour in COLOURS]
     patterns = [f"{pattern.capitalize()}." for pattern in PATTERNS]
@@ -675,7 +674,6 @@ INSTRUCTED = 0.6                       # share of dialogues that show all cards 
 ASTRAY = 0.15                          # share of zoom calls to a place of no card
 GUESSES = 0.05                         # share of the other dialogues that answer at once, blindly
 KNOWS = 0.4                            # share of questions on directions with a right answer
-VERDICT = 0.8                          # share of thoughts on a screen that say whether it is it
 AT_ONCE = 0.3                          # share of those on screens that answer without a zoom call
 IN_WINDOWS = 0.3                       # share of the tower's drawings that have windows
 # The least share of right marks, by part of the exam.
@@ -888,26 +886,19 @@ def lesson_compare(policy, rng, share=1.0):
 
 
 def lesson_read(policy, rng, share=1.0):
-    """Read: what is on the card in the crop? Or is it the one asked for, as on a screen? Up to four
-    of them in turn."""
+    """Read: what is on the card in the crop? Up to four of them in turn."""
     scene = mixed_scene(rng)
     drawing = scene.draw()
     lesson = None
-    judge = rng.random() < 0.5
     for card in rng.sample(scene.cards, min(4, len(scene.cards))):
         point = card.x + rng.randint(-16, 16), card.y + rng.randint(-16, 16)
         crop = zoom(drawing, point, SEEN // 2, SEEN)
         user = f"{SEARCH[0]} {card.colour}{SEARCH[1]}"
-        text = f"<answer>{card.pattern}</answer>"
-        if judge:
-            wanted = rng.choice((card.pattern, rng.choice(ANSWERS)))
-            user = f"{CLICK_ALIKE[0]} {card.colour}{CLICK_ALIKE[1]}{wanted}{CLICK_ALIKE[2]}"
-            text = f"{card.pattern.capitalize()}. {VERDICTS[card.pattern == wanted]}"
         if lesson:
             lesson.show("<image>" + user, crop)
         else:
             lesson = Lesson(policy, "direct", user, crop)
-        lesson.write(text)
+        lesson.write(f"<answer>{card.pattern}</answer>")
     return lesson.end_turn()
 
 
@@ -941,10 +932,8 @@ def lesson_dialogue(policy, rng, share=1.0):
 
     After each crop, whatever it showed, it goes on to the next candidate (or back to the one that
     it missed) with probability GO_ON, and otherwise answers, if need be with any pattern. So the
-    base learns the grammar, where cards are and what a crop shows, but not when to go on. Of a
-    candidate on a screen it says in a share VERDICT whether that is the one asked for, and goes on
-    as senselessly. Where a zoom call goes astray its point is not learned: the base learns to say
-    that nothing is there."""
+    base learns the grammar, where cards are and what a crop shows, but not when to go on. Where a
+    zoom call goes astray its point is not learned: the base learns to say that nothing is there."""
     kind = rng.choices((SHOW, SEARCH, CLICK), (INSTRUCTED, *[(1 - INSTRUCTED) / 2] * 2))[0]
     if kind is CLICK:
         question = ask_screen(rng)
@@ -982,8 +971,6 @@ def lesson_dialogue(policy, rng, share=1.0):
         face = scene.face_in(crop_box(drawing.size, point, SEEN // 2))
         thought = f"{face.capitalize()}. "
         more = face == NOTHING or number + 1 < len(candidates)
-        if kind is CLICK and face != NOTHING and rng.random() < VERDICT:
-            thought += f"{scene.verdict(face)} "
         if turn == 3 or not more or not (kind is SHOW or rng.random() < GO_ON):
             break
         if face != NOTHING:
@@ -1005,8 +992,8 @@ def shifted(point, rng):
 
 def lesson_mix(share):
     """The lessons of a step at `share` of pretraining: lists first, then ever more dialogues."""
-    dialogues, others = (0, 0) if share < 0.2 else (4, 1) if share < 0.45 else (7, 1)
-    kinds = [lesson_read] * (1 + others) + [lesson_dialogue] * dialogues
+    dialogues, others = (0, 0) if share < 0.2 else (4, 1) if share < 0.45 else (8, 1)
+    kinds = [lesson_read] + [lesson_dialogue] * dialogues
     kinds += [lesson_answer] * 2 * others + [lesson_compare] * 3 * others
     return kinds + [lesson_list] * (BATCH - len(kinds))
 
