@@ -1,4 +1,5 @@
-"""The dialogue: settings, questions, coordinates, the zoom tool, turns, many traces at once.
+"""The dialogue: settings, questions, coordinates, the zoom tool, turns, many traces at once; and
+the synthetic scenes that the tiny base acts in.
 
 In:  questions about images. Out: `Trace`s: which tokens the policy sampled, where it pointed, what
 it was shown, how it ended.
@@ -575,7 +576,11 @@ class Dialogue:
     after the last call. forced_answer: then written for the policy, as the beginning of its turn.
     hints: say what an answer shall look like where the question does not. coordinates: of the model
     input ("input"), or, as in the public code, of the image scaled to at most max_pixels, before
-    its sides are rounded to whole tokens ("unrounded")."""
+    its sides are rounded to whole tokens ("unrounded").
+
+    The wording of the authors' checkpoints is in Gabesarch/grounded-rl: system prompts in
+    scripts/evaluation/eval_multiturn.sh, observations and the request for the answer in
+    src/vlmsearch/models/qwen_vllm.py; their coordinates are "unrounded"."""
     mode: str = "zoom"
     tool: bool = True
     system_prompts: dict = field(default_factory=lambda: dict(SYSTEM_PROMPTS))

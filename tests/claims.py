@@ -57,7 +57,12 @@ ARMS = {                                 # name: script, flags
     "zoom": ("train_rl", "--mode zoom --diversity 0.2"),
 }
 FEWER = ("straight", "think-warm", "grounded-sft", "zoom-sft", "zoom-no-bonus")    # 3 seeds at most
-TASKS = {"toy-spatial": "", "toy-gui": "", "toy-search": "zoom"}    # the arms' names begin so
+TASKS = {                                # their arms
+    "toy-spatial": ("sft-answers", "direct", "think", "think-warm", "grounded-cold", "grounded-sft",
+                    "straight", "grounded"),
+    "toy-search": ("zoom-cold", "zoom-sft", "zoom-no-bonus", "zoom"),
+    "toy-gui": ("sft-answers", "straight", "grounded", "zoom"),
+}
 SCALING = {
     "group": {n: f"--mode zoom --group {n}" for n in (2, 4, 8, 16)},
     "traces": {n: f"--mode zoom --search-questions {n}" for n in (8, 32, 128)},
@@ -103,9 +108,15 @@ def known_to(script, flags):
 
 def jobs_of(tasks, arms, seeds, more):
     """The jobs of all tasks, arms and seeds. more: flags for all of them, before an arm's own."""
-    return [Job(task, arm, seed, script, (*known_to(script, more), *flags.split()))
-            for seed in seeds for task in tasks for arm, (script, flags) in ARMS.items()
-            if arm in arms and arm.startswith(TASKS[task]) and not (arm in FEWER and seed > 2)]
+    jobs = []
+    for seed in seeds:
+        for task in tasks:
+            for arm in TASKS[task]:
+                script, flags = ARMS[arm]
+                if arm in arms and not (arm in FEWER and seed > 2):
+                    every = known_to(script, more)
+                    jobs.append(Job(task, arm, seed, script, (*every, *flags.split())))
+    return jobs
 
 
 def scaling_jobs(more):
