@@ -1137,7 +1137,8 @@ def random_zoom_accuracy(questions, dialogue, zoom_calls, seed=0):
     for question in questions:
         points = [(rng.randrange(SIDE), rng.randrange(SIDE)) for _ in range(zoom_calls)]
         boxes = [crop_box((SIDE, SIDE), point, dialogue.crop_half) for point in points]
-        shown = any(question.scene.cards[0].readable_in(box) for box in boxes)
+        target = question.scene.cards[0]
+        shown = not question.scene.named and any(target.readable_in(box) for box in boxes)
         right += 1 if shown else chance(question)
     return right / len(questions)
 

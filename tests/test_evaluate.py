@@ -1,4 +1,4 @@
-"""The task toy-search is honest, and the figures are what they say."""
+"""The figures of an evaluation are what they say."""
 import json
 import math
 import sys

@@ -214,6 +214,12 @@ def test_a_player_who_sees_one_card_alone(policy):
     assert right / 2000 == pytest.approx(2 / 3, abs=0.04)
 
 
+def test_crops_do_not_help_on_relations():
+    """Guards the baseline in the mode `zoom`: random crops tell nothing about directions."""
+    questions = spatial_questions(50)
+    assert {random_zoom_accuracy(questions, Dialogue(), n) for n in (0, 1, 4)} == {0.5}
+
+
 # ------------------------------------------------------------------------------------------ toy-gui
 
 def screens(n=1000):
