@@ -194,7 +194,8 @@ def presets_of(config, family, script):
 
 def make_config(given, family, script):
     """The Config in force: the defaults, PRESETS over them, over these what was given by flags."""
-    values = dict(PRESETS.get(given.get("task"), {}))
+    task = given.get("task")
+    values = dict(PRESETS.get(task, {})) if task in TOYS else {}
     for name in presets_of(Config(**(values | given)), family, script):
         values |= PRESETS.get(name, {})
     config = Config(**{**values, **given, "family": family, "given": tuple(sorted(given))})
