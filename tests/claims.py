@@ -228,6 +228,8 @@ CLAIMS = (
     Claim("GRPO amplifies: verifications", "toy-search", "verifications", "zoom", "zoom:sft"),
     Claim("points lie on target", "toy-spatial", "on_target", "grounded", level=0.9),
     Claim("points lie on target", "toy-search", "on_target", "zoom", level=0.9),
+    Claim("comparisons in thoughts are true", "toy-spatial", "true_thoughts", "grounded",
+          level=0.9),
     Claim("thoughts are true of the crop", "toy-search", "true_thoughts", "zoom", level=0.9),
     Claim("thoughts are true of the crop", "toy-gui", "true_thoughts", "zoom", level=0.9),
 )
