@@ -337,7 +337,7 @@ def draw_panel(canvas, left, title, points, logarithmic):
         if logarithmic or number % 4 == 3:
             canvas.text((x, 256), f"{value}", fill="black", anchor="mt", font_size=12)
         if logarithmic:
-            canvas.text((x, y - 6), f"{accuracy:.2f}", fill="black", anchor="mb", font_size=12)
+            canvas.text((x, y + 8), f"{accuracy:.2f}", fill="black", anchor="mt", font_size=12)
     canvas.text((left + 190, 276), title, fill="black", anchor="mt", font_size=14)
     canvas.text((left + 190, 8), "accuracy", fill="black", anchor="mt", font_size=14)
 
