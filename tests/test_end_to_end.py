@@ -216,7 +216,7 @@ def test_no_process_is_left_behind(run_folder, number, code):
                                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert started.stdout.readline().startswith("settings")
     os.killpg(started.pid, number)
-    output, _ = started.communicate(timeout=90)    # the launcher kills what is left after 30 s
+    output, _ = started.communicate(timeout=30)
     assert started.returncode == code
     settings = [line for line in output.splitlines() if line.startswith("  ")]
     said = [line for line in output.splitlines() if line and line not in settings]
