@@ -25,6 +25,7 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import textwrap
 import threading
@@ -32,6 +33,7 @@ import time
 import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from itertools import product
@@ -44,9 +46,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from transformers.utils import cached_file
 
 from model import Engine, Sequence, UserError, rank, world_size
@@ -1147,24 +1147,34 @@ def random_zoom_accuracy(questions, dialogue, zoom_calls, seed=0):
 # --------------------------------------------------------------------------------- running a script
 
 MAX_PROCESSES = 8                   # that are started unasked
-LAUNCHER = "VIGORL_LAUNCHER"        # environment variable: id of the process that started this one
 GO_ON = "a training run goes on with --resume, an evaluation with the same --json FILE"
 
 
 def run(script, description, main):
-    """Reads the command line and calls main({setting: value}), in as many processes as it asks for.
-
-    A UserError becomes one line and exit code 2. Where one process fails, the launcher ends the
-    others."""
-    try:
+    """Reads the command line and calls main({setting: value}), in as many processes as it asks
+    for."""
+    with errors_in_a_line():
         given = read_command_line(script, description)
         number = processes_to_start(given)
         if number > 1:
-            sys.exit(launch(number))
-        join_processes()
+            sys.exit(launch(number, main, given))
+        if "WORLD_SIZE" in os.environ and not dist.is_initialized():      # torchrun's
+            backend = "gloo"
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+                backend = "nccl"
+            join_processes(backend)
         main(given)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def errors_in_a_line():
+    """Ends the process where it fails: by a line and exit code 2 after a UserError. Of several
+    processes the launcher ends the others."""
+    try:
+        yield
     except UserError as error:
         leave(f"error: {error}", 2)
     except KeyboardInterrupt:
@@ -1204,46 +1214,49 @@ def processes_to_start(given):
     return asked or min(cores, MAX_PROCESSES)
 
 
-def launch(number):
-    """Runs the same command in `number` processes of one thread each, as torchrun does.
+def launch(number, main, given):
+    """Calls main(given) in `number` processes of one thread each.
     -> the exit code: that of the first process that failed, 1 where a signal ended it.
 
-    Where one process fails, the launcher ends the others. A signal to this process ends them all,
-    and SIGINT then goes on as a KeyboardInterrupt."""
-    logging.disable()                   # the launcher's own reports, which are pages long
-    os.environ |= {"OMP_NUM_THREADS": "1", LAUNCHER: str(os.getpid())}
+    Where one process fails, the others are ended. So are all when this one ends, by Ctrl-C, too."""
+    def stop(signal_number, frame):
+        leave(f"interrupted; {GO_ON}", 128 + signal_number)
+    for stopped_by in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stopped_by, stop)
+    how = "fork" if sys.platform == "linux" else "spawn"     # a fork has imported torch already
     with TemporaryDirectory() as folder:
-        config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=number, max_restarts=0, monitor_interval=0.1,
-            run_id="local", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-            local_addr="localhost", logs_specs=DefaultLogsSpecs(folder),
-            signals_to_handle="SIGTERM,SIGHUP")
+        processes = start_processes(work, (number, os.getpid(), folder, main, given), number,
+                                    join=False, daemon=True, start_method=how)
+        logging.disable()               # reports of processes that are ended
         try:
-            elastic_launch(config, sys.executable)("-u", *sys.orig_argv[1:])
-        except ChildFailedError as error:
-            which, failure = error.get_first_failure()
-            if failure.exitcode > 0:
-                return failure.exitcode
-            print(f"error: {failure.signal_name()} ended process {which}; {GO_ON}", file=sys.stderr)
+            while not processes.join():
+                pass
+        except ProcessExitedException as error:
+            if error.exit_code > 0:
+                return error.exit_code
+            print(f"error: {error.signal_name} ended process {error.error_index}; {GO_ON}",
+                  file=sys.stderr)
             return 1
-        except SignalException as error:
-            print(f"interrupted; {GO_ON}", file=sys.stderr)
-            return 128 + error.sigval
     return 0
 
 
-def join_processes():
-    """Joins the processes that `launch` or torchrun started; does nothing without them. From now on
-    only the first process prints."""
-    if LAUNCHER in os.environ:
-        parent = int(os.environ[LAUNCHER])
-        threading.Thread(target=end_with, args=[parent], daemon=True).start()
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        backend = "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            backend = "nccl"
-        dist.init_process_group(backend, timeout=timedelta(hours=4))
+def work(number, processes, launcher, folder, main, given):
+    """What process `number` of those that `launch` starts does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)             # the launcher hears it, too
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=end_with, args=[launcher], daemon=True).start()
+    torch.set_num_threads(1)
+    sys.stdout.reconfigure(line_buffering=True)
+    with errors_in_a_line():
+        join_processes("gloo", init_method=f"file://{folder}/store", rank=number,
+                       world_size=processes)
+        main(given)
+        dist.destroy_process_group()
+
+
+def join_processes(backend, **where):
+    """From now on only the first process prints."""
+    dist.init_process_group(backend, timeout=timedelta(hours=4), **where)
     if rank():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

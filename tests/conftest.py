@@ -143,7 +143,7 @@ def join(place, outputs, function, arguments):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     torch.set_num_threads(1)
     torch.cuda.is_available = lambda: False
-    join_processes()
+    join_processes("gloo")
     function(*arguments)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -180,7 +180,7 @@ def launched(folder, pipe, command):
     os.close(written)
     torch.cuda.is_available = lambda: False
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    sys.argv, sys.orig_argv = command, [sys.executable, *command]
+    sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 
 
