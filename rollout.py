@@ -884,6 +884,7 @@ def draw_face(colour, pattern):
 
 
 BACKGROUND = draw_background()
+WINDOW = BACKGROUND + np.array([0, 0, 48], np.uint8)
 FACES = {face: draw_face(*face) for face in product(COLOURS, PATTERNS)}
 
 
@@ -892,7 +893,7 @@ def draw_window(image, box):
     left, top, right, bottom = box
     image[top:bottom, left:right] = 60, 64, 76
     inside = slice(top + 2 * BLOCK, bottom - BLOCK), slice(left + BLOCK, right - BLOCK)
-    image[inside] = BACKGROUND[inside] + np.array([0, 0, 48], np.uint8)
+    image[inside] = WINDOW[inside]
     for i, colour in enumerate(((230, 90, 80), (230, 190, 70), (100, 200, 90))):
         x = left + (2 * i + 1) * BLOCK
         image[top + BLOCK // 2:top + BLOCK // 2 + BLOCK, x:x + BLOCK] = colour

@@ -1192,13 +1192,16 @@ class Muon(torch.optim.Optimizer):
             p.add_(shard_like(update, p), alpha=-group["lr"] * scale)
 
 
+LEAST_NORM = 1e-3         # of a matrix' gradient, for a full step: below are roundings and decay
+
+
 def orthogonalise(x, steps=5):
     """Brings the singular values of matrices (n, rows, columns) near 1, by the quintic
     Newton-Schulz iteration: with 5 steps almost all of them. With 2 the small ones stay small: in
     GRPO's gradients a few directions count, and the others are noise."""
     if x.shape[-2] > x.shape[-1]:
         return orthogonalise(x.mT, steps).mT
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=LEAST_NORM)
     for _ in range(steps):
         a = x @ x.mT
         x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
