@@ -21,7 +21,9 @@ from rollout import (
     BLOCK,
     COLOURS,
     CONTRAST,
+    MOVED,
     PATTERNS,
+    RELATION,
     Config,
     Dialogue,
     Question,
@@ -656,15 +658,19 @@ def test_lists_are_true(policy):
 
 def test_comparisons_are_true(policy):
     """Guards the lessons that compare: of each pair of colours where both cards are, and in which
-    directions of the second the first lies, by the places as they are written."""
+    directions of the second the first lies, by the places as they are written; then one of these
+    answers a question about its axis."""
     met = set()
+    asked = {text: axis for texts in (RELATION, MOVED) for axis, text in texts.items()}
     for seed in range(40):
         text = policy.decode(sft.lesson_compare(policy, random.Random(seed)).ids)
         cards = {card.colour: card for card in sft.mixed_scene(
             random.Random(seed), most=6, copies=(1,)).cards}
-        parts = re.findall(r" (\w+) (\w+): Card 1 at (.+?)\. Card 2 at (.+?)\. ([a-z ]+)\.", text)
+        parts = re.findall(r" (\w+) (\w+): Card 1 at (.+?)\. Card 2 at (.+?)\. ([a-z ]+)\.(.+?)"
+                           "<answer>(.+?)</answer>", text)
         assert len(parts) == 4
-        for *colours, first, second, said in parts:
+        for *colours, first, second, said, question, answered in parts:
+            assert answered in said.split() and answered in asked[question]
             (x, y), (other_x, other_y) = (sft.parse_points(place)[0] for place in (first, second))
             for colour, place in zip(colours, ((x, y), (other_x, other_y)), strict=True):
                 assert cards[colour].contains(sft.FRAME.to_original(place))
@@ -887,14 +893,19 @@ def test_the_exam_marks_rightly(policy):
 
 
 def one_turn(policy, question, lie):
-    """A trace of the mode `grounded` that points at what is asked about, and answers; or that lies
-    about the first place."""
+    """A trace of the mode `grounded` that points at what is asked about, compares and answers; or
+    that lies about the first place, and answers against its comparison."""
     scene = question.scene
     cards = scene.named or scene.candidates[:1]
     places = [format_point((card.x / 4, card.y / 4)) for card in cards]
+    said = places[:1]
     thought = " ".join(f"Card at {place}." for place in (["(0, 0)"] if lie else []) + places)
-    reply = answer(places[0] if question.kind == "point" else "left", thought)
-    return replay(policy, Dialogue("grounded"), question, [reply])
+    if scene.named:
+        said = scene.directions()
+        thought += f" {' '.join(said)}."
+        if lie:
+            said = [name for name in sft.DIRECTIONS if name not in said]
+    return replay(policy, Dialogue("grounded"), question, [answer(said[0], thought)])
 
 
 @pytest.mark.parametrize("lie", [None, "striped"])
@@ -921,7 +932,42 @@ def test_the_exam_of_a_policy(policy, monkeypatch, lie):
     said = [share for name, share in marks.items() if name.startswith("says")]
     assert set(targets.values()) == {1.0} and len(targets) == 3
     assert (min(said) == 1) if lie is None else (min(said) < sft.PASSES["says"])
-    assert marks["relation"] == marks["moved"] == marks["screen"] == (lie is None)
+    for part in ("relation", "moved", "compare", "screen"):
+        assert marks[part] == (lie is None)
+
+
+def test_a_false_comparison_is_marked(policy):
+    """Guards "compare": a comparison that is false of the scene is no good, though the answer
+    follows from it; where nothing is compared there is nothing to mark."""
+    question = toy("toy-spatial", "exam", 0, 0)
+    false = next(name for name in sft.DIRECTIONS if name not in question.scene.directions())
+    for said, marks in ((false, [False]), (question.scene.directions()[0], [True]), ("", [])):
+        reply = answer(said or "left", f"It lies {said}.")
+        trace = replay(policy, Dialogue("grounded"), question, [reply])
+        found = sft.examine_answer(trace)
+        assert [right for name, right in found if name == "compare"] == marks
+
+
+def test_the_base_has_averaged_weights(policy, monkeypatch):
+    """Guards the average that is examined: over the last sixteenth of the steps, by exponentially
+    fading weights; of a few steps it is the last one's."""
+    norm = policy.model.model.language_model.norm.weight
+    monkeypatch.setattr(sft, "train_tower", lambda *how, **more: None)
+    monkeypatch.setattr(sft, "exam", lambda *how, **more: GOOD)
+
+    def learn(policy, optimizers, step, *_):
+        with torch.no_grad():
+            norm.fill_(step + 1)
+        return 1.0
+    monkeypatch.setattr(sft, "learn_lessons", learn)
+    for steps, fading in ((4, 0.0), (32, 0.5)):
+        with torch.no_grad():
+            norm.fill_(0.0)
+        sft.pretrain(policy, steps, 0, log=lambda line: None)
+        average = 0.0
+        for step in range(steps):
+            average = fading * average + (1 - fading) * (step + 1)
+        assert norm[0].item() == pytest.approx(average)
 
 
 def test_no_warm_start(policy, tiny_folder, tmp_path):
