@@ -780,16 +780,41 @@ def crop_truths(rng):
     return scene.draw().crop(box), truths
 
 
-def train_tower(policy, seed, *, steps, log=print):
+def tower_directions(seed, hidden):
+    """The unit vectors at right angles by which the tower's tokens tell their CLASSES, (classes,
+    hidden), and those of x and y, (2, hidden): places also lie along these, by column and row."""
+    torch.manual_seed(seed)
+    directions = torch.nn.init.orthogonal_(torch.empty(sum(CLASSES) + 2, hidden))
+    directions, axes = directions.split([sum(CLASSES), 2])
+    cells = torch.arange(len(PLACES)) // len(JITTER) / 1.5 - 1                   # from -1 to 1
+    for axis, places in zip(axes, directions.split(CLASSES)[2:4], strict=True):
+        places += cells[:, None] * axis
+    return directions, axes
+
+
+def align_words(policy, directions, axes):
+    """Adds to the embeddings of words the directions of what they name. So what an image shows is
+    found by its word, and named by it, before there was a lesson (CLIP's idea)."""
+    colours, patterns, *_ = directions.split(CLASSES)
+    rows = {f" {colour}": row for colour, row in zip(COLOURS, colours, strict=False)}
+    for pattern, row in zip(PATTERNS, patterns, strict=True):
+        rows |= {pattern: row, f"{pattern.capitalize()}.": row}
+    rows |= {"Nothing.": colours[-1], "left": -axes[0], "right": axes[0], "above": -axes[1],
+             "below": axes[1]}
+    with torch.no_grad():
+        for word, row in rows.items():
+            token, = policy.encode(word)
+            policy.model.model.language_model.embed_tokens.weight[token] += row
+
+
+def train_tower(policy, seed, directions, *, steps, log=print):
     """Teaches the vision tower alone.
 
-    Its tokens tell their CLASSES along fixed directions, all at right angles: what is told fills
-    the token. (With linear heads that learn it can hide in a small part of the token, where the
-    language model does not find it.)"""
+    Its tokens tell their CLASSES along fixed directions: what is told fills the token. (With linear
+    heads that learn it can hide in a small part of the token, where the language model does not
+    find it.)"""
     hidden = policy.text_config.hidden_size
     tower = list(policy.model.model.visual.parameters())
-    torch.manual_seed(seed)
-    directions = torch.nn.init.orthogonal_(torch.empty(sum(CLASSES), hidden))  # (classes, hidden)
     optimizers = make_optimizers(policy, "muon", *TOWER_RATES, parameters=tower, newton_schulz=3)
     policy.train_vision = True
     started = time.time()
@@ -1015,7 +1040,9 @@ def pretrain(policy, steps, seed, *, log=print):
     for layer in policy.model.model.language_model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)    # at first a layer adds nothing to
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)       # what the tower tells
-    train_tower(policy, seed, steps=min(TOWER_STEPS, steps), log=log)
+    directions, axes = tower_directions(seed, policy.text_config.hidden_size)
+    train_tower(policy, seed, directions, steps=min(TOWER_STEPS, steps), log=log)
+    align_words(policy, directions, axes)
     optimizers = make_optimizers(policy, "muon", *LANGUAGE_RATES, newton_schulz=3)
     weights = policy.trainable()
     averages = [weight.detach().clone() for weight in weights]
@@ -1024,7 +1051,7 @@ def pretrain(policy, steps, seed, *, log=print):
     while True:
         policy.model.train()
         for step in range(done, done + length):
-            factor = peak * learning_rate(step - done, length, 30, 0.15)
+            factor = peak * learning_rate(step - done, length, 30, 0.03)
             loss = learn_lessons(policy, optimizers, step, steps, seed, factor)
             average(averages, weights, step)
             if step % 50 == 49 or step + 1 == done + length:

@@ -760,15 +760,39 @@ def test_single_turn_lessons_are_true(policy):
 def tower_accuracy(policy, draw, part):
     """The share of tokens whose nearest direction, of one part of the classes, is the true one; on
     images of no lesson."""
-    torch.manual_seed(0)
-    empty = torch.empty(sum(sft.CLASSES), policy.text_config.hidden_size)
-    directions = torch.nn.init.orthogonal_(empty).split(sft.CLASSES)[part]
+    directions, _ = sft.tower_directions(0, policy.text_config.hidden_size)
+    directions = directions.split(sft.CLASSES)[part]
     drawn = [draw(random.Random(f"unseen {i}")) for i in range(8)]
     with torch.no_grad():
         tokens = torch.cat(policy.features([policy.picture(image) for image, _ in drawn]))
     truths = torch.tensor([truth[part] for _, truths in drawn for truth in truths])
     asked = truths != sft.UNASKED
     return ((tokens @ directions.T).argmax(-1) == truths)[asked].float().mean().item()
+
+
+def test_words_have_the_directions_of_what_they_name(policy):
+    """Guards the alignment: what a word names is, of all of its kind, nearest to what the word's
+    embedding was moved by; a place further to the right or below is nearer to that word."""
+    directions, axes = sft.tower_directions(0, policy.text_config.hidden_size)
+    weights = policy.model.model.language_model.embed_tokens.weight
+    before = weights.clone()
+    sft.align_words(policy, directions, axes)
+    moved = weights - before
+    colours, patterns, across, down, _ = directions.split(sft.CLASSES)
+
+    def move_of(word):
+        token, = policy.encode(word)
+        return moved[token]
+    for i, colour in enumerate(COLOURS):
+        assert (colours @ move_of(f" {colour}")).argmax() == i
+    for i, pattern in enumerate(PATTERNS):
+        for word in (pattern, f"{pattern.capitalize()}."):
+            assert (patterns @ move_of(word)).argmax() == i
+    for places, less, more in ((across, "left", "right"), (down, "above", "below")):
+        cells = (places @ move_of(more)).view(4, -1)
+        assert (cells.diff(dim=0) > 0.5).all()
+        assert (places @ move_of(less)).view(4, -1).allclose(-cells, atol=1e-6)
+    assert (moved.norm(dim=1) > 0).sum() == 6 + 2 * 7 + 1 + 4
 
 
 def test_the_vision_tower_learns(policy):
@@ -778,7 +802,8 @@ def test_the_vision_tower_learns(policy):
     before = tower_accuracy(policy, sft.cell_truths, 0)
     language = [p.clone() for p in policy.trainable()]
     lines = []
-    sft.train_tower(policy, 0, steps=100, log=lines.append)
+    directions, _ = sft.tower_directions(0, policy.text_config.hidden_size)
+    sft.train_tower(policy, 0, directions, steps=100, log=lines.append)
     assert tower_accuracy(policy, sft.cell_truths, 0) > max(0.8, before + 0.2)
     assert len(lines) == 1 and "vision tower 100/100" in lines[0]
     assert not policy.train_vision and all(map(torch.equal, language, policy.trainable()))
