@@ -97,7 +97,7 @@ class Config:
     train_vision: bool = False         # train the vision tower too
 
     # train_sft, train_rl: warm start
-    base_steps: int = 1200             # pretraining steps of the tiny base before its exam
+    base_steps: int = 1400             # pretraining steps of the tiny base before its exam
     teacher: str = ""                  # checkpoint that searches for traces (the policy itself)
     traces: str = ""                   # fine-tune on this file of traces instead of searching
     export: str = ""                   # also write the traces in the release's form, crops as files

@@ -899,18 +899,13 @@ def list_kind(share):
 
 def lesson_compare(policy, rng, share=1.0):
     """Compare: where are two cards, where does the first lie, seen from the second, and what does
-    that answer? Four pairs of an overview. Half of them are said to lie where they do not, for it
-    is the written places that have to be compared."""
+    that answer? Four pairs of an overview."""
     scene = mixed_scene(rng, most=6, copies=(1,))
     lesson = Lesson(policy, "grounded", COMPARE, overview(scene.draw))
     for pair in rng.sample(list(permutations(scene.cards, 2)), 4):
         lesson.write("".join(f" {card.colour}" for card in pair) + ":", learned=False)
-        elsewhere = rng.random() < 0.5
-        if elsewhere:
-            pair = place_cards(rng, [(card.colour, card.pattern) for card in pair])
         for number, card in enumerate(pair, 1):
-            place = card_text(number, FRAME.to_input((card.x, card.y)))
-            lesson.write(f" {place}", learned=not elsewhere)
+            lesson.write(" " + card_text(number, FRAME.to_input((card.x, card.y))))
         steps = pair[0].steps_from(pair[1])
         directions = [name for name in DIRECTIONS if steps[name] > 0]
         lesson.write("".join(f" {name}" for name in directions) + ".")

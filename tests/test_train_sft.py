@@ -659,15 +659,11 @@ def test_lists_are_true(policy):
 def test_comparisons_are_true(policy):
     """Guards the lessons that compare: of each pair of colours where both cards are, and in which
     directions of the second the first lies, by the places as they are written; then one of these
-    answers a question about its axis. About half of the places are not the cards', and only true
-    ones are learned."""
-    met, where_they_are = set(), []
+    answers a question about its axis."""
+    met = set()
     asked = {text: axis for texts in (RELATION, MOVED) for axis, text in texts.items()}
     for seed in range(40):
-        lesson = sft.lesson_compare(policy, random.Random(seed))
-        text = policy.decode(lesson.ids)
-        learned = policy.decode([token for token, own in zip(lesson.ids, lesson.sampled,
-                                                             strict=True) if own])
+        text = policy.decode(sft.lesson_compare(policy, random.Random(seed)).ids)
         cards = {card.colour: card for card in sft.mixed_scene(
             random.Random(seed), most=6, copies=(1,)).cards}
         parts = re.findall(r" (\w+) (\w+): Card 1 at (.+?)\. Card 2 at (.+?)\. ([a-z ]+)\.(.+?)"
@@ -676,17 +672,13 @@ def test_comparisons_are_true(policy):
         for *colours, first, second, said, question, answered in parts:
             assert answered in said.split() and answered in asked[question]
             (x, y), (other_x, other_y) = (sft.parse_points(place)[0] for place in (first, second))
-            where_they_are.append(all(
-                cards[colour].contains(sft.FRAME.to_original(place))
-                for colour, place in zip(colours, ((x, y), (other_x, other_y)), strict=True)))
-            written = f"Card 1 at {first}. Card 2 at {second}. {said}."
-            assert (written in learned) == where_they_are[-1]
+            for colour, place in zip(colours, ((x, y), (other_x, other_y)), strict=True):
+                assert cards[colour].contains(sft.FRAME.to_original(place))
             true = {"left": x // 16 < other_x // 16, "right": x // 16 > other_x // 16,
                     "above": y // 16 < other_y // 16, "below": y // 16 > other_y // 16}
             assert said.split() == [name for name, holds in true.items() if holds]
             met.update(said.split())
     assert met == set(sft.DIRECTIONS)
-    assert 0.3 < sum(where_they_are) / len(where_they_are) < 0.7
 
 
 def test_what_is_read_from_crops_is_in_them(policy):
