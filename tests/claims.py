@@ -6,7 +6,7 @@
     python tests/claims.py --scaling .github/scaling.png   # seed 0: steps, group size, traces
 
 An arm is a set of flags for the two training scripts; all start from the same tiny base of their
-seed, see the same questions, and make 90 updates, of SFT and GRPO together. Several arms run side
+seed, see the same questions, and make 80 updates, of SFT and GRPO together. Several arms run side
 by side, one thread each. Each leaves its result in runs/claims; a run that was cut off loses those
 that were running, and an arm whose flags have changed is trained again. Flags that this script
 does not know go on to the training scripts: `--base-steps 50 --steps 2` tries it all in a minute.
@@ -40,8 +40,8 @@ from train_sft import remaining  # noqa: E402
 
 # --------------------------------------------------------------------------------------------- arms
 
-COLD = "--sft-steps 0 --steps 90"        # no warm start
-ONLY_SFT = "--sft-steps 90"
+COLD = "--sft-steps 0 --steps 80"        # no warm start
+ONLY_SFT = "--sft-steps 80"
 ARMS = {                                 # name: script, flags
     "sft-answers": ("train_sft", f"--mode direct {ONLY_SFT}"),
     "direct": ("train_rl", f"--mode direct {COLD}"),
