@@ -646,8 +646,9 @@ class DecodeLayout:
     """A token of each of N rows: q (N, H, 1, D). (N,) each: their places, the columns where their
     new K/V goes, the lengths of their prompts.
 
-    The queries of a group meet its prompt's K/V as one matrix product, with zeros for idle rows:
-    the prompt is read once a group, not once a row."""
+    The queries of a group meet its prompt's K/V as one matrix product, so that it is read once a
+    group, and each row's own K/V is read where it lies; idle rows have zeros. Where most are idle,
+    the others' is copied instead."""
 
     def __init__(self, cache, places, columns, prompts):
         G, Hk, device = cache.rows, cache.heads, cache.own[0].device
@@ -664,6 +665,10 @@ class DecodeLayout:
         heads = torch.arange(Hk, device=device)
         by_slot = (places // G * Hk + heads) * G + places % G                    # in (S * Hk * G)
         self.by_slot = by_slot.flatten()                                         # (N * Hk)
+        self.seats = slice(self.slots * G)           # R places, whose own K/V is read
+        if 2 * len(places) < self.slots * G:
+            self.seats, places = self.places, torch.arange(len(places), device=device)[:, None]
+        self.by_seat = (places * Hk + heads).flatten()                           # (N * Hk)
 
     def __call__(self, layer, q, k, v, scale):
         N, H, _, D = q.shape
@@ -671,21 +676,25 @@ class DecodeLayout:
         prompt, own = self.cache.prompt[layer], self.cache.own[layer]
         own[:, self.places, :, self.columns] = torch.stack([k, v], 1)[..., 0, :]
         prompt_k, prompt_v = prompt[:, :self.slots, :, :P].flatten(1, 2)         # (S * Hk, P, D)
-        own_k, own_v = own[:, self.places, :, :T].flatten(1, 2)                  # (N * Hk, T, D)
+        own_k, own_v = own[:, self.seats, :, :T].flatten(1, 2)                   # (R * Hk, T, D)
         q = q.view(N * Hk, H // Hk, D)                       # f query heads share one K/V head
-        scores = torch.cat([self.in_groups(q, prompt_k.mT), product(q, own_k.mT)], -1)
+        of_prompt = partial(product_at, index=self.by_slot, rows=self.cache.rows)
+        of_own = partial(product_at, index=self.by_seat, rows=1)
+        scores = torch.cat([of_prompt(q, prompt_k.mT), of_own(q, own_k.mT)], -1)
         weights = (scores * scale + self.bias).softmax(-1).to(q.dtype)          # (N * Hk, f, P + T)
         to_prompt, to_own = weights.split([P, T], -1)
-        out = self.in_groups(to_prompt, prompt_v) + product(to_own, own_v)       # (N * Hk, f, D)
+        out = of_prompt(to_prompt, prompt_v) + of_own(to_own, own_v)             # (N * Hk, f, D)
         return out.view(N, H, 1, D).to(q.dtype)
 
-    def in_groups(self, x, prompt):
-        """x (N * Hk, f, a), prompt (S * Hk, a, b) -> their products (N * Hk, f, b)"""
-        rows, f = self.cache.rows, x.shape[1]
-        spread = x.new_zeros(len(prompt) * rows, *x.shape[1:])                  # (S * Hk * G, f, a)
-        spread[self.by_slot] = x
-        out = product(spread.view(len(prompt), rows * f, -1), prompt)           # (S * Hk, G * f, b)
-        return out.view(len(spread), f, -1)[self.by_slot]
+
+def product_at(x, kv, index, rows):
+    """x (n, f, a), kv (B, a, b), each of which `rows` of x meet -> (n, f, b). index: where x is
+    among the B * rows; those in between are zeros."""
+    f = x.shape[1]
+    spread = x.new_zeros(len(kv) * rows, *x.shape[1:])                          # (B * rows, f, a)
+    spread[index] = x
+    out = product(spread.view(len(kv), rows * f, -1), kv)                       # (B, rows * f, b)
+    return out.view(len(spread), f, -1)[index]
 
 
 def product(a, b):

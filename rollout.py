@@ -97,7 +97,7 @@ class Config:
     train_vision: bool = False         # train the vision tower too
 
     # train_sft, train_rl: warm start
-    base_steps: int = 1400             # pretraining steps of the tiny base before its exam
+    base_steps: int = 1050             # pretraining steps of the tiny base before its exam
     teacher: str = ""                  # checkpoint that searches for traces (the policy itself)
     traces: str = ""                   # fine-tune on this file of traces instead of searching
     export: str = ""                   # also write the traces in the release's form, crops as files
@@ -112,7 +112,7 @@ class Config:
     sft_lr: float = 5e-4               # peak learning rate, AdamW
 
     # train_rl: GRPO
-    steps: int = 50                    # GRPO steps
+    steps: int = 40                    # GRPO steps
     questions: int = 16                # questions a step
     update_questions: int | None = None    # questions an update (all of a step)
     group: int = 8                     # traces a question
@@ -163,7 +163,8 @@ GUI = dict(max_pixels=4_194_304, response_tokens=3072, crop_half=50, crop_size=3
 PRESETS = {
     "real": dict(turn_tokens=1024, response_tokens=4608, cache_tokens=None,
                  crop_half=182, crop_size=672),
-    "toy-spatial": dict(mode="grounded"),
+    "toy-spatial": dict(mode="grounded", base_steps=1400, steps=50),
+    "toy-gui": dict(base_steps=1400, steps=50),
     "spatial": dict(max_pixels=4_194_304),
     "search": dict(max_pixels=2_850_000),
     "gui": GUI,

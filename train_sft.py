@@ -19,7 +19,8 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, permutations, product
+from functools import partial
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -666,13 +667,13 @@ def make_tiny(folder, strings, *, image_px=SEEN, hidden=96, layers=4, heads=3, v
 
 # --------------------------------------------------------------------- (e) its lessons and its exam
 
-TOWER_STEPS = 1200                     # of the vision tower at most
+TOWER_STEPS = 600                      # of the vision tower at most, of 32 images each
 TOWER_RATES = (0.02, 5e-3)             # peak learning rates: of Muon, of AdamW
 LANGUAGE_RATES = (0.01, 5e-3)
-BATCH = 16                             # lessons, or images, a step
+BATCH = 16                             # lessons a step
 GO_ON = 0.2                            # probability that a dialogue goes on, whatever a crop showed
 INSTRUCTED = 0.6                       # share of dialogues that show all cards of a colour
-ASTRAY = 0.15                          # share of zoom calls to a place of no card
+ASTRAY = 0.08                          # share of zoom calls to any place
 GUESSES = 0.05                         # share of the other dialogues that answer at once, blindly
 KNOWS = 0.4                            # share of questions on directions with a right answer
 AT_ONCE = 0.3                          # share of those on screens that answer without a zoom call
@@ -721,7 +722,7 @@ def patterned(rng, colour=None, candidates=None):
     scene = search_scene(rng, colour, candidates)
     new = {}
     for card in scene.candidates:
-        new[card] = replace(card, pattern=rng.choice(("plain", *ANSWERS)))
+        new[card] = replace(card, pattern=rng.choice(("plain", "plain", *ANSWERS)))
     return replace(scene, cards=tuple(new.get(card, card) for card in scene.cards))
 
 
@@ -819,12 +820,12 @@ def train_tower(policy, seed, directions, *, steps, log=print):
     policy.train_vision = True
     started = time.time()
     for step in range(steps):
-        kinds = [tile_truths] * 4 + [crop_truths] * 4 + [cell_truths] * 8
+        kinds = [tile_truths] * 8 + [crop_truths] * 8 + [cell_truths] * 16
         if step >= steps // 4:                               # what is left to learn is to count
-            kinds = [tile_truths] + [crop_truths] * 2 + [cell_truths] * 13
+            kinds = [tile_truths] * 2 + [crop_truths] * 4 + [cell_truths] * 26
         pictures = []
         truths = []
-        for i in range(rank(), BATCH, world_size()):
+        for i in range(rank(), len(kinds), world_size()):
             image, truth = kinds[i](random.Random(f"tower {seed} {step} {i}"))
             pictures.append(policy.picture(image))
             truths += truth
@@ -838,7 +839,7 @@ def train_tower(policy, seed, directions, *, steps, log=print):
             loss = loss + summed / max(1, n)
         (loss * world_size()).backward()                     # gradients are averaged over processes
         optimizer_step(tower, optimizers, learning_rate(step, steps, 20, 0.05))
-        if step % 100 == 99:
+        if step % 50 == 49:
             total, = sum_over_processes([loss.item()])
             log(f"vision tower {step + 1}/{steps}  loss {total:.3f}  "
                 f"{remaining(started, step + 1, steps)}")
@@ -958,14 +959,16 @@ def lesson_answer(policy, rng, share=1.0):
     return lesson.write(f"<answer>{answer}</answer>").end_turn()
 
 
-def lesson_dialogue(policy, rng, share=1.0):
+def lesson_dialogue(policy, rng, share=1.0, screens=True):
     """The dialogue of the mode `zoom`, with decisions that are not sensible.
 
     After each crop, whatever it showed, it goes on to the next candidate (or back to the one that
     it missed) with probability GO_ON, and otherwise answers, if need be with any pattern. So the
     base learns the grammar, where cards are and what a crop shows, but not when to go on. Where a
     zoom call goes astray its point is not learned: the base learns to say that nothing is there."""
-    kind = rng.choices((SHOW, SEARCH, CLICK), (INSTRUCTED, *[(1 - INSTRUCTED) / 2] * 2))[0]
+    others = 1 - INSTRUCTED
+    weights = (INSTRUCTED, others / 2, others / 2) if screens else (INSTRUCTED, others, 0)
+    kind = rng.choices((SHOW, SEARCH, CLICK), weights)[0]
     if kind is CLICK:
         question = ask_screen(rng)
         scene, text = question.scene, question.text
@@ -1021,17 +1024,21 @@ def shifted(point, rng):
     return [min(max(value, 0), SIDE - 1) for value in moved]
 
 
-def lesson_mix(share):
+def lesson_mix(share, all_tasks):
     """The lessons of a step at `share` of pretraining: lists first, then ever more dialogues."""
-    dialogues, others = (0, 0) if share < 0.2 else (4, 1) if share < 0.45 else (8, 1)
-    kinds = [lesson_read] + [lesson_dialogue] * dialogues
-    kinds += [lesson_answer] * 2 * others + [lesson_compare] * 3 * others
+    if share < 0.2:
+        return [lesson_read] + [lesson_list] * (BATCH - 1)
+    dialogues = 4 if share < 0.45 else 8 if all_tasks else 11
+    kinds = [lesson_read] + [partial(lesson_dialogue, screens=all_tasks)] * dialogues
+    if all_tasks:
+        kinds += [lesson_answer] * 2 + [lesson_compare] * 3
     return kinds + [lesson_list] * (BATCH - len(kinds))
 
 
-def pretrain(policy, steps, seed, *, log=print):
+def pretrain(policy, steps, seed, all_tasks, log=print):
     """Teaches the tiny base to see and to speak: the vision tower first, then, with the tower
-    frozen, the language model. -> the marks of the last exam
+    frozen, the language model. all_tasks: what toy-spatial and toy-gui need, too.
+    -> the marks of the last exam
 
     After `steps` steps, when the learning rate has decayed, come the exponential moving average of
     the weights (over a sixteenth of the steps), and an exam. A base that fails it goes on for a
@@ -1052,7 +1059,8 @@ def pretrain(policy, steps, seed, *, log=print):
         policy.model.train()
         for step in range(done, done + length):
             factor = peak * learning_rate(step - done, length, 30, 0.03)
-            loss = learn_lessons(policy, optimizers, step, steps, seed, factor)
+            kinds = lesson_mix(step / steps, all_tasks)
+            loss = learn_lessons(policy, optimizers, kinds, step, steps, seed, factor)
             average(averages, weights, step)
             if step % 50 == 49 or step + 1 == done + length:
                 loss, = sum_over_processes([loss])
@@ -1063,7 +1071,7 @@ def pretrain(policy, steps, seed, *, log=print):
                 weight.copy_(averaged)
         policy.model.eval()
         done, length, peak = done + length, max(1, steps // 4), 0.4
-        marks = exam(policy, seed, n=min(1024, 8 * steps))
+        marks = exam(policy, seed, all_tasks, n=min(1024, 8 * steps))
         log("exam: " + "  ".join(f"{name} {mark:.3f}" for name, mark in marks.items()))
         failed = [name for name, mark in marks.items() if mark < PASSES[name.split()[0]]]
         if failed:
@@ -1073,10 +1081,9 @@ def pretrain(policy, steps, seed, *, log=print):
             return marks
 
 
-def learn_lessons(policy, optimizers, step, steps, seed, factor):
-    """One pretraining step, each process with its share of the lessons.
+def learn_lessons(policy, optimizers, kinds, step, steps, seed, factor):
+    """One pretraining step, each process with its share of the lessons, which are of these kinds.
     -> this share's part of the loss"""
-    kinds = lesson_mix(step / steps)
     lessons = []
     for i in range(rank(), len(kinds), world_size()):
         rng = random.Random(f"lesson {seed} {step} {i}")
@@ -1088,58 +1095,70 @@ def learn_lessons(policy, optimizers, step, steps, seed, factor):
     return loss.item()
 
 
-def exam(policy, seed, n=1024):
-    """What the base has to know, on scenes that no lesson showed, sampled at temperature 1.
-    -> {part: share}
+def exam(policy, seed, all_tasks, n=1024):
+    """What the base has to know, on scenes that no lesson showed. -> {part: share}
 
-    says PATTERN: thoughts after a crop of such a card that name its pattern; target 1, 2, 3: first,
-    second and third zoom calls that lie on the first, second and third candidate; relation, moved,
-    screen: traces of the mode `grounded` that point at what is asked about, and answer; compare:
-    of their comparisons, the true ones that are answered accordingly; lists: the probability with
-    which all cards of a scene are listed without a mistake."""
-    questions = []
-    seeds = []
-    for i in range(rank(), n, world_size()):
-        seeds.append(f"exam {seed} {i}")
-        scene = patterned(random.Random(seeds[-1]))
-        text = f"{SHOW[0]} {scene.colour}{SHOW[1]}"
-        questions.append(Question(text, [scene.draw], "", scene=scene))
-    marks = []                                               # (part, right or wrong)
-    for trace, in rollout(policy, questions, TINY, 1, seeds, turn_tokens=48, response_tokens=288):
-        marks += examine(trace)
-    asked = []
-    for task in ("toy-spatial", "toy-gui"):
-        for i in range(rank(), n // 4, world_size()):
-            seeds.append(f"exam {task} {seed} {i}")
-            asked.append(toy(task, "exam", seed, i))
-    grounded = replace(TINY, mode="grounded")
-    for trace, in rollout(policy, asked, grounded, 1, seeds[len(questions):], turn_tokens=48):
-        marks += examine_answer(trace)
+    Probabilities at temperature 1, which tell more than samples: says PATTERN: of naming the
+    pattern of a card that a crop shows; target 1, 2, 3: of pointing at the first, second and third
+    candidate (its centre); lists: of listing all cards of a scene without a mistake.
+    With all_tasks also shares of sampled traces of the mode `grounded`: relation, moved, screen:
+    that point at what is asked about, and answer; compare: of their comparisons, those that are
+    true and answered accordingly."""
+    marks = []                                               # (part, its probability, or 0 or 1)
+    for first in range(rank() * BATCH, n, world_size() * BATCH):
+        block = range(first, min(first + BATCH, n))
+        marks += examine_dialogues(policy, [random.Random(f"exam {seed} {i}") for i in block])
     for i in range(rank(), n // 8, world_size()):
         lesson = lesson_list(policy, random.Random(f"exam list {seed} {i}"))
         with torch.no_grad():
             marks.append(("lists", policy.log_probs([[lesson]]).sum().exp().item()))
+    asked = []
+    seeds = []
+    for task in ("toy-spatial", "toy-gui") if all_tasks else ():
+        for i in range(rank(), n // 4, world_size()):
+            asked.append(toy(task, "exam", seed, i))
+            seeds.append(f"exam {task} {seed} {i}")
+    grounded = replace(TINY, mode="grounded")
+    for trace, in rollout(policy, asked, grounded, 1, seeds, turn_tokens=48):
+        marks += examine_answer(trace)
     by_part = defaultdict(list)
     for name, mark in sum(gather(marks), []):
         by_part[name].append(mark)
     names = ["lists", *(f"says {pattern}" for pattern in PATTERNS), "target 1", "target 2",
-             "target 3", "relation", "moved", "compare", "screen"]
+             "target 3"]
+    if all_tasks:
+        names += ["relation", "moved", "compare", "screen"]
     return {name: mean(by_part[name]) for name in names}     # 0 for what it never did
 
 
-def examine(trace):
-    """The marks of a dialogue of the instructed kind, [(part of the exam, right or wrong)]."""
-    scene = trace.question.scene
-    frame = trace.frames[0]
-    marks = []
-    for turn, after in pairwise(trace.turns):
-        if turn.crop and not after.forced and scene.face_in(turn.crop) != NOTHING:
-            right = scene.describes(after.thought, turn.crop)
-            marks.append((f"says {scene.face_in(turn.crop)}", right))
-    shown = [scene.card_at(frame.to_original(point)) for point in trace.zoom_points]
-    for number, (card, target) in enumerate(zip(shown, scene.candidates, strict=False), 1):
-        marks.append((f"target {number}", card is target))
-    return marks
+@torch.no_grad()
+def examine_dialogues(policy, rngs):
+    """The marks of some dialogues that show all candidates, [(part of the exam, probability)]: of
+    each place and each pattern, after what was right before it."""
+    lessons, names, lengths = [], [], []
+    for rng in rngs:
+        scene = patterned(rng)
+        drawing = scene.draw()
+        text = f"{SHOW[0]} {scene.colour}{SHOW[1]}"
+        lesson = Lesson(policy, "zoom", text, overview(scene.draw)).write("<think>", learned=False)
+        for number, card in enumerate(scene.candidates, 1):
+            place = card.x, card.y
+            spot = FRAME.to_input(place)
+            start = "Card" if number == 1 else " Card"
+            lesson.write(f"{start} {number} at (", learned=False)
+            lesson.write(f"{format_point(spot)[1:]}.")
+            names.append(f"target {number}")
+            lengths.append(len(policy.encode(f"{format_point(spot)[1:]}.")))
+            lesson.write(f"</think>\n{format_call(spot)}<|im_end|>", learned=False)
+            crop = zoom(drawing, place, SEEN // 2, SEEN)
+            content = content_of(f"{TINY.before_crop}<image>{TINY.after_crop}")
+            lesson.add(policy.reply(content, [crop])).write("<think>", learned=False)
+            lesson.write(f"{card.pattern.capitalize()}.")
+            names.append(f"says {card.pattern}")
+            lengths.append(1)
+        lessons.append([lesson])
+    parts = policy.log_probs(lessons).split(lengths)
+    return [(name, part.sum().exp().item()) for name, part in zip(names, parts, strict=True)]
 
 
 def examine_answer(trace):
@@ -1345,10 +1364,12 @@ def load_trainable(config, path):
 
 def make_base(config, log):
     """The checkpoint to start from: --model, or the tiny base, which all processes make together,
-    once a seed. -> its path"""
+    once a seed: one for toy-search, and one for all tasks, which takes longer. -> its path"""
     if config.model:
         return config.model
-    folder = Path(f"runs/tiny/seed-{config.seed}-steps-{config.base_steps}")
+    all_tasks = config.task != "toy-search"
+    kind = "all" if all_tasks else "search"
+    folder = Path(f"runs/tiny/{kind}-seed-{config.seed}-steps-{config.base_steps}")
     if gather(folder.is_dir())[0]:
         log(f"base: {folder} is there")
         return str(folder)
@@ -1366,7 +1387,7 @@ def make_base(config, log):
     gather(None)                                # all have read it
     if rank() == 0:
         shutil.rmtree(start)
-    marks = pretrain(policy, config.base_steps, config.seed, log=log)
+    marks = pretrain(policy, config.base_steps, config.seed, all_tasks, log=log)
     notes = {"minutes": (time.time() - started) / 60, "exam": marks}
     policy.save(folder, notes=notes, dialogue=TINY.to_json())
     gather(None)

@@ -5,11 +5,11 @@
     python tests/claims.py --seeds 5 --table               # only what is there already
     python tests/claims.py --scaling .github/scaling.png   # seed 0: steps, group size, traces
 
-An arm is a set of flags for the two training scripts; all start from the same tiny base of their
-seed, see the same questions, and make 80 updates, of SFT and GRPO together. Several arms run side
-by side, one thread each. Each leaves its result in runs/claims; a run that was cut off loses those
-that were running, and an arm whose flags have changed is trained again. Flags that this script
-does not know go on to the training scripts: `--base-steps 50 --steps 2` tries it all in a minute.
+An arm is a set of flags for the two training scripts. Those of a task and seed start from the same
+tiny base, see the same questions, and make 80 updates, of SFT and GRPO together. Several arms run
+side by side, one thread each. Each leaves its result in runs/claims; a run that was cut off loses
+those that were running, and an arm whose flags have changed is trained again. Flags that this
+script does not know go on to the training scripts: `--base-steps 50 --steps 2` tries it all.
 
 A claim compares a figure of two arms, or of two stages of one, seed by seed: mean difference, and
 its 95 % interval by Student's t. "supported": the interval lies above 0; "not supported": it ends
@@ -41,20 +41,21 @@ from train_sft import remaining  # noqa: E402
 # --------------------------------------------------------------------------------------------- arms
 
 COLD = "--sft-steps 0 --steps 80"        # no warm start
+WARM = "--sft-steps 30 --steps 50"
 ONLY_SFT = "--sft-steps 80"
 ARMS = {                                 # name: script, flags
     "sft-answers": ("train_sft", f"--mode direct {ONLY_SFT}"),
     "direct": ("train_rl", f"--mode direct {COLD}"),
     "think": ("train_rl", f"--mode think {COLD}"),
-    "think-warm": ("train_rl", "--mode think"),
+    "think-warm": ("train_rl", f"--mode think {WARM}"),
     "grounded-cold": ("train_rl", f"--mode grounded {COLD}"),
     "grounded-sft": ("train_sft", f"--mode grounded {ONLY_SFT}"),
-    "straight": ("train_rl", "--mode grounded --simulations 1 --no-backtrack"),
-    "grounded": ("train_rl", "--mode grounded"),
+    "straight": ("train_rl", f"--mode grounded --simulations 1 --no-backtrack {WARM}"),
+    "grounded": ("train_rl", f"--mode grounded {WARM}"),
     "zoom-cold": ("train_rl", f"--mode zoom --diversity 0.2 {COLD}"),
     "zoom-sft": ("train_sft", f"--mode zoom {ONLY_SFT}"),
-    "zoom-no-bonus": ("train_rl", "--mode zoom"),
-    "zoom": ("train_rl", "--mode zoom --diversity 0.2"),
+    "zoom-no-bonus": ("train_rl", f"--mode zoom {WARM}"),
+    "zoom": ("train_rl", f"--mode zoom --diversity 0.2 {WARM}"),
 }
 FEWER = ("straight", "think-warm", "grounded-sft", "zoom-sft", "zoom-no-bonus")    # 3 seeds at most
 TASKS = {                                # their arms
@@ -64,8 +65,8 @@ TASKS = {                                # their arms
     "toy-gui": ("sft-answers", "straight", "grounded", "zoom"),
 }
 SCALING = {
-    "group": {n: f"--mode zoom --group {n}" for n in (2, 4, 8, 16)},
-    "traces": {n: f"--mode zoom --search-questions {n}" for n in (8, 32, 128)},
+    "group": {n: f"--mode zoom --group {n} {WARM}" for n in (2, 4, 8, 16)},
+    "traces": {n: f"--mode zoom --search-questions {n} {WARM}" for n in (8, 32, 128)},
 }
 EVALUATION = 512                         # held-out questions
 
@@ -107,7 +108,7 @@ def known_to(script, flags):
 
 
 def jobs_of(tasks, arms, seeds, more):
-    """The jobs of all tasks, arms and seeds. more: flags for all of them, before an arm's own."""
+    """The jobs of all tasks, arms and seeds. more: flags for all of them, behind an arm's own."""
     jobs = []
     for seed in seeds:
         for task in tasks:
@@ -115,13 +116,13 @@ def jobs_of(tasks, arms, seeds, more):
                 script, flags = ARMS[arm]
                 if arm in arms and not (arm in FEWER and seed > 2):
                     every = known_to(script, more)
-                    jobs.append(Job(task, arm, seed, script, (*every, *flags.split())))
+                    jobs.append(Job(task, arm, seed, script, (*flags.split(), *every)))
     return jobs
 
 
 def scaling_jobs(more):
     return {(name, value): Job("toy-search", f"{name}-{value}", 0, "train_rl",
-                               (*more, *flags.split()))
+                               (*flags.split(), *more))
             for name, values in SCALING.items() for value, flags in values.items()}
 
 
@@ -162,16 +163,16 @@ def train(job):
 
 
 def train_all(jobs, parallel, more):
-    """Trains the jobs that have no result yet, the base of each seed first."""
+    """Trains the jobs that have no result yet, the bases of their tasks and seeds first."""
     left = [job for job in jobs if not job.result()]
     print(f"{len(jobs)} arms and seeds, {len(left)} of them to be trained, {parallel} at a time",
           flush=True)
-    for seed in sorted({job.seed for job in left}):
-        print(f"base of seed {seed}", flush=True)
-        out = f"runs/claims/base/seed-{seed}"
+    for task, seed in sorted({(job.task, job.seed) for job in left}):
+        print(f"base of {task}, seed {seed}", flush=True)
+        out = f"runs/claims/base/{task}/seed-{seed}"
         shutil.rmtree(out, ignore_errors=True)
-        call("train_sft.py", "--seed", str(seed), "--out", out, *known_to("train_sft", more),
-             "--sft-steps", "0")
+        call("train_sft.py", "--task", task, "--seed", str(seed), "--out", out,
+             *known_to("train_sft", more), "--sft-steps", "0")
     started = time.time()
     with ThreadPoolExecutor(parallel) as threads:
         waiting = {threads.submit(train, job): job for job in left}

@@ -77,7 +77,7 @@ MINI = ["--base-steps", 3, "--sft-steps", 2, "--sft-batch", 4, "--search-questio
 MINI_RL = [*MINI, "--steps", 4, "--questions", 3, "--update-questions", 2, "--group", 3,
            "--eval-n", 4, "--save-every", 2, "--traces", "given.jsonl"]
 RUN = "runs/toy-search-zoom"
-BASE = "runs/tiny/seed-0-steps-3"
+BASE = "runs/tiny/search-seed-0-steps-3"
 
 KILLED = """
 import builtins, os, signal, train_rl

@@ -815,21 +815,34 @@ def test_the_language_model_learns_with_the_tower_frozen(policy, monkeypatch):
     tower = [p.clone() for p in policy.model.model.visual.parameters()]
     optimizers = sft.make_optimizers(policy, "muon", 0.01, adamw_lr=5e-3)
     mix = [sft.lesson_read] + [sft.lesson_dialogue] * 2 + [sft.lesson_list] * 2
-    monkeypatch.setattr(sft, "lesson_mix", lambda share: mix)
-    losses = [sft.learn_lessons(policy, optimizers, step, 25, 0, 1.0) for step in range(25)]
+    losses = [sft.learn_lessons(policy, optimizers, mix, step, 25, 0, 1.0) for step in range(25)]
     assert max(losses[:3]) > 5 and max(losses[-3:]) < 3
     assert all(map(torch.equal, tower, policy.model.model.visual.parameters()))
 
 
-def test_the_mix_of_lessons():
+def kinds_of(mix):
+    """The lessons of a mix, with whether some are on screens."""
+    names = {getattr(kind, "func", kind).__name__.removeprefix("lesson_") for kind in mix}
+    return names | {"screen" for kind in mix if getattr(kind, "keywords", {}).get("screens")}
+
+
+def test_the_mix_of_lessons(policy):
     """Guards the curriculum: as many lessons in each step, lists alone at first, dialogues later
-    on, scenes ever fuller."""
+    on, scenes ever fuller; what only the other tasks need is in the base of all tasks alone."""
     for share in (0, 0.1, 0.3, 0.6, 1):
-        mix = sft.lesson_mix(share)
-        assert len(mix) == 16 and (sft.lesson_dialogue in mix) == (share >= 0.2)
+        search, everything = (sft.lesson_mix(share, all_tasks) for all_tasks in (False, True))
+        later = {"dialogue"} if share >= 0.2 else set()
+        assert kinds_of(search) == {"read", "list"} | later
+        others = {"screen", "answer", "compare"} if later else set()
+        assert kinds_of(everything) == kinds_of(search) | others
+        assert len(search) == len(everything) == 16
         for i in range(20):
             assert len(sft.mixed_scene(random.Random(i), **sft.list_kind(share)).cards) <= 9
     assert sft.list_kind(0)["most"] == 1
+    for screens in (False, True):
+        prompts = [sft.lesson_dialogue(policy, random.Random(i), screens=screens).prompt.ids
+                   for i in range(60)]
+        assert any("Click the" in policy.decode(ids) for ids in prompts) == screens
 
 
 # ----------------------------------------------------------------------------------------- the exam
@@ -845,7 +858,7 @@ def test_pretraining_ends_with_an_exam(policy, monkeypatch, exams, steps, failur
     failed, and the last exam is what is handed back."""
     taken, learned, rates = iter(exams), [], []
 
-    def learn(policy, optimizers, step, steps, seed, factor):
+    def learn(policy, optimizers, kinds, step, steps, seed, factor):
         learned.append(step)
         rates.append(factor)
         return 1.0
@@ -853,7 +866,7 @@ def test_pretraining_ends_with_an_exam(policy, monkeypatch, exams, steps, failur
     monkeypatch.setattr(sft, "exam", lambda *how, **more: next(taken))
     monkeypatch.setattr(sft, "learn_lessons", learn)
     lines = []
-    marks = sft.pretrain(policy, 8, 0, log=lines.append)
+    marks = sft.pretrain(policy, 8, 0, True, log=lines.append)
     assert learned == list(range(steps)) and max(rates[8:], default=0) <= 0.4
     assert marks is (GOOD if GOOD in exams else BAD)
     for layer in policy.model.model.language_model.layers:               # starts from nothing
@@ -865,56 +878,35 @@ def test_pretraining_ends_with_an_exam(policy, monkeypatch, exams, steps, failur
     assert goes_on == [True] * goes_on.count(True) + [False] * (steps == 16)
 
 
-def instructed(scene):
-    return Question(f"Show each {scene.colour} card.", [scene.draw], "", scene=scene)
+def test_the_exam_of_dialogues(policy, monkeypatch):
+    """Guards the marks: of each candidate in its turn the probability of its place, and of the
+    pattern that its crop shows; the dialogue is written as lessons are, token by token."""
+    lessons = []
 
-
-def dialogue(policy, scene, order=None, lie=None):
-    """A dialogue of the instructed kind that shows all candidates (or those of `order`) and says
-    what each crop shows. lie: what it says instead, of the first one."""
-    turns, thought = [], ""
-    for card in order or scene.candidates:
-        spot = card.x / 4, card.y / 4
-        turns.append(f"<think>{thought}Card at {format_point(spot)}.</think>\n{format_call(spot)}")
-        thought = f"{(lie or card.pattern).capitalize()}. "
-        lie = None
-    turns.append(answer("dotted", thought.strip()))
-    return replay(policy, Dialogue(), instructed(scene), turns)
-
-
-def three_cards():
-    """A scene of three candidates with three patterns."""
-    for i in range(99):
-        scene = sft.patterned(random.Random(i))
-        if len(scene.candidates) == len({card.pattern for card in scene.candidates}) == 3:
-            return scene
-    raise AssertionError("no such scene")
-
-
-def test_the_exam_marks_rightly(policy):
-    """Guards the marks: each thought about a card, under the pattern that it bears, and each
-    candidate, shown in its turn or not; a crop of nothing is not examined; a trace that breaks off
-    is marked for what it did."""
-    scene = three_cards()
-    first, second, third = scene.candidates
-
-    def marks(**how):
-        return dict(sft.examine(dialogue(policy, scene, **how)))
-    says = {f"says {card.pattern}": True for card in scene.candidates}
-    targets = {f"target {i}": True for i in (1, 2, 3)}
-    assert marks() == says | targets
-    wrong = next(p for p in PATTERNS if p not in {card.pattern for card in scene.candidates})
-    failed = says | targets | {f"says {first.pattern}": False}
-    assert marks(lie=wrong) == failed
-    assert marks(lie=f"{first.pattern} {wrong}") == failed
-    swapped = says | targets | {"target 1": False, "target 2": False}
-    assert marks(order=[second, first, third]) == swapped
-    assert marks(order=[first]) == {f"says {first.pattern}": True, "target 1": True}
-    other = next(card for card in scene.cards if card.colour != scene.colour)
-    order = [other, first, second, third]
-    missed = sft.examine(dialogue(policy, scene, order=order, lie="nothing"))
-    assert all(right for name, right in missed if name.startswith("says")) and len(missed) == 6
-    assert not any(right for name, right in missed if name.startswith("target"))
+    def half(groups):
+        lessons.extend(lesson for lesson, in groups)
+        return torch.full((sum(sum(lesson.sampled) for lesson in lessons),), math.log(0.5))
+    monkeypatch.setattr(policy, "log_probs", half)
+    marks = sft.examine_dialogues(policy, [random.Random(i) for i in range(9)])
+    wanted = []
+    for i, lesson in enumerate(lessons):
+        scene, asked = sft.patterned(random.Random(i)), ""
+        crops = zip(scene.candidates, lesson.pictures, strict=True)
+        for number, (card, crop) in enumerate(crops, 1):
+            place = f"{format_point((card.x / 4, card.y / 4))[1:]}."
+            wanted.append((f"target {number}", 0.5**len(policy.encode(place))))
+            wanted.append((f"says {card.pattern}", 0.5))
+            asked += f"{place}{card.pattern.capitalize()}."
+            assert pattern_at(crop.image, (30, 30), scene.colour) == card.pattern
+        tokens = zip(lesson.ids, lesson.sampled, strict=True)
+        assert policy.decode([token for token, sampled in tokens if sampled]) == asked
+        assert policy.encode(policy.decode(lesson.ids)) == lesson.ids
+        turns = [parse_turn(turn) for turn in policy.decode(lesson.ids).split("<|im_end|>")[::2]]
+        shown = [scene.card_at((4 * turn.call[0], 4 * turn.call[1])) for turn in turns[:-1]]
+        assert shown == scene.candidates == [
+            scene.card_at((4 * turn.points[0][0], 4 * turn.points[0][1])) for turn in turns[:-1]]
+    assert len(lessons) == 9 and [name for name, _ in marks] == [name for name, _ in wanted]
+    assert [mark for _, mark in marks] == pytest.approx([mark for _, mark in wanted])
 
 
 def one_turn(policy, question, lie):
@@ -933,32 +925,30 @@ def one_turn(policy, question, lie):
     return replay(policy, Dialogue("grounded"), question, [answer(said[0], thought)])
 
 
-@pytest.mark.parametrize("lie", [None, "striped"])
+@pytest.mark.parametrize("lie", [False, True])
 def test_the_exam_of_a_policy(policy, monkeypatch, lie):
-    """Guards the shares: one that sees and says all is given 1 in everything, one that says wrong
-    of every first card, or points elsewhere in its only turn, fails; who knows no lists has next to
-    0 in them; and the seeds of questions differ."""
-    asked = []
+    """Guards the parts: means over all dialogues, each with a seed of its own; a policy that points
+    elsewhere in its only turn, or answers against its comparison, fails in these; who knows no
+    lists has next to 0 in them. The base for toy-search is asked nothing else."""
+    asked, dialogues = [], []
 
     def scripted(policy, questions, how, group, seeds, **sampling):
-        asked.extend(zip(seeds, questions, strict=True))
-        for question in questions:
-            if how.mode == "zoom":
-                yield [dialogue(policy, question.scene, lie=lie)]
-            else:
-                yield [one_turn(policy, question, lie)]
+        asked.extend(seeds)
+        return [[one_turn(policy, question, lie)] for question in questions]
+
+    def half_right(policy, rngs):
+        dialogues.extend(rng.random() for rng in rngs)
+        return [(name, mark) for mark in (0.0, 1.0) for name in ("says dotted", "target 2")]
     monkeypatch.setattr(sft, "rollout", scripted)
-    marks = sft.exam(policy, 0, n=16)
-    assert len({seed for seed, _ in asked}) == len({question.scene for _, question in asked}) == 24
-    assert all(question.text.startswith("Show each") for _, question in asked[:16])
+    monkeypatch.setattr(sft, "examine_dialogues", half_right)
+    marks = sft.exam(policy, 0, True, n=40)
+    assert len(dialogues) == len(set(dialogues)) == 40 and len(asked) == len(set(asked)) == 20
     assert {name.split()[0] for name in marks} == set(sft.PASSES)
-    assert marks.pop("lists") < 0.01
-    targets = {name: share for name, share in marks.items() if name.startswith("target")}
-    said = [share for name, share in marks.items() if name.startswith("says")]
-    assert set(targets.values()) == {1.0} and len(targets) == 3
-    assert (min(said) == 1) if lie is None else (min(said) < sft.PASSES["says"])
-    for part in ("relation", "moved", "compare", "screen"):
-        assert marks[part] == (lie is None)
+    assert marks["says dotted"] == marks["target 2"] == 0.5
+    assert marks["says plain"] == 0 and marks["lists"] < 0.01
+    others = {"relation", "moved", "compare", "screen"}
+    assert all(marks[part] == (not lie) for part in others)
+    assert set(sft.exam(policy, 0, False, n=16)) == set(marks) - others and len(asked) == 20
 
 
 def test_a_false_comparison_is_marked(policy):
@@ -980,7 +970,7 @@ def test_the_base_has_averaged_weights(policy, monkeypatch):
     monkeypatch.setattr(sft, "train_tower", lambda *how, **more: None)
     monkeypatch.setattr(sft, "exam", lambda *how, **more: GOOD)
 
-    def learn(policy, optimizers, step, *_):
+    def learn(policy, optimizers, kinds, step, *_):
         with torch.no_grad():
             norm.fill_(step + 1)
         return 1.0
@@ -988,7 +978,7 @@ def test_the_base_has_averaged_weights(policy, monkeypatch):
     for steps, fading in ((4, 0.0), (32, 0.5)):
         with torch.no_grad():
             norm.fill_(0.0)
-        sft.pretrain(policy, steps, 0, log=lambda line: None)
+        sft.pretrain(policy, steps, 0, True, log=lambda line: None)
         average = 0.0
         for step in range(steps):
             average = fading * average + (1 - fading) * (step + 1)
