@@ -112,7 +112,7 @@ class Config:
     sft_lr: float = 5e-4               # peak learning rate, AdamW
 
     # train_rl: GRPO
-    steps: int = 40                    # GRPO steps
+    steps: int = 45                    # GRPO steps
     questions: int = 16                # questions a step
     update_questions: int | None = None    # questions an update (all of a step)
     group: int = 8                     # traces a question
