@@ -26,7 +26,7 @@ from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import groupby, islice
+from itertools import compress, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -508,16 +508,12 @@ def pack(policy, groups):
         prompt_end = len(batch.ids) - 1
         lengths = [len(prompt.ids)]
         for sequence in group:
-            before, place = prompt_end, len(batch.ids)
+            first = len(batch.ids)
             batch.add(policy, sequence, after)
-            lengths.append(len(sequence.ids))
-            for sampled in sequence.sampled:
-                if sampled:
-                    batch.predicted_from.append(before)
-                    batch.targets.append(place)
-                before, place = place, place + 1
-        if len(group) == 1:                          # a single response is its prompt's end
-            lengths = [sum(lengths)]
+            places = range(first, len(batch.ids))
+            batch.targets += compress(places, sequence.sampled)
+            batch.predicted_from += compress([prompt_end, *places], sequence.sampled)
+            lengths.append(len(places))
         batch.lengths.append(lengths)
     return batch
 

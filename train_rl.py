@@ -22,6 +22,7 @@ import json
 import math
 import time
 from dataclasses import asdict, replace
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -180,10 +181,9 @@ def sampled_tokens(traces):
 def token_tensors(groups, device):
     """Log-probabilities at sampling time and advantages of all sampled tokens, each (N,)."""
     old, advantages = [], []
-    for trace in [trace for traces in groups for trace in traces]:
-        sampled = [x for x, s in zip(trace.log_probs, trace.sampled, strict=True) if s]
-        old += sampled
-        advantages += [trace.advantage] * len(sampled)
+    for trace in sum(groups, []):
+        old += compress(trace.log_probs, trace.sampled)
+        advantages += [trace.advantage] * sum(trace.sampled)
     return torch.tensor(old, device=device), torch.tensor(advantages, device=device)
 
 
