@@ -92,6 +92,16 @@ builtins.print = killed
 run("train_rl", "", train_rl.main)
 """
 
+NOT_FORKED = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+if __name__ == "__main__":
+    import evaluate
+    from rollout import run
+    sys.platform = "darwin"
+    run("evaluate", "", evaluate.main)
+"""
+
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
@@ -265,6 +275,15 @@ def test_evaluation_on_two_processes(run_folder, call):
         one, two = (json.loads((folder / f"{n}-{number}.json").read_text())
                     for number in ("one", "two"))
         assert {**one, "minutes": 0} == {**two, "minutes": 0} and one["n"] == n
+
+
+def test_processes_where_none_are_forked(run_folder):
+    """Guards macOS and Windows, where a process starts from nothing and reads the scripts again."""
+    folder, _ = run_folder
+    (folder / "not_forked.py").write_text(NOT_FORKED)
+    output = start("not_forked.py", "--model", f"{RUN}/rl", "--n", 4, "--turn-tokens", 8,
+                   "--response-tokens", 30, "--processes", 2, "--no-tool", cwd=folder)
+    assert output.count("settings of the family") == 1 and "4/4 questions" in output
 
 
 @pytest.mark.parametrize("mode", ["direct", "think", "grounded", "zoom"])
