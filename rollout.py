@@ -941,6 +941,10 @@ class Card:
         return {"left": other_column - column, "right": column - other_column,
                 "above": other_row - row, "below": row - other_row}
 
+    def directions_from(self, other):
+        """The directions in which it lies, seen from another card."""
+        return [direction for direction, steps in self.steps_from(other).items() if steps > 0]
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -995,16 +999,14 @@ class Scene:
         """Whether a point lies on what is asked about, in either image."""
         return any(card.contains(point) for card in [*self.candidates, *self.named])
 
-    def shown(self, box):
-        """The candidates that can be read in a crop, the most central first."""
+    def face_in(self, box):
+        """What is true of a crop: the pattern of the most central candidate that can be read in it,
+        or "nothing"."""
         middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
         readable = [card for card in self.candidates if card.readable_in(box)]
-        return sorted(readable, key=lambda card: card.distance(middle))
-
-    def face_in(self, box):
-        """What is true of a crop: the pattern of the most central candidate, or "nothing"."""
-        shown = self.shown(box)
-        return shown[0].pattern if shown else NOTHING
+        if not readable:
+            return NOTHING
+        return min(readable, key=lambda card: card.distance(middle)).pattern
 
     def describes(self, thought, box):
         """Whether a thought names what a crop shows, and no other pattern."""
@@ -1019,8 +1021,7 @@ class Scene:
     def directions(self):
         """Of a spatial question: where the first card named lies, seen from the second."""
         first, second = self.named
-        steps = first.steps_from(second)
-        return [direction for direction in DIRECTIONS if steps[direction] > 0]
+        return first.directions_from(second)
 
 
 def place_cards(rng, faces, windows=()):

@@ -907,8 +907,7 @@ def lesson_compare(policy, rng, share=1.0):
         lesson.write("".join(f" {card.colour}" for card in pair) + ":", learned=False)
         for number, card in enumerate(pair, 1):
             lesson.write(" " + card_text(number, FRAME.to_input((card.x, card.y))))
-        steps = pair[0].steps_from(pair[1])
-        directions = [name for name in DIRECTIONS if steps[name] > 0]
+        directions = pair[0].directions_from(pair[1])
         lesson.write("".join(f" {name}" for name in directions) + ".")
         answer = rng.choice(directions)
         axis = next(axis for axis in RELATION if answer in axis)
