@@ -220,10 +220,13 @@ def roll_out(policy, groups):
 # -------------------------------------------------------------------- the same by Hugging Face only
 
 @contextmanager
-def plain_attention(policy):
-    """Inside, attention is Hugging Face's own, as a user of transformers has it."""
+def plain_model(policy):
+    """Inside, attention and patch embedding are Hugging Face's own, as a user of transformers has
+    them."""
     parts = (policy.model.model.language_model, policy.model.model.visual)
     ours = [part.config._attn_implementation for part in parts]
+    embed = policy.model.model.visual.patch_embed
+    product = vars(embed).pop("forward", embed.forward)      # what `load` put there
     for part in parts:
         part.config._attn_implementation = "sdpa"
     try:
@@ -231,6 +234,7 @@ def plain_attention(policy):
     finally:
         for part, attention in zip(parts, ours, strict=True):
             part.config._attn_implementation = attention
+        embed.forward = product
         policy.model.model.rope_deltas = None
 
 
@@ -265,7 +269,7 @@ def generate(policy, groups):
     for turn in range(TURNS):
         inputs = padded_batch(policy, sequences, left=True)
         longest = max(sequence.plan[turn] for sequence in sequences)
-        with plain_attention(policy):
+        with plain_model(policy):
             out = policy.model.generate(**inputs, max_new_tokens=longest, **options)
         sampled = out[:, inputs["input_ids"].shape[1]:].tolist()
         for sequence, ids in zip(sequences, sampled, strict=True):
@@ -280,7 +284,7 @@ def padded_log_probs(policy, group):
     prompt_length = len(group[0].prompt.ids)
     longest = max(len(sequence.ids) for sequence in group)
     inputs = padded_batch(policy, group)
-    with plain_attention(policy):
+    with plain_model(policy):
         out = policy.model(**inputs, logits_to_keep=longest + 1, use_cache=False)
     logits = out.logits[:, :-1].float().masked_fill(policy.forbidden, -torch.inf)    # (G, R, V)
     targets = inputs["input_ids"][:, prompt_length:, None]                           # (G, R, 1)
@@ -376,7 +380,7 @@ def make_trainer(policy, images, plans, lengths, folder, args):
         assert [len(ids) for ids in completion_ids] == lengths
         return [float(i % 2) for i in range(len(lengths))]
 
-    with plain_attention(policy):
+    with plain_model(policy):
         model = copy.deepcopy(policy.model)
     tokenizer = copy.deepcopy(policy.tokenizer)
     tokenizer.response_template = qwen3_template
