@@ -162,20 +162,15 @@ def search(policy, questions, dialogue, seeds, sampling, *, simulations=8, width
         leaves = [leaf for leaf in leaves if not leaf.trace.ended]
 
         # Expand: the first steps of some continuations become the leaf's children.
-        groups = continue_from(policy, dialogue, [leaf.trace for leaf in leaves], width, sampling)
         new = []
-        for leaf, traces in zip(leaves, groups, strict=True):
-            leaf.rollouts += traces
+        for leaf, traces in continue_from(policy, dialogue, leaves, width, sampling):
             for trace in traces:
                 child = expand(policy, leaf, trace, depth)
                 rewards.append((child, is_correct(trace)) if child else (leaf, 0.0))
             new += [child for child in leaf.children if not child.trace.ended]
 
         # Simulate: more rollouts from each child.
-        groups = continue_from(policy, dialogue, [child.trace for child in new], rollouts - 1,
-                               sampling)
-        for child, traces in zip(new, groups, strict=True):
-            child.rollouts += traces
+        for child, traces in continue_from(policy, dialogue, new, rollouts - 1, sampling):
             rewards += [(child, is_correct(trace)) for trace in traces]
 
         # Back up: 1 for a right answer, 0 for a wrong one.
@@ -187,14 +182,16 @@ def search(policy, questions, dialogue, seeds, sampling, *, simulations=8, width
     return roots
 
 
-def continue_from(policy, dialogue, prefixes, count, sampling):
-    """`count` complete traces from each prefix, which is run once for them.
-    -> lists of Traces, in the prefixes' order"""
-    groups = [[start_behind(prefix) for _ in range(count)] for prefix in prefixes]
+def continue_from(policy, dialogue, nodes, count, sampling):
+    """Samples `count` complete traces from each node's path, which is run once for them, and adds
+    them to its rollouts. Yields (node, its new traces)."""
+    groups = [[start_behind(node.trace) for _ in range(count)] for node in nodes]
     for _ in continue_traces(policy, groups, dialogue, **sampling):
         pass                                                     # the traces grow in place
-    return [[join_trace(prefix, rest) for rest in group]
-            for prefix, group in zip(prefixes, groups, strict=True)]
+    for node, group in zip(nodes, groups, strict=True):
+        traces = [join_trace(node.trace, rest) for rest in group]
+        node.rollouts += traces
+        yield node, traces
 
 
 def start_behind(prefix):
@@ -564,7 +561,7 @@ def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16
             (loss * world_size()).backward()         # gradients are averaged over processes
             own_loss += loss.item()
         loss, = sum_over_processes([own_loss])
-        factor = learning_rate(step, steps, max(1, steps * 0.03), **decay)
+        factor = learning_rate(step, steps, steps * 0.03, **decay)
         norm = optimizer_step(policy.trainable(), optimizers, factor)
         if step % 20 == 19 or step + 1 == steps:
             log(f"sft {step + 1}/{steps}  loss {loss:.3f}  grad norm {norm:.2f}  "
@@ -1230,8 +1227,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, for hidden matrices of small models (Jordan 2024), all of a shape
     at once. In float32: torch.optim.Muon works in bfloat16, which many CPUs only emulate."""
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01, newton_schulz=5):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+    def __init__(self, params, lr, newton_schulz=5):
+        super().__init__(params, dict(lr=lr, momentum=0.95, weight_decay=0.01,
                                       newton_schulz=newton_schulz))
 
     @torch.no_grad()
@@ -1296,9 +1293,8 @@ class RoundedAdamW(torch.optim.Optimizer):
         state = self.state[p]
         b1, b2 = betas
         if not state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+            zeros = torch.zeros_like(p, dtype=torch.float32)
+            state.update(step=0, exp_avg=zeros, exp_avg_sq=zeros.clone())
         state["step"] = t = state["step"] + 1
         w, m, v, g = map(own_part, (p, state["exp_avg"], state["exp_avg_sq"], p.grad.float()))
         m.lerp_(g, 1 - b1)

@@ -152,8 +152,10 @@ def test_continuing_from_a_path_gives_complete_traces(policy, question):
     trace = finished(policy, question, [zoom_call(10, 10), answer("dotted")])
     path = cut_trace(policy, trace, trace.turn_starts[1])
     root = Dialogue().start(policy, question, 1)[0]
-    continued = continue_from(policy, Dialogue(), [root, path], 2, SAMPLING)
+    nodes = [Node(root), Node(path)]
+    continued = [traces for _, traces in continue_from(policy, Dialogue(), nodes, 2, SAMPLING)]
     assert [len(traces) for traces in continued] == [2, 2]
+    assert [node.rollouts for node in nodes] == continued
     assert not root.ids and not path.ended and len(path.turns) == 1
     start = len(path.ids)
     for trace in continued[1]:
