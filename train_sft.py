@@ -38,7 +38,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from evaluate import Unusable, configure, mean, questions_of, scored_by
+from evaluate import configure, mean, questions_of, scored_by
 from model import (
     Chunk,
     Policy,
@@ -454,13 +454,13 @@ def read_traces(path, questions, image_root=""):
             if isinstance(row, str):
                 row = json.loads(row)
             if "messages" in row:
-                chains.append(read_recording(row, roots, where))
-                continue
-            turns = row["turns"]
-            if not (isinstance(turns, list) and set(map(type, turns)) == {str}):
+                chain = read_recording(row, roots, where)
+            elif isinstance(row["turns"], list) and set(map(type, row["turns"])) == {str}:
+                chain = by_id[row["id"]], row["turns"]
+            else:
                 raise ValueError("'turns' must be a list of texts")
-            chains.append((by_id[row["id"]], turns))
-        except (AttributeError, LookupError, TypeError, ValueError, Unusable) as error:
+            chains.append(chain)
+        except Exception as error:                     # a foreign file may hold anything
             raise UserError(
                 f"{where}: no trace of this task ({error!r}); it needs 'turns' and the 'id' of one "
                 f"of the first {len(by_id)} training questions (--search-questions), or "
