@@ -546,15 +546,15 @@ def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16
     of `learning_rate`."""
     rng = random.Random(f"fine-tuning {seed}")
     order = []
+    while len(order) < steps * batch:
+        order += rng.sample(traces, len(traces))
     started = time.time()
     policy.model.train()
     for step in range(steps):
-        while len(order) < batch:
-            order += rng.sample(traces, len(traces))
-        groups, order = [[trace] for trace in order[:batch]], order[batch:]
-        tokens = sum(sum(trace.sampled) for trace, in groups)
-        spare = groups[:1] if is_sharded(policy) else None
-        mine = groups[rank()::world_size()]
+        chosen = order[step * batch:(step + 1) * batch]
+        tokens = sum(sum(trace.sampled) for trace in chosen)
+        mine = [[trace] for trace in chosen[rank()::world_size()]]
+        spare = [chosen[:1]] if is_sharded(policy) else None
         own_loss = 0.0
         for micro, weight in micro_batches(mine, micro_tokens, spare):
             loss = -policy.log_probs(micro).sum() / tokens * weight
