@@ -38,7 +38,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from evaluate import Unusable, configure, mean, questions_of, scored_by
+from evaluate import configure, mean, questions_of, scored_by
 from model import (
     Chunk,
     Policy,
@@ -106,6 +106,7 @@ from rollout import (
 # ---------------------------------------------------------------------------------- (a) tree search
 
 TREES = 64                # that a process searches at a time: their images' features are in memory
+MIN_DISTANCE = 10         # px between the points of a path, in x or in y
 POINT_STEP = re.compile(f"(?:{POINT.pattern})[.,;:!]*")
 SENTENCE_STEP = re.compile(r"[.!?](?=\s)")
 
@@ -145,38 +146,31 @@ class Node:
 
 
 def search(policy, questions, dialogue, seeds, sampling, *, simulations=8, width=3, rollouts=2,
-           depth=10, c=2.0, min_distance=10, log=print):
+           depth=10, c=2.0, log=print):
     """Monte Carlo tree search for right traces of each question (paper: warm start).
 
     width: continuations that are sampled to expand a leaf. rollouts: from each new child, the one
-    that it was cut from among them. depth: steps until the answer is asked for. min_distance: px
-    between the points of a path. seeds: one a question, for all random numbers of its tree.
-    -> the trees' roots"""
+    that it was cut from among them. depth: steps until the answer is asked for. seeds: one a
+    question, for all random numbers of its tree. -> the trees' roots"""
     roots = [Node(dialogue.start(policy, question, 1, seed)[0])
              for question, seed in zip(questions, seeds, strict=True)]
     started = time.time()
     for simulation in range(simulations):
-        # Select: in every tree the leaf that UCB1 leads to.
+        # Select: in every tree the leaf that UCB1 leads to; one that has ended counts again.
         leaves = [root.select(c) for root in roots]
-        ended = [leaf for leaf in leaves if leaf.trace.ended]
+        rewards = [(leaf, is_correct(leaf.trace)) for leaf in leaves if leaf.trace.ended]
         leaves = [leaf for leaf in leaves if not leaf.trace.ended]
-        rewards = [(leaf, is_correct(leaf.trace)) for leaf in ended]    # it counts again
 
         # Expand: the first steps of some continuations become the leaf's children.
-        groups = continue_from(policy, dialogue, [leaf.trace for leaf in leaves], width, sampling)
         new = []
-        for leaf, traces in zip(leaves, groups, strict=True):
-            leaf.rollouts += traces
+        for leaf, traces in continue_from(policy, dialogue, leaves, width, sampling):
             for trace in traces:
-                child = expand(policy, leaf, trace, min_distance, depth)
+                child = expand(policy, leaf, trace, depth)
                 rewards.append((child, is_correct(trace)) if child else (leaf, 0.0))
             new += [child for child in leaf.children if not child.trace.ended]
 
         # Simulate: more rollouts from each child.
-        groups = continue_from(policy, dialogue, [child.trace for child in new], rollouts - 1,
-                               sampling)
-        for child, traces in zip(new, groups, strict=True):
-            child.rollouts += traces
+        for child, traces in continue_from(policy, dialogue, new, rollouts - 1, sampling):
             rewards += [(child, is_correct(trace)) for trace in traces]
 
         # Back up: 1 for a right answer, 0 for a wrong one.
@@ -188,28 +182,29 @@ def search(policy, questions, dialogue, seeds, sampling, *, simulations=8, width
     return roots
 
 
-def continue_from(policy, dialogue, prefixes, count, sampling):
-    """`count` complete traces from each prefix, which is run once for them.
-    -> lists of Traces, in the prefixes' order
-
-    Each trace gets random numbers of its own, seeded by the next number of its tree."""
-    groups = []
-    for prefix in prefixes:
-        prompt = Chunk(prefix.prompt.ids + prefix.ids, prefix.prompt.pictures + prefix.pictures)
-        groups.append([])
-        for _ in range(count):
-            rng = random.Random(prefix.rng.getrandbits(64))
-            groups[-1].append(replace(prefix, prompt=prompt, ids=[], sampled=[], log_probs=[],
-                                      pictures=[], rng=rng, turns=list(prefix.turns),
-                                      turn_starts=[0]))
+def continue_from(policy, dialogue, nodes, count, sampling):
+    """Samples `count` complete traces from each node's path, which is run once for them, and adds
+    them to its rollouts. Yields (node, its new traces)."""
+    groups = [[start_behind(node.trace) for _ in range(count)] for node in nodes]
     for _ in continue_traces(policy, groups, dialogue, **sampling):
         pass                                                     # the traces grow in place
-    return [[join_trace(prefix, rest) for rest in group]
-            for prefix, group in zip(prefixes, groups, strict=True)]
+    for node, group in zip(nodes, groups, strict=True):
+        traces = [join_trace(node.trace, rest) for rest in group]
+        node.rollouts += traces
+        yield node, traces
+
+
+def start_behind(prefix):
+    """An empty trace that has the prefix as a part of its prompt, and random numbers of its own,
+    seeded by the next number of the tree."""
+    prompt = Chunk(prefix.prompt.ids + prefix.ids, prefix.prompt.pictures + prefix.pictures)
+    rng = random.Random(prefix.rng.getrandbits(64))
+    return replace(prefix, prompt=prompt, ids=[], sampled=[], log_probs=[], pictures=[], rng=rng,
+                   turns=list(prefix.turns), turn_starts=[0])
 
 
 def join_trace(prefix, rest):
-    """A trace that was continued with the prefix as a part of its prompt -> one of the question."""
+    """The reverse, when that trace has been continued: one whose prompt is the question's."""
     starts = [len(prefix.ids) + start for start in rest.turn_starts[1:]]
     return replace(rest, prompt=prefix.prompt, ids=prefix.ids + rest.ids,
                    sampled=prefix.sampled + rest.sampled,
@@ -249,17 +244,17 @@ def first_step_end(policy, trace, begin):
     return len(trace.ids)
 
 
-def expand(policy, leaf, trace, min_distance, depth):
+def expand(policy, leaf, trace, depth):
     """The child of `leaf` that the first new step of a trace leads to: a new one, or the one of the
     same tokens; None where the step repeats a point of the path."""
     start = len(leaf.trace.ids)
     step = cut_trace(policy, trace, first_step_end(policy, trace, start))
     points = []
     if trace.mode == "zoom":
-        points = step.zoom_points[len(leaf.trace.zoom_points):]
+        points = step.zoom_points[len(leaf.points):]
     elif not step.ended:
         points = parse_points(policy.decode(step.ids[start:]))
-    if any(repeats(point, leaf.points, min_distance) for point in points):
+    if any(repeats(point, leaf.points) for point in points):
         return None
     for sibling in leaf.children:
         if sibling.trace.ids == step.ids:
@@ -272,7 +267,7 @@ def expand(policy, leaf, trace, min_distance, depth):
     return child
 
 
-def repeats(point, others, distance):
+def repeats(point, others, distance=MIN_DISTANCE):
     """Whether a point is less than `distance` px from one of the others, in x and in y."""
     return any(max(abs(point[0] - x), abs(point[1] - y)) < distance for x, y in others)
 
@@ -283,47 +278,49 @@ BACKTRACK = "That was not it. "        # before a right rollout that follows a w
 SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 
 
-def linearise(root, backtrack=True, min_distance=10):
+def linearise(root, backtrack=True):
     """The chains of a tree, lists of turns' texts, the shortest first and none twice: of each node,
     every right rollout, and, where `backtrack` is set, every wrong one that a right one corrects
     (paper: warm start)."""
     join = join_turns if root.trace.mode == "zoom" else join_steps
     chains = []
     for node in root.walk():
-        ended = [trace for trace in node.rollouts if trace.ended == "answer"]
-        right = [trace for trace in ended if is_correct(trace)]
-        wrong = [trace for trace in ended if not is_correct(trace)]
+        right = []
+        wrong = []
+        for trace in node.rollouts:
+            if trace.ended == "answer":
+                (right if is_correct(trace) else wrong).append(trace)
         for trace in right:
             chains.append([turn.text for turn in trace.turns])
-        for bad, good in product(wrong if backtrack else (), right):
-            chains.append(join(node, bad, good, min_distance))
+        if backtrack:
+            chains += [join(node, bad, good) for bad, good in product(wrong, right)]
     unique = dict.fromkeys(tuple(chain) for chain in chains if chain)
     return sorted(map(list, unique), key=lambda chain: sum(map(len, chain)))
 
 
-def join_turns(node, bad, good, min_distance):
+def join_turns(node, bad, good):
     """The zoom calls of a wrong trace, a back-tracking sentence, and those turns of a right trace
     that show other places; [] where nothing wrong was shown, or nothing new after it."""
     shared = len(node.trace.turns)
-    first = [turn for turn in bad.turns[:-1] if turn.crop]
-    rest = [turn for turn in good.turns[shared:]
-            if not (turn.crop and repeats(turn.call, bad.zoom_points, min_distance))]
-    if len(first) <= shared or not any(turn.crop for turn in rest):
+    wrong = [turn.text for turn in bad.turns if turn.crop]
+    new = [turn for turn in good.turns[shared:]
+           if not (turn.crop and repeats(turn.call, bad.zoom_points))]
+    if len(wrong) <= shared or not any(turn.crop for turn in new):
         return []
-    texts = [turn.text for turn in rest]
-    texts[0] = texts[0].replace("<think>", "<think>" + BACKTRACK, 1)
-    return [turn.text for turn in first] + texts
+    right = [turn.text for turn in new]
+    right[0] = right[0].replace("<think>", "<think>" + BACKTRACK, 1)
+    return wrong + right
 
 
-def join_steps(node, bad, good, min_distance):
+def join_steps(node, bad, good):
     """The same for a single turn: the wrong trace's thought, the sentence, and what the right trace
     says after the node's path."""
     path = node.trace.prefix or "<think>"
-    wrong = bad.turns[0]
-    right = good.turns[0]
-    if not wrong.thought or not right.text.startswith(path):
+    wrong = bad.turns[0].thought
+    right = good.turns[0].text
+    if not wrong or not right.startswith(path):
         return []
-    return [f"<think>{wrong.thought} {BACKTRACK}{right.text.removeprefix(path).lstrip()}"]
+    return [f"<think>{wrong} {BACKTRACK}{right.removeprefix(path).lstrip()}"]
 
 
 def to_multi_turn(text, max_crops=4, later=0.3, rng=random):
@@ -335,20 +332,20 @@ def to_multi_turn(text, max_crops=4, later=0.3, rng=random):
     `later` the first two calls change places, so that going on after a miss is seen too. A chain
     without points or answer stays as it is."""
     turn = parse_turn(text)
-    steps = []
-    thought = []                                 # sentences since the last step
+    turns = []
+    shown = []                                   # points
+    thought = []                                 # sentences since the last call
     for sentence in SENTENCE_GAP.split(turn.thought):
         thought.append(sentence)
-        shown = [point for _, point in steps]
         new = [point for point in parse_points(sentence) if not repeats(point, shown, 1)]
-        if new and len(steps) < max_crops:
-            steps.append((" ".join(thought), new[0]))
+        if new and len(turns) < max_crops:
+            turns.append(f"<think>{' '.join(thought)}</think>\n{format_call(new[0])}")
+            shown.append(new[0])
             thought = []
-    if not steps or not turn.answer:
+    if not turns or not turn.answer:
         return [text]
-    if len(steps) > 1 and rng.random() < later:
-        steps[0], steps[1] = steps[1], steps[0]
-    turns = [f"<think>{before}</think>\n{format_call(point)}" for before, point in steps]
+    if rng.random() < later:
+        turns[:2] = reversed(turns[:2])
     closing = " ".join(thought) or f"The answer is {turn.answer}."
     return [*turns, f"<think>{closing}</think>\n<answer>{turn.answer}</answer>"]
 
@@ -383,14 +380,14 @@ def replay_recording(policy, dialogue, question, recording):
     trace = dialogue.start(policy, question, 1)[0]
     trace.prompt = policy.prompt(chat, trace.prompt.pictures)
     frame = trace.frames[0]
-    crops = list(recording.crops)
+    crops = iter(recording.crops)
     for message in recording.messages[first:]:
         text = policy.clean(message["content"])
         if message["role"] == "assistant":
             trace.add(Chunk(policy.encode(text) + [policy.tokenizer.eos_token_id]), sampled=True)
             trace.turns.append(parse_turn(text))
             continue
-        images = [read_image(crops.pop(0), question.where) for _ in range(text.count("<image>"))]
+        images = [read_image(next(crops), question.where) for _ in range(text.count("<image>"))]
         trace.add(policy.reply(content_of(text), images))
         trace.turn_starts.append(len(trace.ids))
         turn = trace.turns[-1]
@@ -429,12 +426,12 @@ def in_a_line(text):
 
 def write_traces(path, chains):
     """chains: [(question, turns' texts)] -> JSON lines that a person can read."""
-    lines = []
+    lines = ""
     for question, turns in chains:
         row = {"id": question.id, "question": question.text, "answer": question.answer,
                "turns": turns}
-        lines.append(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-    write_text(path, "".join(lines))
+        lines += json.dumps(row, ensure_ascii=False, default=str) + "\n"
+    write_text(path, lines)
 
 
 def read_traces(path, questions, image_root=""):
@@ -457,13 +454,13 @@ def read_traces(path, questions, image_root=""):
             if isinstance(row, str):
                 row = json.loads(row)
             if "messages" in row:
-                chains.append(read_recording(row, roots, where))
-                continue
-            turns = row["turns"]
-            if not (turns and isinstance(turns, list) and {str} == set(map(type, turns))):
+                chain = read_recording(row, roots, where)
+            elif isinstance(row["turns"], list) and set(map(type, row["turns"])) == {str}:
+                chain = by_id[row["id"]], row["turns"]
+            else:
                 raise ValueError("'turns' must be a list of texts")
-            chains.append((by_id[row["id"]], turns))
-        except (AttributeError, LookupError, TypeError, ValueError, Unusable) as error:
+            chains.append(chain)
+        except Exception as error:                     # a foreign file may hold anything
             raise UserError(
                 f"{where}: no trace of this task ({error!r}); it needs 'turns' and the 'id' of one "
                 f"of the first {len(by_id)} training questions (--search-questions), or "
@@ -485,8 +482,8 @@ def read_recording(row, roots, where):
     root = next((root for root in roots if (root / images[0]).exists()), roots[-1])
     images = [root / name for name in images]
     text = talk[0]["content"].replace("<image>", "").strip()
-    scored = scored_by(text, row["gt_answer"])
-    question = Question(text, images[:places[0]], id=where, where=where, **scored)
+    question = Question(text, images[:places[0]], id=where, where=where,
+                        **scored_by(text, row["gt_answer"]))
     return question, Recording(row["messages"], images[places[0]:])
 
 
@@ -535,38 +532,37 @@ def truth_of(trace):
     truth = trace.question.answer
     if trace.question.kind != "point":
         return truth
-    corners = truth if isinstance(truth[0], tuple) else (truth[:2], truth[2:])
     numbers = []
-    for corner in corners:
+    for corner in np.reshape(truth, (-1, 2)):                # of a box or a polygon
         numbers += map(round, trace.frames[0].to_input(corner))
     return str(tuple(numbers))
 
 
 # ----------------------------------------------------------------------- (c) supervised fine-tuning
 
-def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16_384, clip=1.0,
-              log=print, **decay):
+def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16_384, log=print,
+              **decay):
     """Maximises the likelihood of the policy's own tokens, of `batch` traces a step. decay: options
     of `learning_rate`."""
     rng = random.Random(f"fine-tuning {seed}")
     order = []
+    while len(order) < steps * batch:
+        order += rng.sample(traces, len(traces))
     started = time.time()
     policy.model.train()
     for step in range(steps):
-        while len(order) < batch:
-            order += rng.sample(traces, len(traces))
-        groups, order = [[trace] for trace in order[:batch]], order[batch:]
-        tokens = sum(sum(trace.sampled) for trace, in groups)
-        spare = groups[:1] if is_sharded(policy) else None
-        mine = groups[rank()::world_size()]
+        chosen = order[step * batch:(step + 1) * batch]
+        tokens = sum(sum(trace.sampled) for trace in chosen)
+        mine = [[trace] for trace in chosen[rank()::world_size()]]
+        spare = [chosen[:1]] if is_sharded(policy) else None
         own_loss = 0.0
         for micro, weight in micro_batches(mine, micro_tokens, spare):
             loss = -policy.log_probs(micro).sum() / tokens * weight
             (loss * world_size()).backward()         # gradients are averaged over processes
             own_loss += loss.item()
         loss, = sum_over_processes([own_loss])
-        factor = learning_rate(step, steps, max(1, steps * 0.03), **decay)
-        norm = optimizer_step(policy.trainable(), optimizers, factor, clip)
+        factor = learning_rate(step, steps, steps * 0.03, **decay)
+        norm = optimizer_step(policy.trainable(), optimizers, factor)
         if step % 20 == 19 or step + 1 == steps:
             log(f"sft {step + 1}/{steps}  loss {loss:.3f}  grad norm {norm:.2f}  "
                 f"{remaining(started, step + 1, steps)}")
@@ -575,9 +571,13 @@ def fine_tune(policy, traces, optimizers, *, steps, batch, seed, micro_tokens=16
 
 def usable(traces, log):
     """The traces to fine-tune on: right, well-formed and grounded by our own reward."""
-    faults = [fault_of(score(trace)) for trace in traces]
-    kept = [trace for trace, fault in zip(traces, faults, strict=True) if not fault]
-    dropped = Counter(filter(None, faults))
+    kept = []
+    dropped = Counter()
+    for trace in traces:
+        if fault := fault_of(score(trace)):
+            dropped[fault] += 1
+        else:
+            kept.append(trace)
     several = sum(len(trace.zoom_points) > 1 for trace in kept)
     log(f"sft: {len(kept)} of {len(traces)} traces are right, well-formed and grounded, {several} "
         f"of them with several zoom calls; dropped: {dict(dropped) or 'none'}")
@@ -1198,12 +1198,12 @@ def make_optimizers(policy, kind, lr, adamw_lr=None, parameters=None, newton_sch
     adamw = RoundedAdamW if policy.model.dtype == torch.bfloat16 else torch.optim.AdamW
     if kind == "adamw":
         return [adamw(parameters, lr=lr, weight_decay=0.01)]
-    names = {id(p): name for name, p in policy.model.named_parameters()}
+    model = policy.model
+    outer = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     hidden = []
     rest = []
     for p in parameters:
-        outer = p.ndim != 2 or re.search("embed_tokens|lm_head", names[id(p)])
-        (rest if outer else hidden).append(p)
+        (hidden if p.ndim == 2 and p not in outer else rest).append(p)
     muon = Muon(hidden, lr=lr, newton_schulz=newton_schulz)
     return [muon, adamw(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
@@ -1218,7 +1218,7 @@ def optimizer_step(parameters, optimizers, factor, clip=1.0):
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return full_tensor(norm).item()
 
 
@@ -1226,8 +1226,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, for hidden matrices of small models (Jordan 2024), all of a shape
     at once. In float32: torch.optim.Muon works in bfloat16, which many CPUs only emulate."""
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01, newton_schulz=5):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+    def __init__(self, params, lr, newton_schulz=5):
+        super().__init__(params, dict(lr=lr, momentum=0.95, weight_decay=0.01,
                                       newton_schulz=newton_schulz))
 
     @torch.no_grad()
@@ -1242,15 +1242,12 @@ class Muon(torch.optim.Optimizer):
 
     def step_together(self, params, group):
         """params: matrices of one shape, (rows, columns)."""
-        grads = []
-        momenta = []
+        ahead = []
         for p in params:
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 1 - group["momentum"])
-            grads.append(full_tensor(p.grad))
-            momenta.append(full_tensor(momentum))
-        ahead = torch.stack(grads).lerp(torch.stack(momenta), group["momentum"])
-        updates = orthogonalise(ahead, group["newton_schulz"])
+            ahead.append(full_tensor(p.grad.lerp(momentum, group["momentum"])))
+        updates = orthogonalise(torch.stack(ahead), group["newton_schulz"])
         rows, columns = params[0].shape
         scale = max(1, rows / columns)**0.5
         for p, update in zip(params, updates, strict=True):
@@ -1295,9 +1292,8 @@ class RoundedAdamW(torch.optim.Optimizer):
         state = self.state[p]
         b1, b2 = betas
         if not state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+            zeros = torch.zeros_like(p, dtype=torch.float32)
+            state.update(step=0, exp_avg=zeros, exp_avg_sq=zeros.clone())
         state["step"] = t = state["step"] + 1
         w, m, v, g = map(own_part, (p, state["exp_avg"], state["exp_avg_sq"], p.grad.float()))
         m.lerp_(g, 1 - b1)
@@ -1324,8 +1320,7 @@ def own_part(x):
 def rounded(x, generator):
     """float32 -> bfloat16, to one of the two neighbours, the nearer one the more often: the mean
     is x."""
-    shape = x.shape
-    noise = torch.randint(2**16, shape, dtype=torch.int32, device=x.device, generator=generator)
+    noise = torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     return ((x.view(torch.int32) + noise) & -2**16).view(torch.float32).bfloat16()
 
 
@@ -1368,21 +1363,20 @@ def make_base(config, log):
         return config.model
     all_tasks = config.task != "toy-search"
     kind = "all" if all_tasks else "search"
-    folder = Path(f"runs/tiny/{kind}-seed-{config.seed}-steps-{config.base_steps}")
-    if gather(folder.is_dir())[0]:
+    folder = f"runs/tiny/{kind}-seed-{config.seed}-steps-{config.base_steps}"
+    if gather(Path(folder).is_dir())[0]:
         log(f"base: {folder} is there")
-        return str(folder)
+        return folder
     if world_size() > BATCH:
         raise UserError(f"the tiny base is made by {BATCH} processes at most, a lesson each; give "
                         f"--processes {BATCH}")
     log(f"base: making {folder} from random weights")
     started = time.time()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    start = folder.with_name(folder.name + "-random")
+    start = f"{folder}-random"
     make_tiny(start, tiny_strings())
     gather(None)                                # the first process has written it
-    policy = load(str(start))
+    policy = load(start)
     gather(None)                                # all have read it
     if rank() == 0:
         shutil.rmtree(start)
@@ -1390,14 +1384,14 @@ def make_base(config, log):
     notes = {"minutes": (time.time() - started) / 60, "exam": marks}
     policy.save(folder, notes=notes, dialogue=TINY.to_json())
     gather(None)
-    return str(folder)
+    return folder
 
 
 def make_traces(config, base, out, log):
     """Chains for fine-tuning, as `read_traces` gives them: from --traces, from the run's own file,
     or searched for now."""
     questions = questions_of(config, "train", config.search_questions)
-    path = Path(config.traces) if config.traces else out / "search.jsonl"
+    path = Path(config.traces or out / "search.jsonl")
     if config.traces or path.is_file():
         log(f"traces: reading {path}")
         return read_traces(path, questions, config.image_root)
@@ -1406,22 +1400,23 @@ def make_traces(config, base, out, log):
     dialogue = make_dialogue(config, base, teacher)
     if config.mode == "zoom":
         dialogue.mode = config.search_mode
-    by_question = []
-    for first in range(0, len(questions), TREES * world_size()):
-        block = range(first, min(first + TREES * world_size(), len(questions)))
-        mine = block[rank()::world_size()]
-        roots = search(teacher, [questions[i] for i in mine], dialogue,
-                       [f"search {config.seed} {i}" for i in mine], config.sampling(),
+    seeds = [f"search {config.seed} {i}" for i in range(len(questions))]
+    size = TREES * world_size()
+    found = []                                  # (chains, description) of each tree
+    for first in range(0, len(questions), size):
+        mine = slice(first + rank(), first + size, world_size())
+        roots = search(teacher, questions[mine], dialogue, seeds[mine], config.sampling(),
                        simulations=config.simulations, log=log)
-        found = [(linearise(root, config.backtrack), describe_tree(root)) for root in roots]
-        by_question += gather_shares(found)
+        found += gather_shares([(linearise(root, config.backtrack), describe_tree(root))
+                                for root in roots])
     rng = random.Random(f"chains {config.seed}")
-    chains, trees = [], []
-    for question, (own, tree) in zip(questions, by_question, strict=True):
-        taken = rng.sample(own, min(config.chains, len(own)))
-        chains += [(question, chain) for chain in taken]
-        lines = [f"taken: {in_a_line(''.join(chain))}" for chain in taken]
-        trees.append("\n".join([tree, *lines]))
+    chains = []
+    trees = []
+    for question, (own, tree) in zip(questions, found, strict=True):
+        for chain in rng.sample(own, min(config.chains, len(own))):
+            chains.append((question, chain))
+            tree += f"\ntaken: {in_a_line(''.join(chain))}"
+        trees.append(tree)
     if config.show_trees:
         log("\n\n".join(trees[:config.show_trees]))
     if not chains:
@@ -1452,16 +1447,25 @@ def warm_start(config, log):
     out = folder_of(config)
     out.mkdir(parents=True, exist_ok=True)
     base = make_base(config, log)
-    if gather((out / "sft").is_dir())[0]:
-        log(f"sft: {out / 'sft'} is there")
+    sft = out / "sft"
+    if gather(sft.is_dir())[0]:
+        log(f"sft: {sft} is there")
         return base
+    minutes = 0.0
     if config.sft_steps == 0:
         policy = load(base, **config.input_limits())
-        dialogue = make_dialogue(config, base, policy)
-        policy.save(out / "sft", notes={"minutes": 0.0}, dialogue=dialogue.to_json())
-        gather(None)
-        return base
-    started = time.time()
+    else:
+        started = time.time()
+        policy = learn_traces(config, base, out, log)
+        minutes = (time.time() - started) / 60
+    dialogue = make_dialogue(config, base, policy)
+    policy.save(sft, notes={"minutes": minutes}, dialogue=dialogue.to_json())
+    gather(None)
+    return base
+
+
+def learn_traces(config, base, out, log):
+    """-> the base, fine-tuned on the usable ones of its traces"""
     chains = make_traces(config, base, out, log)
     if config.export and isinstance(chains[0][1], Recording):
         raise UserError(f"--export {config.export}: {config.traces} is in the release's form "
@@ -1481,21 +1485,17 @@ def warm_start(config, log):
     final = 0.0 if config.model else 0.1
     fine_tune(policy, traces, optimizers, steps=steps, batch=config.sft_batch, seed=config.seed,
               micro_tokens=config.micro_tokens, log=log, final=final, cosine=bool(config.model))
-    notes = {"minutes": (time.time() - started) / 60}
-    policy.save(out / "sft", notes=notes, dialogue=dialogue.to_json())
-    gather(None)
-    return base
+    return policy
 
 
 def main(given):
     config = configure_training(given, "train_sft")
-    out = folder_of(config)
+    sft = folder_of(config) / "sft"
     print(describe_config(config, "train_sft"))
-    if (out / "sft").is_dir() and not config.resume:
-        raise UserError(f"{out / 'sft'} is there already; give --resume to keep it, or another "
-                        "--out")
+    if sft.is_dir() and not config.resume:
+        raise UserError(f"{sft} is there already; give --resume to keep it, or another --out")
     warm_start(config, print)
-    print(f"done: {out / 'sft'}")
+    print(f"done: {sft}")
 
 
 if __name__ == "__main__":

@@ -132,17 +132,17 @@ def test_a_step_that_repeats_a_point_is_dropped(policy, question):
     leaf = Node(cut_trace(policy, trace, trace.turn_starts[1]), Node(None), points=((10, 10),))
     repeat = finished(policy, question, [zoom_call(10, 10), zoom_call(11, 10), answer("dotted")])
     other = finished(policy, question, [zoom_call(10, 10), zoom_call(40, 40), answer("dotted")])
-    assert expand(policy, leaf, repeat, 10, 10) is None and not leaf.children
-    child = expand(policy, leaf, other, 10, 10)
+    assert expand(policy, leaf, repeat, 10) is None and not leaf.children
+    child = expand(policy, leaf, other, 10)
     assert child.points == ((10, 10), (40, 40)) and child.parent is leaf
     assert leaf.children == [child]
-    assert expand(policy, leaf, other, 10, 10) is child and leaf.children == [child]
+    assert expand(policy, leaf, other, 10) is child and leaf.children == [child]
 
 
 def test_too_deep_a_path_is_made_to_answer(policy, question):
     """Guards the bound on depth: the answer is asked for, in tokens that are not the policy's."""
     trace = finished(policy, question, [zoom_call(10, 10), zoom_call(40, 40), answer("dotted")])
-    node = expand(policy, Node(finished(policy, question, [])), trace, 10, depth=1)
+    node = expand(policy, Node(finished(policy, question, [])), trace, depth=1)
     assert node.trace.prefix.endswith("<answer>") and not node.trace.sampled[-1]
 
 
@@ -152,8 +152,10 @@ def test_continuing_from_a_path_gives_complete_traces(policy, question):
     trace = finished(policy, question, [zoom_call(10, 10), answer("dotted")])
     path = cut_trace(policy, trace, trace.turn_starts[1])
     root = Dialogue().start(policy, question, 1)[0]
-    continued = continue_from(policy, Dialogue(), [root, path], 2, SAMPLING)
+    nodes = [Node(root), Node(path)]
+    continued = [traces for _, traces in continue_from(policy, Dialogue(), nodes, 2, SAMPLING)]
     assert [len(traces) for traces in continued] == [2, 2]
+    assert [node.rollouts for node in nodes] == continued
     assert not root.ids and not path.ended and len(path.turns) == 1
     start = len(path.ids)
     for trace in continued[1]:
