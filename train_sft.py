@@ -473,7 +473,8 @@ def read_traces(path, questions, image_root=""):
 def read_recording(row, roots, where):
     """A row of the release -> (Question, Recording). Raises what a bad row raises."""
     images = row["images"]
-    talk = [message for message in row["messages"] if message["role"] != "system"]
+    messages = row["messages"]
+    talk = messages[1:] if messages[0]["role"] == "system" else messages
     places = [message["content"].count("<image>") for message in talk[::2]]
     roles = [message["role"] for message in talk]
     if roles != ["user", "assistant"] * (len(roles) // 2) or sum(places) != len(images):
@@ -484,7 +485,7 @@ def read_recording(row, roots, where):
     text = talk[0]["content"].replace("<image>", "").strip()
     question = Question(text, images[:places[0]], id=where, where=where,
                         **scored_by(text, row["gt_answer"]))
-    return question, Recording(row["messages"], images[places[0]:])
+    return question, Recording(messages, images[places[0]:])
 
 
 def export_traces(path, traces, dialogue):
@@ -1446,9 +1447,13 @@ def warm_start(config, log):
     """Makes the run's `sft/` unless it is there: base, traces, fine-tuning. -> the base's path"""
     out = folder_of(config)
     out.mkdir(parents=True, exist_ok=True)
-    base = make_base(config, log)
     sft = out / "sft"
-    if gather(sft.is_dir())[0]:
+    is_there = gather(sft.is_dir())[0]
+    if config.export and (is_there or config.sft_steps == 0):
+        raise UserError(f"--export {config.export}: this run makes no traces; give another --out, "
+                        "and leave out --sft-steps 0")
+    base = make_base(config, log)
+    if is_there:
         log(f"sft: {sft} is there")
         return base
     minutes = 0.0

@@ -370,6 +370,7 @@ def test_single_turn_traces_become_zoom_calls(run_folder, call):
     ("train_sft", ["--traces", "text.png", "--out", "b", "--base-steps", "3"], "line 1"),
     ("train_sft", ["--traces", "wrong.jsonl", "--out", "c", "--base-steps", "3"],
      "none of the 1 traces"),
+    ("train_sft", ["--export", "made.json", "--sft-steps", "0", "--out", "d"], "made.json"),
 ])
 def test_bad_input_is_told_in_a_line(run_folder, call, name, arguments, message):
     """Guards against tracebacks: one line that names what is wrong, and exit code 2. A model that

@@ -436,7 +436,10 @@ def broken_rows():
     unanswered["messages"].pop()
     no_truth = released(0)
     del no_truth["gt_answer"]
+    late_system = released(1)
+    late_system["messages"].insert(2, {"role": "system", "content": "Look closer."})
     return {"an image less": fewer, "no last answer": unanswered, "no truth": no_truth,
+            "a system message inside": late_system,
             "an answer in numbers": released(0, gt_answer="(1, 2, 3)"),
             "no image": released(0, images=[]), "no text": released(0, messages=[{"role": "user"}])}
 
