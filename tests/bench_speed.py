@@ -31,7 +31,7 @@ that of Qwen2.5-VL, which drops them) and the way to parse them. One of its meth
 is sampled in a turn is cut to the planned length, and all turns but the last end in a zoom call.
 Prompts and observations have the same tokens as ours, and it is asserted that every response has
 the same length. TRL learns from a group at a time, and so do we on a CPU (or from two): all at once
-is slower, for both. Only the patch embedding, a matrix product, is ours on both sides.
+is slower, for both.
 """
 import argparse
 import copy
