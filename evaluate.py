@@ -97,7 +97,7 @@ def parse_options(text):
     return ()
 
 
-def as_box(values, limit=10**6):
+def as_box(values, limit=1_000_000):
     """Corners (x1, y1, x2, y2), checked. limit: 1 for shares of the image's sides."""
     x1, y1, x2, y2 = values
     if not (0 <= x1 <= x2 <= limit and 0 <= y1 <= y2 <= limit):
@@ -519,7 +519,7 @@ def true_thoughts(trace):
             for before, turn in pairwise(trace.turns) if before.crop and not turn.forced]
 
 
-def evaluate(policy, questions, dialogue, seed=0, *, samples=1, answered=(), path=None, log=None,
+def evaluate(policy, questions, dialogue, seed, *, samples=1, answered=(), path=None, log=None,
              **sampling):
     """Answers every question `samples` times. -> Report, on every process
 
@@ -532,11 +532,11 @@ def evaluate(policy, questions, dialogue, seed=0, *, samples=1, answered=(), pat
     done = [records for records in answered if records[0].tool == dialogue.tool]
     earlier = {records[0].index for records in done}
     left = [number for number in range(len(questions)) if number not in earlier]
-    blocks = [left[i:i + QUESTIONS_A_BLOCK] for i in range(0, len(left), QUESTIONS_A_BLOCK)]
-    blocks += [[]] * (-len(blocks) % world_size())         # as many for each process
     if log and earlier:
         log(f"{len(earlier)} of {len(questions)} questions were answered before")
-    for block in blocks[rank()::world_size()]:
+    for start in range(0, len(left), world_size() * QUESTIONS_A_BLOCK):      # a block a process
+        first = start + rank() * QUESTIONS_A_BLOCK
+        block = left[first:first + QUESTIONS_A_BLOCK]                        # empty, perhaps
         started, mine = time.time(), []
         for number, traces in ask(policy, questions, block, dialogue, seed, samples, **sampling):
             mine.append([record_of(number, trace, dialogue.tool) for trace in traces])
@@ -782,7 +782,7 @@ def cells(name, figures, no_tool=None):
 
 def table(rows):
     """Lists of cells -> aligned lines, the first column to the left and the others to the right."""
-    rows = [[str(cell) for cell in row] for row in rows]
+    rows = [list(map(str, row)) for row in rows]
     first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, widths)])
                      for name, *cells in rows)
@@ -824,7 +824,7 @@ def web_question(trajectory, intent, meta_data, images=None):
         parts.append(f"ELEMENTS:\n{shorten(elements, MAX_ELEMENTS)}")
     if len(images) > 1:
         parts.append("The first image is the page; the others belong to the objective.")
-    return Question("\n\n".join(parts), images, "", "action", hint=hint_for("action", ""))
+    return Question("\n\n".join(parts), images, "", "action", hint=HINTS["action"])
 
 
 def shorten(text, most):
@@ -968,14 +968,13 @@ def write_report(path, config, traces, folder, rows=()):
 
     traces: {checkpoint: its Traces}, of the same questions in the same order. folder: the run's,
     with log.jsonl and trees.txt if it has them. rows: of the table, the heads first."""
-    first_tree = read_if_there(folder / "trees.txt").split("\n\n")[0]
     write_page(path, {
         "kind": "report",
         "title": visible(f"{config.task}, {config.mode}"),
         "log": read_if_there(folder / "log.jsonl"),
         "table": rows,
         "settings": vars(config),
-        "tree": visible(first_tree),
+        "tree": visible(read_if_there(folder / "trees.txt").split("\n\n")[0]),
         "cases": describe_cases(traces),
     })
 
@@ -1175,8 +1174,8 @@ def write_drawings(config):
         for when, image in zip(("", "-later"), question.load(), strict=False):
             names.append(f"{question.id}{when}.png")
             image.save(folder / names[-1])
-        row = {"problem": question.text, "answer": str(question.answer), "images": names}
-        lines += json.dumps(row) + "\n"
+        lines += json.dumps({"problem": question.text, "answer": str(question.answer),
+                             "images": names}) + "\n"
         print(f"{folder / names[0]}: {question.text} ({question.answer})")
     write_text(folder / "questions.jsonl", lines)
 
@@ -1253,6 +1252,7 @@ function make(name, attributes = {}, ...children) {
 const button = (text, onclick, more) => make("button", {type: "button", onclick, ...more}, text);
 const picture = (src, alt) => make("img", {src, alt, onload: ({target}) =>
   target.classList.toggle("sharp", target.naturalWidth <= 256)});
+const line = points => "M" + points.map(([x, y]) => `${x},${y}`).join("L");
 const rows = (table, name) =>
   table.map(row => make("tr", {}, ...row.map(cell => make(name, {}, cell))));
 
@@ -1281,12 +1281,11 @@ const short = value => value.toLocaleString("en", {maximumSignificantDigits: 3})
 
 // The chart of some values of the log's lines, or nothing where the log has none of them.
 function chart(log, [title, ...names]) {
-  const series = names.map(name => log.map(({step, [name]: value}) => [step, value])
-    .filter(([_, value]) => Number.isFinite(value)));
-  const bounds = log.filter(line => names[0] == "accuracy" && line.accuracy_high != null);
-  const band = bounds.map(line => [line.step, line.accuracy_low]).concat(
-    bounds.map(line => [line.step, line.accuracy_high]).reverse());
-  const all = series.flat().concat(band), steps = all.map(([step]) => step);
+  const values = name => log.map(line => [line.step, line[name]])
+    .filter(([_, value]) => Number.isFinite(value));
+  const series = names.map(values);
+  const band = [...values(`${names[0]}_low`), ...values(`${names[0]}_high`).reverse()];
+  const all = [...series.flat(), ...band], steps = all.map(([step]) => step);
   if (!all.length) return "";
   const first = Math.min(...steps), last = Math.max(first + 1, ...steps);
   const most = Math.max(...all.map(([_, value]) => value)) || 1;
@@ -1294,7 +1293,7 @@ function chart(log, [title, ...names]) {
   const top = [1, 2, 4, 6, 8, 10].find(times => times * unit > 0.999 * most) * unit;
   const x = step => 46 + (step - first) / (last - first) * 304;
   const y = value => 170 - value / top * 155;
-  const path = points => "M" + points.map(([step, value]) => `${x(step)},${y(value)}`).join("L");
+  const path = points => line(points.map(([step, value]) => [x(step), y(value)]));
   const legend = make("figcaption", {}, make("b", {}, title), make("br")), told = [title];
   const svg = make("svg", {viewBox: "0 0 360 205", role: "img"});
   for (const value of [0, top / 4, top / 2, top * 3 / 4, top])
@@ -1316,7 +1315,6 @@ function chart(log, [title, ...names]) {
 
 // ------------------------------------------------------------------------------------------ traces
 const MARKS = {right: "\u2713", wrong: "\u2717", truncated: "\u2026", open: "?"};
-const line = points => "M" + points.map(([x, y]) => `${x},${y}`).join("L");
 
 // A box, as its left, top, right and bottom, or a polygon.
 function outline(region) {
@@ -1517,7 +1515,8 @@ def evaluate_task(policy, dialogue, config):
     if config.task in TOYS:
         questions = questions_of(config, "test", config.n or 512)
     else:
-        questions = open_file(config.task, config.image_root, config.n)
+        file = open_file(config.task, config.image_root)
+        questions = file.part(config.n or len(file))
     print(describe_config(config, "evaluate"))
     print(dialogue.describe())
     sample = partial(sample_traces, policy, questions, dialogue, config.seed, **config.sampling())
