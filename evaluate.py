@@ -1152,10 +1152,10 @@ def fleiss_kappa(counts):
     """Agreement of raters beyond chance, at most 1 (Fleiss 1971).
 
     counts: of each thing rated, how many raters chose each category; each row has the same sum."""
-    raters = sum(counts[0])
-    pairs = raters * (raters - 1)
-    agreed = mean(sum(n * (n - 1) for n in row) for row in counts) / pairs
-    chance = sum((mean(column) / raters)**2 for column in zip(*counts, strict=True))
+    counts = np.array(counts)                          # (things, categories)
+    raters = counts[0].sum()
+    agreed = (counts * (counts - 1)).sum(axis=1).mean() / (raters * (raters - 1))
+    chance = ((counts.mean(axis=0) / raters)**2).sum()
     if chance == 1:
         return 1.0
     return (agreed - chance) / (1 - chance)
