@@ -57,8 +57,7 @@ BOX = re.compile(r"[(\[]\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]")
 NUMBERS = re.compile(r"[(\[]+\s*-?[\d.]+(?:[\s,()\[\]]+-?[\d.]+)+\s*[)\]]+")
 ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S)
 # What an answer of a kind shall look like, for rows that do not say it ("Description: the search
-# button"), and how to know the rows that do. The actions are always listed: a web page that is
-# quoted in the question must not be able to suppress that.
+# button").
 HINTS = {
     "point": "The answer is one point (x, y), in pixels of the image, between <answer> and "
              "</answer>.",
@@ -66,6 +65,8 @@ HINTS = {
     "action": "The answer is one of these actions, with numbers and words that fit: "
               f"{', '.join(USAGE.values())}.",
 }
+# How to know the rows that say it. The actions are always listed: a web page that is quoted in the
+# question must not be able to suppress that.
 SAID = {
     "point": r"\(x,\s*y\)|\[x,\s*y\]|<answer>",
     "choice": r"<answer>|\b(answer|respond|reply)\b[^.:\n]{0,40}\b(letter|text|option)",
@@ -1279,9 +1280,10 @@ const CHARTS = [["reward and its parts, a trace", "reward", "format", "grounded"
   ["KL to SFT, nats a token", "kl"], ["time, s a step", "seconds"]];
 const short = value => value.toLocaleString("en", {maximumSignificantDigits: 3});
 
-// The chart of some values of the log's lines, or nothing where the log has none of them.
+// The chart of some values of the log's lines, or nothing where the log has none of them. Around
+// the first one is its interval, where the log has it, from NAME_low to NAME_high.
 function chart(log, [title, ...names]) {
-  const values = name => log.map(line => [line.step, line[name]])
+  const values = name => log.map(row => [row.step, row[name]])
     .filter(([_, value]) => Number.isFinite(value));
   const series = names.map(values);
   const band = [...values(`${names[0]}_low`), ...values(`${names[0]}_high`).reverse()];
