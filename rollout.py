@@ -36,11 +36,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from itertools import product
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import UnionType
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -146,15 +146,17 @@ class Config:
 
     given: tuple = ()
 
+    def values(self, *names):
+        return {name: getattr(self, name) for name in names}
+
     def sampling(self):
         """Arguments of `model.Engine`."""
-        names = ("temperature", "top_p", "turn_tokens", "response_tokens", "cache_tokens")
-        return {name: getattr(self, name) for name in names}
+        return self.values("temperature", "top_p", "turn_tokens", "response_tokens",
+                           "cache_tokens")
 
     def input_limits(self):
         """Arguments of `model.load`."""
-        names = ("max_pixels", "min_pixels", "max_image_side")
-        return {name: getattr(self, name) for name in names}
+        return self.values("max_pixels", "min_pixels", "max_image_side")
 
 
 # What differs from Config's defaults (paper, appendix; evaluation: the authors' scripts); a later
@@ -216,14 +218,17 @@ def make_config(given, family, script):
 
 
 def describe_fields(script):
-    """Yields (heading, name, help text) of the fields that are flags of a script, from Config's
-    source."""
-    known = False
+    """The fields that are flags of a script, from Config's source.
+    -> {heading: {name: help text}}"""
+    described = {}
     for line in inspect.getsource(Config).splitlines():
         if found := re.fullmatch(r"    # ([\w, ]+): (.+)", line):
-            known, heading = script in found[1].split(", "), found[2]
-        elif known and (found := re.match(r"    (\w+): .*  # (.+)", line)):
-            yield heading, found[1], found[2]
+            fields = {}
+            if script in found[1].split(", "):
+                described[found[2]] = fields
+        elif found := re.match(r"    (\w+): .*  # (.+)", line):
+            fields[found[1]] = found[2]
+    return described
 
 
 def flag_of(name):
@@ -243,22 +248,22 @@ def read_command_line(script, description):
     """-> {name: value} of the flags that were given. Raises UserError."""
     parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
     parser.error = refuse
-    groups, types = {}, get_type_hints(Config)
-    for heading, name, text in describe_fields(script):
-        if heading not in groups:
-            groups[heading] = parser.add_argument_group(heading)
-        groups[heading].add_argument(f"--{flag_of(name)}", help=text + default_text(name),
-                                     **options_of(types[name]))
+    types = get_type_hints(Config)
+    for heading, fields in describe_fields(script).items():
+        group = parser.add_argument_group(heading)
+        for name, text in fields.items():
+            group.add_argument(f"--{flag_of(name)}", help=text + default_text(name),
+                               **options_of(types[name]))
     return vars(parser.parse_args())
 
 
 def options_of(kind):
     """A field's type -> how argparse reads its flag."""
-    if get_origin(kind) in (Union, UnionType):       # "int | None": the flag gives the int
+    if type(None) in get_args(kind):       # "int | None": the flag gives the int
         kind = get_args(kind)[0]
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if get_origin(kind) is Literal:
+    if get_args(kind):                     # Literal's
         return {"choices": get_args(kind)}
     if kind is tuple:
         return {"nargs": "+", "metavar": "FILE"}
@@ -272,17 +277,21 @@ def refuse(message):
 
 def describe_config(config, script):
     """The settings in force, to be printed; a star marks those given by a flag."""
-    shown = {}
-    for heading, name, _ in describe_fields(script):
-        value = getattr(config, name)
-        if value not in (None, ""):
-            star = "*" if name in config.given else ""
-            shown.setdefault(heading, []).append(f"{name}={value}{star}")
     lines = [f"settings of the family '{config.family}' (* given by a flag)"]
-    for heading, settings in shown.items():
-        text = f"{heading}: {'  '.join(settings)}"
-        lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ")
+    for heading, fields in describe_fields(script).items():
+        settings = []
+        for name, value in config.values(*fields).items():
+            if value not in (None, ""):
+                star = "*" if name in config.given else ""
+                settings.append(f"{name}={value}{star}")
+        if settings:
+            lines.append(indented(f"{heading}: {'  '.join(settings)}"))
     return "\n".join(lines)
+
+
+def indented(text):
+    """A text in lines of at most 100 columns."""
+    return textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="    ")
 
 
 # ---------------------------------------------------------------------------------------- questions
@@ -335,10 +344,13 @@ def read_image(source, where=""):
     """Path or bytes -> RGB image, turned upright as its EXIF orientation says.
 
     A missing, broken or absurdly large file is a UserError that names it."""
-    name = source if isinstance(source, (str, Path)) else "the embedded image"
-    name = f"{name} ({where})" if where else str(name)
+    name, file = source, source
+    if isinstance(source, bytes):
+        name, file = "the embedded image", io.BytesIO(source)
+    if where:
+        name = f"{name} ({where})"
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(file) as image:
             width, height = image.size
             if width * height > MAX_IMAGE_PIXELS:
                 raise UserError(f"{name}: {width}x{height} px is more than {MAX_IMAGE_PIXELS:,} "
@@ -369,7 +381,8 @@ def parse_points(text):
 
 def format_point(point):
     """A point as the policy writes it, in whole pixels: (3.2, 40) -> "(3, 40)"."""
-    return f"({round(point[0])}, {round(point[1])})"
+    x, y = map(round, point)
+    return f"({x}, {y})"
 
 
 @dataclass(frozen=True)
@@ -383,12 +396,21 @@ class Frame:
         return 0 <= point[0] < self.input_size[0] and 0 <= point[1] < self.input_size[1]
 
     def to_original(self, point):
-        (x, y), (w, h), (original_w, original_h) = point, self.input_size, self.original_size
-        return x * original_w / w, y * original_h / h
+        return rescale(point, self.input_size, self.original_size)
 
     def to_input(self, point):
-        (x, y), (w, h), (original_w, original_h) = point, self.input_size, self.original_size
-        return x * w / original_w, y * h / original_h
+        return rescale(point, self.original_size, self.input_size)
+
+
+def rescale(point, old_size, new_size):
+    """A point of an image of one size -> where it lies when the image has another size."""
+    (x, y), (old_w, old_h), (new_w, new_h) = point, old_size, new_size
+    return x * new_w / old_w, y * new_h / old_h
+
+
+def in_box(point, box):
+    """Whether a point lies in a box (left, top, right, bottom), edges included."""
+    return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
 
 
 # ------------------------------------------------------------------------------------ the zoom tool
@@ -413,14 +435,13 @@ def zoom(image, point, half, size, dot=False):
     box = crop_box(image.size, point, half)
     crop = image.crop(box)
     scale = size / max(crop.size)
-    if scale != 1:
-        width, height = (max(1, round(side * scale)) for side in crop.size)
-        crop = crop.resize((width, height), Image.Resampling.BICUBIC)
+    width, height = (max(1, round(side * scale)) for side in crop.size)
+    crop = crop.resize((width, height), Image.Resampling.BICUBIC)
     if dot:
-        x, y = (point[0] - box[0]) * scale, (point[1] - box[1]) * scale
+        place = (point[0] - box[0]) * scale, (point[1] - box[1]) * scale
         radius = max(3, size // 40)
-        circle = (x - radius, y - radius, x + radius, y + radius)
-        ImageDraw.Draw(crop).ellipse(circle, fill=(255, 0, 0), outline="white", width=radius // 3)
+        ImageDraw.Draw(crop).circle(place, radius, fill=(255, 0, 0), outline="white",
+                                    width=radius // 3)
     return crop
 
 
@@ -435,18 +456,17 @@ def format_call(point):
 
 
 def parse_call(text):
-    """What stands between the tool_call tags -> (x, y). Raises ToolError."""
+    """What stands between the tool_call tags -> (x, y), as written. Raises ToolError."""
     try:
         call = json.loads(text) if len(text) < 400 else None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise ToolError("The call is not valid JSON.") from None
     if not isinstance(call, dict) or call.get("name") != "search_coordinate":
         raise ToolError('The only tool is "search_coordinate".')
-    arguments = call.get("arguments")
-    point = arguments.get("coordinate") if isinstance(arguments, dict) else None
-    if not (isinstance(point, list) and len(point) == 2 and all(map(is_coordinate, point))):
-        raise ToolError('The argument "coordinate" must be a list of two numbers, [x, y].')
-    return float(point[0]), float(point[1])
+    match call:
+        case {"arguments": {"coordinate": [x, y]}} if is_coordinate(x) and is_coordinate(y):
+            return x, y
+    raise ToolError('The argument "coordinate" must be a list of two numbers, [x, y].')
 
 
 def is_coordinate(value):
@@ -473,18 +493,18 @@ class Turn:
 def between(text, tag):
     """What stands between the first <tag> and the </tag> behind it, and the text after that; None
     and the whole text if there is no such pair."""
-    _, opened, rest = text.partition(f"<{tag}>")
+    _, _, rest = text.partition(f"<{tag}>")
     inside, closed, after = rest.partition(f"</{tag}>")
-    return (inside, after) if opened and closed else (None, text)
+    return (inside, after) if closed else (None, text)
 
 
 def parse_turn(text, forced=False):
     """Splits a turn into thought, points, call and answer. A call beside an answer is not made."""
-    turn = Turn(text, forced=forced)
     thought, rest = between(text, "think")
-    if thought is not None:
-        turn.thought, turn.points = thought.strip(), parse_points(thought)
-    answer, call = between(rest, "answer")[0], between(rest, "tool_call")[0]
+    thought = (thought or "").strip()
+    turn = Turn(text, thought, parse_points(thought), forced=forced)
+    answer, _ = between(rest, "answer")
+    call, _ = between(rest, "tool_call")
     if answer is not None:
         turn.answer = answer.strip()
     elif call is not None:
@@ -535,10 +555,9 @@ class Trace(Sequence):
         lines = [self.question.text]
         for turn in self.turns:
             lines.append(turn.text)
-            if turn.crop:
-                lines.append(f"<observation> [image: {turn.crop}] </observation>")
-            elif turn.error:
-                lines.append(f"<observation> {turn.error} </observation>")
+            shown = f"[image: {turn.crop}]" if turn.crop else turn.error
+            if shown:
+                lines.append(f"<observation> {shown} </observation>")
         return "\n".join(lines)
 
 
@@ -606,9 +625,8 @@ class Dialogue:
         """The wording in force, to be printed below the settings."""
         parts = self.to_json()
         parts["system_prompts"] = parts["system_prompts"].get(self.mode, "the chat template's own")
-        text = "dialogue: " + "  ".join(f"{name}={value!r}" for name, value in parts.items())
-        lines = textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ")
-        return "\n".join(lines)
+        settings = "  ".join(f"{name}={value!r}" for name, value in parts.items())
+        return indented(f"dialogue: {settings}")
 
     def prompt(self, policy, question):
         """-> the Chunk after which the policy speaks, and the Frames of the question's images."""
@@ -616,7 +634,7 @@ class Dialogue:
         text = question.text
         if self.hints and question.hint:
             text += "\n" + question.hint
-        content = [{"type": "image"} for _ in images]
+        content = [{"type": "image"}] * len(images)
         content.append({"type": "text", "text": policy.clean(text)})
         messages = [{"role": "user", "content": content}]
         if system := self.system_prompts.get(self.mode):
@@ -708,7 +726,7 @@ def make_dialogue(config, checkpoint, policy):
     or, without one, the system message of its chat template; --dialogue FILE; flags. Raises
     UserError."""
     names = ("crop_half", "crop_size", "crop_dot", "max_crops")
-    parts = {name: getattr(config, name) for name in names}
+    parts = config.values(*names)
     own = checkpoint and cached_file(checkpoint, "dialogue.json",
                                      _raise_exceptions_for_missing_entries=False)
     if own:
@@ -717,7 +735,7 @@ def make_dialogue(config, checkpoint, policy):
         parts["system_prompts"] = {}
     if config.dialogue:
         parts |= read_parts(config.dialogue)
-    parts |= {name: getattr(config, name) for name in names if name in config.given}
+    parts |= config.values(*(name for name in names if name in config.given))
     return Dialogue(config.mode, config.tool, **parts)
 
 
@@ -729,13 +747,14 @@ def read_parts(path):
         for name, value in parts.items():
             if name not in known or type(value) is not type(known[name]):
                 raise ValueError(f"{name!r} has to be one of {', '.join(known)}, of its type")
-        for mode, text in parts.get("system_prompts", {}).items():
+        complete = known | parts
+        for mode, text in complete["system_prompts"].items():
             if mode not in MODES or type(text) is not str:
                 raise ValueError(f"'system_prompts' has to have texts, by {', '.join(MODES)}")
-        if parts.get("coordinates", "input") not in ("input", "unrounded"):
+        if complete["coordinates"] not in ("input", "unrounded"):
             raise ValueError("'coordinates' has to be 'input' or 'unrounded'")
         for name, least in (("crop_half", 1), ("crop_size", 1), ("max_crops", 0)):
-            if parts.get(name, least) < least:
+            if complete[name] < least:
                 raise ValueError(f"{name!r} has to be at least {least}")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read as parts of a dialogue ({error})") from None
@@ -751,29 +770,25 @@ def rollout(policy, questions, dialogue, group, seeds, **sampling):
     prints), from which alone its random numbers follow, whatever runs beside it and in how many
     processes. sampling: see `model.Engine`."""
     with ThreadPoolExecutor(READ_AHEAD) as threads:
-        groups = start_ahead(threads, policy, questions, dialogue, group, seeds)
-        yield from continue_traces(policy, groups, dialogue, **sampling)
+        starts = (threads.submit(dialogue.start, policy, question, group, seed)
+                  for question, seed in zip(questions, seeds, strict=False))
+        yield from continue_traces(policy, results_ahead(starts), dialogue, **sampling)
 
 
 READ_AHEAD = 4          # questions whose images are read by threads while the model works
 
 
-def start_ahead(threads, policy, questions, dialogue, group, seeds):
-    """Yields the empty Traces of each question; those of the next ones are on their way."""
-    waiting = deque()
-    for question, seed in zip(questions, seeds, strict=False):
-        waiting.append(threads.submit(dialogue.start, policy, question, group, seed))
-        if len(waiting) > READ_AHEAD:
-            yield waiting.popleft().result()
+def results_ahead(futures):
+    """Yields the result of each future, while the next ones are on their way."""
+    waiting = deque(islice(futures, READ_AHEAD))
     while waiting:
+        waiting.extend(islice(futures, 1))
         yield waiting.popleft().result()
 
 
 def continue_traces(policy, groups, dialogue, **sampling):
     """Runs lists of Traces with a common prompt to their ends; yields them as they are finished."""
-    def on_turn(trace, truncated):
-        return dialogue.on_turn(policy, trace, truncated)
-    for traces in Engine(policy, **sampling).run(groups, on_turn):
+    for traces in Engine(policy, **sampling).run(groups, partial(dialogue.on_turn, policy)):
         for trace in traces:
             trace.ended = trace.ended or "truncated"     # there was no room for the observation
         traces[0].question.release()
@@ -787,29 +802,38 @@ def draw_trace(trace, width=768):
     image = trace.question.load()[0]
     scale = width / image.width
     top = image.resize((width, round(image.height * scale)), Image.Resampling.LANCZOS)
-    canvas, marks, crops = ImageDraw.Draw(top), [], []
+    canvas = ImageDraw.Draw(top)
+    marks = []             # (place, number, colour)
+    crops = []             # (number, crop)
+
+    def mark(point, number, colour):
+        x, y = trace.frames[0].to_original(point)
+        marks.append(((x * scale, y * scale), number, colour))
     for number, turn in enumerate(trace.turns, 1):
         if turn.crop:
             canvas.rectangle([v * scale for v in turn.crop], outline="white", width=3)
             crops.append((number, image.crop(turn.crop)))
         if turn.call:
-            marks.append((turn.call, number, (200, 30, 30)))
+            mark(turn.call, number, (200, 30, 30))
         else:
-            marks += [(point, i, (30, 90, 200)) for i, point in enumerate(turn.points, 1)]
-    places = [[v * scale for v in trace.frames[0].to_original(point)] for point, _, _ in marks]
-    canvas.line([tuple(place) for place in places], fill="white", width=3)
-    for (x, y), (_, number, colour) in zip(places, marks, strict=True):
-        circle = (x - 13, y - 13, x + 13, y + 13)
-        canvas.ellipse(circle, fill=colour, outline="white", width=2)
-        canvas.text((x, y), str(number), fill="white", anchor="mm", font_size=16)
+            for i, point in enumerate(turn.points, 1):
+                mark(point, i, (30, 90, 200))
+    canvas.line([place for place, _, _ in marks], fill="white", width=3)
+    for place, number, colour in marks:
+        canvas.circle(place, 13, fill=colour, outline="white", width=2)
+        canvas.text(place, str(number), fill="white", anchor="mm", font_size=16)
+    if not crops:
+        return top
     side = width // 4 - 8
-    sheet = Image.new("RGB", (width, top.height + (side + 16 if crops else 0)), "white")
-    sheet.paste(top)
-    for i, (number, crop) in enumerate(crops[:4]):
-        x, y = 8 + i * (side + 8), top.height + 8
-        sheet.paste(ImageOps.contain(crop, (side - 2, side - 2), Image.Resampling.NEAREST), (x, y))
-        ImageDraw.Draw(sheet).text((x + 6, y + 4), str(number), fill="white", font_size=20,
-                                   stroke_width=2, stroke_fill="black")
+    sheet = ImageOps.expand(top, (0, 0, 0, side + 16), "white")
+    canvas = ImageDraw.Draw(sheet)
+    x, y = 8, top.height + 8
+    for number, crop in crops[:4]:
+        crop = ImageOps.contain(crop, (side - 2, side - 2), Image.Resampling.NEAREST)
+        sheet.paste(crop, (x, y))
+        canvas.text((x + 6, y + 4), str(number), fill="white", font_size=20, stroke_width=2,
+                    stroke_fill="black")
+        x += side + 8
     return sheet
 
 
@@ -871,11 +895,9 @@ CLICK_ALIKE = ("Click the", " element that bears a pattern.")
 
 def draw_background():
     """Red rises to the right, green downwards, in steps of a block: a patch tells its place."""
-    ramp = np.round(np.linspace(-60, 60, SIDE // BLOCK)).repeat(BLOCK)
-    image = np.full((SIDE, SIDE, 3), 127.0)
-    image[..., 0] += ramp
-    image[..., 1] += ramp[:, None]
-    return image.astype(np.uint8)
+    ramp = 127 + np.round(np.linspace(-60, 60, SIDE // BLOCK)).repeat(BLOCK)
+    red, green = np.meshgrid(ramp, ramp)
+    return np.dstack([red, green, np.full_like(red, 127)]).astype(np.uint8)
 
 
 def draw_face(colour, pattern):
@@ -895,9 +917,10 @@ def draw_window(image, box):
     image[top:bottom, left:right] = 60, 64, 76
     inside = slice(top + 2 * BLOCK, bottom - BLOCK), slice(left + BLOCK, right - BLOCK)
     image[inside] = WINDOW[inside]
-    for i, colour in enumerate(((230, 90, 80), (230, 190, 70), (100, 200, 90))):
-        x = left + (2 * i + 1) * BLOCK
-        image[top + BLOCK // 2:top + BLOCK // 2 + BLOCK, x:x + BLOCK] = colour
+    x, y = left + BLOCK, top + BLOCK // 2
+    for colour in ((230, 90, 80), (230, 190, 70), (100, 200, 90)):
+        image[y:y + BLOCK, x:x + BLOCK] = colour
+        x += 2 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -917,12 +940,11 @@ class Card:
     @property
     def box(self):
         """(left, top, right, bottom), px of the drawing."""
-        return (self.x - self.width // 2, self.y - self.height // 2,
-                self.x + self.width // 2, self.y + self.height // 2)
+        dx, dy = self.width // 2, self.height // 2
+        return self.x - dx, self.y - dy, self.x + dx, self.y + dy
 
     def contains(self, point):
-        return (abs(point[0] - self.x) <= self.width // 2
-                and abs(point[1] - self.y) <= self.height // 2)
+        return in_box(point, self.box)
 
     def distance(self, point):
         """From the centre to a point, the larger of both axes, px."""
@@ -966,7 +988,7 @@ class Scene:
         its old one."""
         if self.moved:
             return [self.moved, self.cards[0]]
-        return [card for card in self.cards[:2] if self.other]
+        return list(self.cards[:2]) if self.other else []
 
     def draw(self):
         image = BACKGROUND.copy()
@@ -995,16 +1017,14 @@ class Scene:
         """Whether a point lies on what is asked about, in either image."""
         return any(card.contains(point) for card in [*self.candidates, *self.named])
 
-    def shown(self, box):
-        """The candidates that can be read in a crop, the most central first."""
-        middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-        readable = [card for card in self.candidates if card.readable_in(box)]
-        return sorted(readable, key=lambda card: card.distance(middle))
-
     def face_in(self, box):
-        """What is true of a crop: the pattern of the most central candidate, or "nothing"."""
-        shown = self.shown(box)
-        return shown[0].pattern if shown else NOTHING
+        """What is true of a crop: the pattern of the candidate that can be read in it, of several
+        the most central one, or "nothing"."""
+        readable = [card for card in self.candidates if card.readable_in(box)]
+        if not readable:
+            return NOTHING
+        middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        return min(readable, key=lambda card: card.distance(middle)).pattern
 
     def describes(self, thought, box):
         """Whether a thought names what a crop shows, and no other pattern."""
@@ -1020,25 +1040,22 @@ class Scene:
         """Of a spatial question: where the first card named lies, seen from the second."""
         first, second = self.named
         steps = first.steps_from(second)
-        return [direction for direction in DIRECTIONS if steps[direction] > 0]
+        return [direction for direction, count in steps.items() if count > 0]
 
 
 def place_cards(rng, faces, windows=()):
     """(colour, pattern) pairs -> Cards in different cells of the grid; in a window, buttons."""
     cards = []
     for (colour, pattern), cell in zip(faces, rng.sample(range(16), len(faces)), strict=True):
-        x = cell % 4 * CELL + CELL // 2
-        y = cell // 4 * CELL + CELL // 2
+        row, column = divmod(cell, 4)
+        x = column * CELL + CELL // 2
+        y = row * CELL + CELL // 2
         dx, dy = rng.choice(JITTER), rng.choice(JITTER)
         if any(in_box((x, y), window) for window in windows):
             cards.append(Card(colour, pattern, x, y + abs(dy), *BUTTON))    # below the title
         else:
             cards.append(Card(colour, pattern, x + dx, y + dy))
     return tuple(cards)
-
-
-def in_box(point, box):
-    return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
 
 
 def search_scene(rng, colour=None, candidates=None, windows=()):
@@ -1093,13 +1110,13 @@ def ask_spatial(rng):
     axis = rng.choice(list(RELATION))
     direction = rng.choice(axis)
     if rng.random() < 0.5:
-        scene = relation_scene(rng, direction)
-        text = f"{IS_THE} {scene.colour}{RELATION[axis]} {scene.other} card?"
-        return Question(text, [scene.draw], direction, category="relation", scene=scene)
-    scene = moved_scene(rng, direction)
-    text = f"{IS_THE} {scene.colour}{MOVED[axis]}"
-    images = [scene.draw, scene.draw_later]
-    return Question(text, images, direction, category="moved", scene=scene)
+        category, scene = "relation", relation_scene(rng, direction)
+        asked, images = f"{RELATION[axis]} {scene.other} card?", [scene.draw]
+    else:
+        category, scene = "moved", moved_scene(rng, direction)
+        asked, images = MOVED[axis], [scene.draw, scene.draw_later]
+    text = f"{IS_THE} {scene.colour}{asked}"
+    return Question(text, images, direction, category=category, scene=scene)
 
 
 def ask_screen(rng):
@@ -1159,7 +1176,7 @@ def run(script, description, main):
         given = read_command_line(script, description)
         number = processes_to_start(given)
         if number > 1:
-            sys.exit(launch(number, main, given))
+            return launch(number, main, given)
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():      # torchrun's
             backend = "gloo"
             if torch.cuda.is_available():
@@ -1218,9 +1235,9 @@ def processes_to_start(given):
 
 def launch(number, main, given):
     """Calls main(given) in `number` processes of one thread each.
-    -> the exit code: that of the first process that failed, 1 where a signal ended it.
 
-    Where one process fails, the others are ended. So are all when this one ends, by Ctrl-C, too."""
+    Where one process fails, the others are ended, and this one ends with its exit code, 1 where a
+    signal ended it. All are ended when this one ends, by Ctrl-C, too."""
     def stop(signal_number, frame):
         leave(f"interrupted; {GO_ON}", 128 + signal_number)
     for stopped_by in (signal.SIGINT, signal.SIGTERM):
@@ -1235,11 +1252,8 @@ def launch(number, main, given):
                 pass
         except ProcessExitedException as error:
             if error.exit_code > 0:
-                return error.exit_code
-            print(f"error: {error.signal_name} ended process {error.error_index}; {GO_ON}",
-                  file=sys.stderr)
-            return 1
-    return 0
+                sys.exit(error.exit_code)
+            leave(f"error: {error.signal_name} ended process {error.error_index}; {GO_ON}", 1)
 
 
 def work(number, processes, launcher, folder, main, given):
