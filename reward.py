@@ -256,7 +256,7 @@ def turn_fault(turn, tags, frames):
     pieces = TAG.split(turn.text)    # around, <tag>, inside, </tag>, around, <tag>, ..., around
     if pieces[1::2] != wanted:
         return f"its tags are not {' '.join(wanted)}"
-    if any(around.strip() for around in pieces[0::4]):
+    if "".join(pieces[0::4]).strip():
         return "there is text outside of the tags"
     if not all(inside.strip() for inside in pieces[2::4]):
         return "a tag is empty"
@@ -357,12 +357,13 @@ def is_correct(trace):
     answer, question = trace.answer, trace.question
     if answer is None:
         return False
-    if question.kind == "point":
-        return match_point(answer, question.answer, trace.frames[0])
-    if question.kind == "action":
-        return match_action(answer, question.answer)
-    if question.kind in ("choice", "string"):
-        return match_answer(answer, question.answer, question.choices)
+    match question.kind:
+        case "point":
+            return match_point(answer, question.answer, trace.frames[0])
+        case "action":
+            return match_action(answer, question.answer)
+        case "choice" | "string":
+            return match_answer(answer, question.answer, question.choices)
     where = question.where or "a question"
     raise ValueError(f"{where}: no such kind of answer: {question.kind!r}")
 

@@ -223,7 +223,7 @@ def describe_fields(script):
     described = {}
     for line in inspect.getsource(Config).splitlines():
         if found := re.fullmatch(r"    # ([\w, ]+): (.+)", line):
-            fields = {}
+            fields = {}                  # dropped where the script does not know them
             if script in found[1].split(", "):
                 described[found[2]] = fields
         elif found := re.match(r"    (\w+): .*  # (.+)", line):
@@ -619,7 +619,9 @@ class Dialogue:
 
     def to_json(self):
         """What dialogue.json has."""
-        return {name: value for name, value in asdict(self).items() if name not in ("mode", "tool")}
+        parts = asdict(self)
+        del parts["mode"], parts["tool"]
+        return parts
 
     def describe(self):
         """The wording in force, to be printed below the settings."""
@@ -643,15 +645,15 @@ class Dialogue:
         if not self.tool:
             chunk.ids += policy.encode(self.forced_answer)
         rounded = self.coordinates == "input"
-        sizes = [policy.input_size(*image.size, rounded) for image in images]
-        frames = [Frame(size, image.size) for size, image in zip(sizes, images, strict=True)]
+        frames = [Frame(policy.input_size(*image.size, rounded), image.size) for image in images]
         return chunk, frames
 
     def start(self, policy, question, group, seed=0):
         """`group` empty Traces of a question, sharing one prompt; number i samples by random
         numbers from `seed` and i."""
         prompt, frames = self.prompt(policy, question)
-        prefix, crops = "" if self.tool else self.forced_answer, {}
+        prefix = "" if self.tool else self.forced_answer
+        crops = {}
         return [Trace(prompt, rng=random.Random(f"{seed} {i}"), question=question, mode=self.mode,
                       frames=frames, prefix=prefix, must_answer=not self.tool, crops=crops)
                 for i in range(group)]
@@ -659,7 +661,12 @@ class Dialogue:
     def on_turn(self, policy, trace, truncated):
         """Reads the turn that the policy just ended. truncated: by the bound on tokens.
         -> the Chunk that answers it, or None at the trace's end"""
-        turn = self.read_turn(policy, trace)
+        ids = trace.ids[trace.turn_starts[-1]:]
+        if ids[-1] in policy.end_tokens:
+            ids = ids[:-1]
+        turn = parse_turn(trace.prefix + policy.decode(ids), trace.must_answer)
+        trace.turns.append(turn)
+        trace.prefix = ""
         if truncated:
             trace.ended = "truncated"
         elif turn.forced:
@@ -668,55 +675,44 @@ class Dialogue:
             trace.ended = "answer"
         elif self.mode != "zoom" or not (turn.call or turn.error):
             trace.ended = "stopped"
-        elif len(trace.turns) > self.max_crops:
-            turn.call, turn.error = None, self.no_calls_left
-            trace.must_answer, trace.prefix = True, self.forced_answer
-            return self.observation(policy, trace, turn.error)
         else:
             return self.answer_call(policy, trace, turn)
         return None
 
-    def read_turn(self, policy, trace):
-        """Appends the turn that ends the trace's tokens. -> the Turn"""
-        ids = trace.ids[trace.turn_starts[-1]:]
-        if ids and ids[-1] in policy.end_tokens:
-            ids = ids[:-1]
-        turn = parse_turn(trace.prefix + policy.decode(ids), trace.must_answer)
-        trace.turns.append(turn)
-        trace.prefix = ""
-        return turn
-
     def answer_call(self, policy, trace, turn):
-        """Answers a zoom call by a crop, or in words where there is nothing to show."""
+        """The user turn that answers a zoom call, by a crop or by words where there is none to
+        show; and the prefix of the policy's next turn. -> Chunk"""
         frame = trace.frames[0]
-        if not turn.error and not frame.contains(turn.call):
+        if len(trace.turns) > self.max_crops:
+            turn.call, turn.error = None, self.no_calls_left
+            trace.must_answer, trace.prefix = True, self.forced_answer
+        elif turn.call and not frame.contains(turn.call):
             width, height = frame.input_size
             turn.error = (f"The point {format_point(turn.call)} is outside the image, which is "
                           f"{width} px wide and {height} px high.")
-        if turn.error:
-            return self.observation(policy, trace, turn.error)
-        point = frame.to_original(turn.call)
-        turn.crop = crop_box(frame.original_size, point, self.crop_half)
-        key = turn.crop, point if self.crop_dot else None
-        if key not in trace.crops:       # of all traces of a question, a window is encoded once
-            image = trace.question.load()[0]
-            crop = zoom(image, point, self.crop_half, self.crop_size, self.crop_dot)
-            trace.crops[key] = policy.picture(crop)
-        return self.observation(policy, trace, trace.crops[key])
-
-    def observation(self, policy, trace, shown):
-        """A Picture or words, as a user turn, and the prefix of the policy's next turn. -> Chunk"""
+        shown, pictures = {"type": "text", "text": turn.error}, []
+        if turn.call and not turn.error:
+            shown, pictures = {"type": "image"}, [self.crop(policy, trace, turn)]
         before = self.before_dotted if self.crop_dot else self.before_crop
-        if isinstance(shown, str):
-            part, pictures = {"type": "text", "text": shown}, []
-        else:
-            part, pictures = {"type": "image"}, [shown]
-        after = {"type": "text", "text": self.after_crop}
-        content = [{"type": "text", "text": before}, part, after]
+        content = [{"type": "text", "text": before}, shown,
+                   {"type": "text", "text": self.after_crop}]
         chunk = policy.reply(content, pictures)
         chunk.ids += policy.encode(trace.prefix)
         trace.turn_starts.append(len(trace.ids) + len(chunk.ids))
         return chunk
+
+    def crop(self, policy, trace, turn):
+        """What a turn's zoom call shows. -> Picture; of all traces of a question, a window is
+        encoded once"""
+        frame = trace.frames[0]
+        point = frame.to_original(turn.call)
+        turn.crop = crop_box(frame.original_size, point, self.crop_half)
+        key = turn.crop, point if self.crop_dot else None
+        if key not in trace.crops:
+            image = trace.question.load()[0]
+            crop = zoom(image, point, self.crop_half, self.crop_size, self.crop_dot)
+            trace.crops[key] = policy.picture(crop)
+        return trace.crops[key]
 
 
 def make_dialogue(config, checkpoint, policy):
@@ -797,8 +793,9 @@ def continue_traces(policy, groups, dialogue, **sampling):
 
 # ----------------------------------------------------------------------------- a picture of a trace
 
-def draw_trace(trace, width=768):
+def draw_trace(trace):
     """The image with the points in their order, and the crops in a row below. -> PIL image"""
+    width = 768            # px
     image = trace.question.load()[0]
     scale = width / image.width
     top = image.resize((width, round(image.height * scale)), Image.Resampling.LANCZOS)
@@ -1093,10 +1090,10 @@ def windows_of(rng):
     """Boxes of one or two windows, two or three cells wide and high."""
     windows = []
     for _ in range(rng.randint(1, 2)):
-        columns, rows = rng.randint(2, 3), rng.randint(2, 3)
-        left, top = rng.randint(0, 4 - columns), rng.randint(0, 4 - rows)
-        box = left, top, left + columns, top + rows
-        windows.append(tuple(number * CELL for number in box))
+        width, height = rng.randint(2, 3) * CELL, rng.randint(2, 3) * CELL
+        left = rng.randrange(0, SIDE - width + 1, CELL)
+        top = rng.randrange(0, SIDE - height + 1, CELL)
+        windows.append((left, top, left + width, top + height))
     return tuple(windows)
 
 
@@ -1149,10 +1146,10 @@ def chance(question):
     return 1 / 2 if question.scene.named else 1 / len(ANSWERS)
 
 
-def random_zoom_accuracy(questions, dialogue, zoom_calls, seed=0):
+def random_zoom_accuracy(questions, dialogue, zoom_calls):
     """The random-zoom baseline: the accuracy of a player who zooms at random points, knows the
     answer where a crop shows it, and else guesses."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     right = 0.0
     for question in questions:
         points = [(rng.randrange(SIDE), rng.randrange(SIDE)) for _ in range(zoom_calls)]
@@ -1218,19 +1215,18 @@ def leave(message, code):
 
 def processes_to_start(given):
     """The number of processes that the command line asks for; 1: this one alone."""
-    asked = given.get("processes")
-    if asked is not None and asked < 1:
+    on_gpu = torch.cuda.is_available()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    asked = given.get("processes", 1 if on_gpu else min(cores, MAX_PROCESSES))
+    if asked < 1:
         raise UserError("--processes must be at least 1")
     alone = ("image", "dry_run", "rate", "ratings", "draw")
     if "WORLD_SIZE" in os.environ or any(given.get(name) for name in alone):
         return 1
-    if torch.cuda.is_available():
-        if asked and asked > 1:
-            raise UserError(f"on GPUs use torchrun: torchrun --nproc-per-node {asked} -- "
-                            f"{Path(sys.argv[0]).name} ...")
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return asked or min(cores, MAX_PROCESSES)
+    if on_gpu and asked > 1:
+        raise UserError(f"on GPUs use torchrun: torchrun --nproc-per-node {asked} -- "
+                        f"{Path(sys.argv[0]).name} ...")
+    return asked
 
 
 def launch(number, main, given):
