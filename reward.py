@@ -163,14 +163,15 @@ class Action:
 
     def __str__(self):
         """As VisualWebArena reads it: in one line, and with whether Enter follows."""
-        parts = [self.name]
-        if self.id is not None:
-            parts.append(f"[{self.id}]")
-        if self.name in ("type", "press", "scroll", "goto", "stop"):
-            parts.append(f"[{' '.join(self.text.split())}]")
-        if self.name == "type":
-            parts.append(f"[{int(self.enter)}]")
-        return " ".join(parts)
+        text = " ".join(self.text.split())
+        match self.name:
+            case "click" | "hover" | "tab_focus":
+                return f"{self.name} [{self.id}]"
+            case "type":
+                return f"type [{self.id}] [{text}] [{int(self.enter)}]"
+            case "press" | "scroll" | "goto" | "stop":
+                return f"{self.name} [{text}]"
+        return self.name
 
 
 def parse_action(text):
@@ -180,8 +181,7 @@ def parse_action(text):
     are taken off. Raises ValueError, with how it should be written."""
     text = text.strip()
     for fence in ("```", "`"):
-        if len(text) > 2 * len(fence) and text.startswith(fence) and text.endswith(fence):
-            text = text[len(fence):-len(fence)].strip()
+        text = re.sub(f"^{fence}(.+){fence}$", r"\1", text, flags=re.DOTALL).strip()
     name, rest = NAME.fullmatch(text).groups()
     name = name.lower()
     if name not in USAGE:

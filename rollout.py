@@ -210,8 +210,9 @@ def make_config(given, family, script):
     least = {"seed": -math.inf, "max_crops": 0, "warm_up": 0, "group": 2, "show_trees": 0,
              "sft_steps": 0}
     for name, value in vars(config).items():
-        if type(value) is int and value < least.get(name, 1):
-            raise UserError(f"--{flag_of(name)} {value}: must be at least {least.get(name, 1)}")
+        bound = least.get(name, 1)
+        if type(value) is int and value < bound:
+            raise UserError(f"--{flag_of(name)} {value}: must be at least {bound}")
         if type(value) is float and not 0 <= value < math.inf:
             raise UserError(f"--{flag_of(name)} {value}: must be a number that is not negative")
     return config
@@ -821,16 +822,15 @@ def draw_trace(trace):
         canvas.text(place, str(number), fill="white", anchor="mm", font_size=16)
     if not crops:
         return top
-    side = width // 4 - 8
-    sheet = ImageOps.expand(top, (0, 0, 0, side + 16), "white")
+    column = width // 4                  # px: four crops fit in the row
+    sheet = ImageOps.expand(top, (0, 0, 0, column + 8), "white")
     canvas = ImageDraw.Draw(sheet)
-    x, y = 8, top.height + 8
-    for number, crop in crops[:4]:
-        crop = ImageOps.contain(crop, (side - 2, side - 2), Image.Resampling.NEAREST)
+    y = top.height + 8
+    for x, (number, crop) in zip(range(8, width, column), crops, strict=False):
+        crop = ImageOps.contain(crop, (column - 10, column - 10), Image.Resampling.NEAREST)
         sheet.paste(crop, (x, y))
         canvas.text((x + 6, y + 4), str(number), fill="white", font_size=20, stroke_width=2,
                     stroke_fill="black")
-        x += side + 8
     return sheet
 
 
@@ -965,12 +965,11 @@ class Card:
 class Scene:
     """What is drawn where. Points and boxes are in px of the drawing.
 
-    colour: asked about, and `other`, too, where two cards are. moved: where the first card lies in
-    a second image. windows: boxes."""
+    colour: asked about. named: the two cards of a spatial question, in its order; the first card
+    where it has moved to in a second image, and in its old place. windows: boxes."""
     cards: tuple[Card, ...]
     colour: str
-    other: str = ""
-    moved: Card | None = None
+    named: tuple[Card, ...] = ()
     windows: tuple = ()
 
     @property
@@ -978,14 +977,6 @@ class Scene:
         """The cards of the colour asked about, in reading order of their cells."""
         candidates = [card for card in self.cards if card.colour == self.colour]
         return sorted(candidates, key=lambda card: card.cell)
-
-    @property
-    def named(self):
-        """The cards of a spatial question, in its order; a card that moved in its new place and in
-        its old one."""
-        if self.moved:
-            return [self.moved, self.cards[0]]
-        return list(self.cards[:2]) if self.other else []
 
     def draw(self):
         image = BACKGROUND.copy()
@@ -999,7 +990,7 @@ class Scene:
 
     def draw_later(self):
         """The second image: the first card has moved."""
-        return replace(self, cards=(self.moved, *self.cards[1:])).draw()
+        return replace(self, cards=(self.named[0], *self.cards[1:])).draw()
 
     def card_at(self, point):
         """The card under a point, or None."""
@@ -1075,7 +1066,7 @@ def relation_scene(rng, direction):
     while True:
         cards = place_cards(rng, faces)
         if cards[0].steps_from(cards[1])[direction] == 1:
-            return Scene(cards, colours[0], colours[1])
+            return Scene(cards, colours[0], named=cards[:2])
 
 
 def moved_scene(rng, direction):
@@ -1083,17 +1074,17 @@ def moved_scene(rng, direction):
     scene = relation_scene(rng, direction)
     first, second, *others = scene.cards
     old = replace(first, x=second.x, y=second.y)
-    return Scene((old, *others), first.colour, moved=first)
+    return Scene((old, *others), first.colour, named=(first, old))
 
 
 def windows_of(rng):
     """Boxes of one or two windows, two or three cells wide and high."""
     windows = []
     for _ in range(rng.randint(1, 2)):
-        width, height = rng.randint(2, 3) * CELL, rng.randint(2, 3) * CELL
-        left = rng.randrange(0, SIDE - width + 1, CELL)
-        top = rng.randrange(0, SIDE - height + 1, CELL)
-        windows.append((left, top, left + width, top + height))
+        columns, rows = rng.randint(2, 3), rng.randint(2, 3)
+        left, top = rng.randint(0, 4 - columns), rng.randint(0, 4 - rows)
+        box = left, top, left + columns, top + rows
+        windows.append(tuple(number * CELL for number in box))
     return tuple(windows)
 
 
@@ -1108,7 +1099,7 @@ def ask_spatial(rng):
     direction = rng.choice(axis)
     if rng.random() < 0.5:
         category, scene = "relation", relation_scene(rng, direction)
-        asked, images = f"{RELATION[axis]} {scene.other} card?", [scene.draw]
+        asked, images = f"{RELATION[axis]} {scene.named[1].colour} card?", [scene.draw]
     else:
         category, scene = "moved", moved_scene(rng, direction)
         asked, images = MOVED[axis], [scene.draw, scene.draw_later]
