@@ -233,10 +233,11 @@ def format_fault(trace):
         return UNFINISHED[trace.ended]
     if not trace.turns or (trace.mode != "zoom" and len(trace.turns) > 1):
         return f"it has {len(trace.turns)} turns"
-    thought = [] if trace.mode == "direct" else ["think"]
+    thought = "" if trace.mode == "direct" else "<think> </think> "
     for number, turn in enumerate(trace.turns, 1):
-        last = "answer" if number == len(trace.turns) else "tool_call"
-        fault = turn_fault(turn, [*thought, last], trace.frames)
+        last = number == len(trace.turns)
+        tags = thought + ("<answer> </answer>" if last else "<tool_call> </tool_call>")
+        fault = turn_fault(turn, tags, trace.frames)
         if fault:
             return f"turn {number}: {fault}"
     if trace.question.kind == "point" and answer_point(trace.answer) is None:
@@ -245,22 +246,20 @@ def format_fault(trace):
 
 
 def turn_fault(turn, tags, frames):
-    """The first reason why a turn's text is not exactly these tags in this order, or ""."""
+    """The first reason why a turn's text is not exactly these tags in this order, or its zoom call
+    not two integers inside the (first) image; or ""."""
     if turn.forced:
         return "its answer was forced"
     if turn.error:
         return f"its call was refused: {turn.error}"
-    wanted = []
-    for tag in tags:
-        wanted += [f"<{tag}>", f"</{tag}>"]
     pieces = TAG.split(turn.text)    # around, <tag>, inside, </tag>, around, <tag>, ..., around
-    if pieces[1::2] != wanted:
-        return f"its tags are not {' '.join(wanted)}"
+    if " ".join(pieces[1::2]) != tags:
+        return f"its tags are not {tags}"
     if "".join(pieces[0::4]).strip():
         return "there is text outside of the tags"
     if not all(inside.strip() for inside in pieces[2::4]):
         return "a tag is empty"
-    if tags[-1] == "tool_call":
+    if turn.call:
         if not all(type(value) is int for value in turn.call):
             return "its coordinates are not integers"
         if not frames[0].contains(turn.call):

@@ -436,8 +436,8 @@ def zoom(image, point, half, size, dot=False):
     box = crop_box(image.size, point, half)
     crop = image.crop(box)
     scale = size / max(crop.size)
-    width, height = (max(1, round(side * scale)) for side in crop.size)
-    crop = crop.resize((width, height), Image.Resampling.BICUBIC)
+    crop_size = [max(1, round(side * scale)) for side in crop.size]
+    crop = crop.resize(crop_size, Image.Resampling.BICUBIC)
     if dot:
         place = (point[0] - box[0]) * scale, (point[1] - box[1]) * scale
         radius = max(3, size // 40)
