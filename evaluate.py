@@ -56,17 +56,20 @@ OPTIONS = (re.compile(r"\(([A-Z])\)\s*(.*?)(?=\s*\([A-Z]\)|\n|$)"),    # (A) red
 BOX = re.compile(r"[(\[]\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]")
 NUMBERS = re.compile(r"[(\[]+\s*-?[\d.]+(?:[\s,()\[\]]+-?[\d.]+)+\s*[)\]]+")
 ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S)
-NEVER = "(?!)"    # matches nothing
 # What an answer of a kind shall look like, for rows that do not say it ("Description: the search
-# button"), and how to know the rows that do. The actions are always listed: a web page that is
-# quoted in the question must not be able to suppress that.
+# button").
 HINTS = {
-    "point": (r"\(x,\s*y\)|\[x,\s*y\]|<answer>", "The answer is one point (x, y), in pixels of the "
-              "image, between <answer> and </answer>."),
-    "choice": (r"<answer>|\b(answer|respond|reply)\b[^.:\n]{0,40}\b(letter|text|option)",
-               "The answer is the letter or the text of one of the options."),
-    "action": (NEVER, "The answer is one of these actions, with numbers and words that fit: "
-               f"{', '.join(USAGE.values())}."),
+    "point": "The answer is one point (x, y), in pixels of the image, between <answer> and "
+             "</answer>.",
+    "choice": "The answer is the letter or the text of one of the options.",
+    "action": "The answer is one of these actions, with numbers and words that fit: "
+              f"{', '.join(USAGE.values())}.",
+}
+# How to know the rows that say it. The actions are always listed: a web page that is quoted in the
+# question must not be able to suppress that.
+SAID = {
+    "point": r"\(x,\s*y\)|\[x,\s*y\]|<answer>",
+    "choice": r"<answer>|\b(answer|respond|reply)\b[^.:\n]{0,40}\b(letter|text|option)",
 }
 
 
@@ -76,8 +79,9 @@ class Unusable(Exception):
 
 def hint_for(kind, text):
     """What an answer of a kind shall look like, or "" where the question's text says so itself."""
-    said, hint = HINTS.get(kind, (NEVER, ""))
-    return "" if re.search(said, text, re.I) else hint
+    if kind in SAID and re.search(SAID[kind], text, re.I):
+        return ""
+    return HINTS.get(kind, "")
 
 
 def parse_options(text):
@@ -94,13 +98,13 @@ def parse_options(text):
     return ()
 
 
-def as_box(values, limit=10**6):
+def as_box(values, limit=1_000_000):
     """Corners (x1, y1, x2, y2), checked. limit: 1 for shares of the image's sides."""
     x1, y1, x2, y2 = values
     if not (0 <= x1 <= x2 <= limit and 0 <= y1 <= y2 <= limit):
         unit = "[0, 1]" if limit == 1 else "px"
         raise Unusable(f"{list(values)} are not the corners of a box in {unit}")
-    return x1, y1, x2, y2
+    return tuple(values)
 
 
 def scored_by(text, answer, label=False):
@@ -113,7 +117,7 @@ def scored_by(text, answer, label=False):
     if not answer:
         raise Unusable("it has no answer in words")
     if BOX.fullmatch(answer):
-        corners = [int(number) for number in re.findall(r"\d+", answer)]
+        corners = list(map(int, re.findall(r"\d+", answer)))
         return {"kind": "point", "answer": as_box(corners)}
     if NUMBERS.fullmatch(answer):
         raise Unusable(f"its answer, {answer}, is neither in words nor a box (x1, y1, x2, y2) in "
@@ -123,9 +127,10 @@ def scored_by(text, answer, label=False):
         return {"kind": "action", "answer": answer}
     choices = parse_options(text)
     texts = [choice.casefold().rstrip(".") for choice in choices]
+    plain = answer.casefold().rstrip(".")
     letter = re.fullmatch(r"\(?([A-Z])[.)]?", answer)
-    if answer.casefold().rstrip(".") in texts and not (label and letter):
-        index = texts.index(answer.casefold().rstrip("."))
+    if plain in texts and not (label and letter):
+        index = texts.index(plain)
     elif choices and letter:
         index = LETTERS.index(letter[1])
         if index >= len(choices):
@@ -138,8 +143,9 @@ def scored_by(text, answer, label=False):
 
 # ------------------------------------------------------------------------------- data sets: formats
 
-# A reader makes a Question of a row, with the row's own names of images. An answer that needs the
-# image's size is a function of it. Sources: the data cards and the evaluation code of each.
+# A reader makes a Question of a row, with the row's own names of images. An answer in words is as
+# the row has it, and `make_question` finds out how it is scored; an answer that needs the image's
+# size is a function of it. Sources: the data cards and the evaluation code of each.
 
 PLATFORMS = {"ios": "mobile", "android": "mobile", "windows": "desktop", "macos": "desktop"}
 ASKS_FOR_SHARES = re.compile(r"\s*Your answer should be formatted as a list of tuples.*", re.S)
@@ -157,21 +163,18 @@ def read_conversation(row):
         said = said[0]
     text, answer = said[:2]
     found = CATEGORY.search(f"{row.get('id')} {row.get('image')}")
-    category = (found[1] or found[2]) if found else ""
-    return Question(text, row.get("image"), category=category, **scored_by(text, answer))
+    category = found and (found[1] or found[2])
+    return Question(text, row.get("image"), answer, category=category)
 
 
 def read_sft(row):
     """ViGoRL, SFT: the user's first turn is the question. Later images are crops of the trace."""
     text = next(turn["content"] for turn in row["messages"] if turn["role"] in ("user", "human"))
-    images = row["images"][:max(1, text.count("<image>"))]
-    return Question(text, images, **scored_by(text, row["gt_answer"]))
+    return Question(text, row["images"][:max(1, text.count("<image>"))], row["gt_answer"])
 
 
 def read_problem(row, answer):
-    text = row["problem"]
-    return Question(text, row["images"], category=row.get("data_source"),
-                    **scored_by(text, row[answer]))
+    return Question(row["problem"], row["images"], row[answer], category=row.get("data_source"))
 
 
 def read_vstar(row):
@@ -183,14 +186,14 @@ def read_robospatial(row):
     """Yes or no; in the category "context" a polygon in [0, 1], and a question that asks for points
     in [0, 1], too: that sentence is left out, for points are in px here."""
     text = ASKS_FOR_SHARES.sub("", row["question"])
-    answer = row["answer"]
-    if answer[0] not in "[(":
-        return Question(text, row["img"], category=row["category"], **scored_by(text, answer))
-    corners = np.array(ast.literal_eval(answer))
-    if len(corners) < 3 or corners.min() < 0 or corners.max() > 1:
-        raise Unusable("its answer is no polygon in [0, 1]")
-    return Question(text, row["img"], lambda size: (corners * size).tolist(), "point",
-                    category=row["category"])
+    question = Question(text, row["img"], row["answer"], category=row["category"])
+    if question.answer[0] in "[(":
+        corners = np.array(ast.literal_eval(question.answer))
+        if len(corners) < 3 or corners.min() < 0 or corners.max() > 1:
+            raise Unusable("its answer is no polygon in [0, 1]")
+        question.kind = "point"
+        question.answer = lambda size: (corners * size).tolist()
+    return question
 
 
 def read_element(row, answer, *category):
@@ -219,7 +222,7 @@ def read_os_atlas(row):
 
 def read_hr_bench(row):
     """The image is in the row, in base64; it is decoded when it is needed."""
-    if row["answer"] not in ("A", "B", "C", "D"):
+    if row["answer"] not in list("ABCD"):
         raise Unusable(f"its answer, {row['answer']}, is none of its 4 options")
     lines = [row["question"], *(f"({letter}) {row[letter]}" for letter in "ABCD")]
     image = row["image"] and partial(embedded_image, row["image"])
@@ -269,6 +272,8 @@ def make_question(read, row, number, where):
     """A row -> its Question, checked. No image is opened. Raises Unusable."""
     try:
         question = read(row)
+        if question.kind == "string":
+            question = replace(question, **scored_by(question.text, question.answer))
         question.text = question.text.replace("<image>", "").strip()
     except Unusable:
         raise
@@ -284,8 +289,8 @@ def make_question(read, row, number, where):
         raise Unusable("it has no image")
     if not question.text:
         raise Unusable("it has no question")
-    names = [row[key] for key in ("id", "question_id", "doc_id", "index") if key in row]
-    question.id = str(names[0] if names else number)
+    names = ("id", "question_id", "doc_id", "index")
+    question.id = str(next((row[name] for name in names if name in row), number))
     question.where = where
     question.category = str(question.category or "")
     question.hint = hint_for(question.kind, question.text)
@@ -325,14 +330,14 @@ class QuestionFile:
 def read_questions(path, image_root=""):
     """A file in one of the FORMATS, or a folder of .json files -> QuestionFile."""
     path = Path(path)
-    if not path.is_dir() and path.suffix not in (".jsonl", ".json", ".tsv"):
+    folder, files = path.parent, [path]
+    if path.is_dir():
+        folder = path
+        files = sorted(path.glob("annotations/*.json")) or sorted(path.glob("*.json"))
+    elif path.suffix not in (".jsonl", ".json", ".tsv"):
         raise UserError(f"{path}: not a .jsonl, .json or .tsv file, nor a folder of .json files. "
                         "(SAT and BLINK: take the .jsonl files of the ViGoRL release.)")
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.glob("annotations/*.json")) or sorted(path.glob("*.json"))
-    name, family, read = "", "", None
-    questions, skipped = [], []
+    read, questions, skipped = None, [], []
     for file in files:
         prefix = f"{file.stem}-" if len(files) > 1 else ""
         for number, row in read_rows(file):
@@ -346,7 +351,6 @@ def read_questions(path, image_root=""):
     if not questions:
         why = skipped[0] if skipped else "Is it empty?"
         raise UserError(f"{path}: no usable row among {len(skipped)}. {why}")
-    folder = path if path.is_dir() else path.parent
     root = find_root(questions[0], folder, image_root)
     for question in questions:
         where = question.where
@@ -360,8 +364,7 @@ def read_rows(path):
     number = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = parse_rows(file, path.suffix)
-            for number, row in enumerate(rows, 1):
+            for number, row in enumerate(parse_rows(file, path.suffix), 1):
                 if row is not None:
                     yield number, row
     except OSError as error:
@@ -499,8 +502,8 @@ def targets_hit(trace):
     pointed = trace.zoom_points
     if trace.mode != "zoom":
         pointed = [point for turn in trace.turns for point in turn.points]
-    points = [trace.frames[0].to_original(point) for point in pointed]
-    hits = [on_target(trace.question, point) for point in points]
+    frame = trace.frames[0]
+    hits = [on_target(trace.question, frame.to_original(point)) for point in pointed]
     return [hit for hit in hits if hit is not None]
 
 
@@ -517,12 +520,12 @@ def true_thoughts(trace):
             for before, turn in pairwise(trace.turns) if before.crop and not turn.forced]
 
 
-def evaluate(policy, questions, dialogue, seed=0, *, samples=1, answered=(), path=None, log=None,
+def evaluate(policy, questions, dialogue, seed, *, samples=1, answered=(), path=None, log=None,
              **sampling):
     """Answers every question `samples` times. -> Report, on every process
 
-    Processes take turns at blocks of questions. The random numbers of a question follow from the
-    seed and its number alone, so neither breaks nor the number of processes change the result.
+    Processes take turns at blocks of questions. Neither breaks nor the number of processes change
+    the result: see `ask`.
 
     questions: anything with a length and an index. answered: what `read_records` found. path: file
     that new Records are added to, a line a question. log: called with a line a round of blocks.
@@ -530,17 +533,20 @@ def evaluate(policy, questions, dialogue, seed=0, *, samples=1, answered=(), pat
     done = [records for records in answered if records[0].tool == dialogue.tool]
     earlier = {records[0].index for records in done}
     left = [number for number in range(len(questions)) if number not in earlier]
-    blocks = [left[i:i + QUESTIONS_A_BLOCK] for i in range(0, len(left), QUESTIONS_A_BLOCK)]
-    blocks += [[]] * (-len(blocks) % world_size())         # as many for each process
     if log and earlier:
         log(f"{len(earlier)} of {len(questions)} questions were answered before")
-    for block in blocks[rank()::world_size()]:
-        mine = answer_block(policy, questions, block, dialogue, seed, samples, sampling)
+    for start in range(0, len(left), world_size() * QUESTIONS_A_BLOCK):      # a block a process
+        first = start + rank() * QUESTIONS_A_BLOCK
+        block = left[first:first + QUESTIONS_A_BLOCK]                        # empty, perhaps
+        started, mine = time.time(), []
+        for number, traces in ask(policy, questions, block, dialogue, seed, samples, **sampling):
+            mine.append([record_of(number, trace, dialogue.tool) for trace in traces])
+        for record in sum(mine, []):
+            record.seconds = (time.time() - started) / len(block) / samples
         new = sum(gather(mine), [])
         if path and rank() == 0:
-            lines = [json.dumps([vars(record) for record in records]) + "\n" for records in new]
             with open(path, "a") as file:
-                file.write("".join(lines))
+                file.writelines(json.dumps(records, default=vars) + "\n" for records in new)
         done += new
         if log:
             accuracy = mean(record.correct for records in done for record in records)
@@ -548,18 +554,13 @@ def evaluate(policy, questions, dialogue, seed=0, *, samples=1, answered=(), pat
     return report(done)
 
 
-def answer_block(policy, questions, block, dialogue, seed, samples, sampling):
-    """Answers the questions with the numbers in `block`. -> for each, the Records of its samples"""
-    started = time.time()
-    answered = []
-    asked = [questions[number] for number in block]
-    seeds = [f"evaluation {seed} {number}" for number in block]
+def ask(policy, questions, numbers, dialogue, seed, samples, **sampling):
+    """Yields (number, its Traces) of the questions with these numbers, each as it is answered. The
+    random numbers of a question follow from the seed and its number alone."""
+    asked = {questions[number]: number for number in numbers}
+    seeds = [f"evaluation {seed} {number}" for number in numbers]
     for traces in rollout(policy, asked, dialogue, samples, seeds, **sampling):
-        number = block[asked.index(traces[0].question)]
-        answered.append([record_of(number, trace, dialogue.tool) for trace in traces])
-    for record in sum(answered, []):
-        record.seconds = (time.time() - started) / len(block) / samples
-    return answered
+        yield asked[traces[0].question], traces
 
 
 def read_records(path, settings):
@@ -582,7 +583,7 @@ def read_records(path, settings):
     except (ValueError, TypeError):
         raise UserError(f"{path}: no answers of an evaluation; move it away, or give another "
                         "--json FILE") from None
-    other = [f"{name} {earlier.get(name)}" for name in {**earlier, **settings}
+    other = [f"{name} {earlier.get(name)}" for name in earlier | settings
              if earlier.get(name) != settings.get(name)]
     if other:
         raise UserError(f"{path} has answers with {', '.join(other)}; go on with the same, move "
@@ -606,8 +607,8 @@ def official_rule(trace, correct):
     question, answer = trace.question, trace.answer or ""
     robospatial = question.category in ROBOSPATIAL
     if question.kind == "point" and robospatial:
-        points = [trace.frames[0].to_original(point) for point in parse_points(answer)]
-        return bool(points) and in_region(points[0], question.answer)
+        points = parse_points(answer)
+        return bool(points) and on_target(question, trace.frames[0].to_original(points[0]))
     if question.kind not in ("choice", "string"):
         return correct
     if robospatial:
@@ -629,8 +630,8 @@ PHRASES = {
 
 def behaviours(trace):
     """How often each behaviour occurs in a trace, of one turn or several. -> {name: count}"""
-    points = [point for turn in trace.turns for point in (*turn.points, turn.call) if point]
-    points = [point for point in points if trace.in_image(point)]
+    points = [point for turn in trace.turns for point in (*turn.points, turn.call)
+              if point and trace.in_image(point)]
     text = " ".join(turn.thought for turn in trace.turns)
     counts = {name: len(re.findall(rf"\b({phrases})\b", text, re.I))
               for name, phrases in PHRASES.items()}
@@ -782,7 +783,7 @@ def cells(name, figures, no_tool=None):
 
 def table(rows):
     """Lists of cells -> aligned lines, the first column to the left and the others to the right."""
-    rows = [[str(cell) for cell in row] for row in rows]
+    rows = [list(map(str, row)) for row in rows]
     first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, widths)])
                      for name, *cells in rows)
@@ -824,7 +825,7 @@ def web_question(trajectory, intent, meta_data, images=None):
         parts.append(f"ELEMENTS:\n{shorten(elements, MAX_ELEMENTS)}")
     if len(images) > 1:
         parts.append("The first image is the page; the others belong to the objective.")
-    return Question("\n\n".join(parts), images, "", "action", hint=hint_for("action", ""))
+    return Question("\n\n".join(parts), images, "", "action", hint=HINTS["action"])
 
 
 def shorten(text, most):
@@ -938,8 +939,7 @@ class WebAgent:
             screen, *others = [read_image(image) for image in images]
             if request.get("reset"):
                 self.reset()
-            observation = {"image": screen, "text": request.get("text")}
-            state = {"observation": observation, "info": {"url": request.get("url")}}
+            state = {"observation": request | {"image": screen}, "info": request}
             reply = {"action": self.next_action([state], str(request["intent"]), request, others)}
         except Exception as error:                     # a foreign message may hold anything
             reply = {"error": repr(error)}
@@ -953,17 +953,15 @@ IMAGE_BYTES, CROP_BYTES = 45_000, 24_000     # at most: of a question's image, o
 TEXT_SHOWN = 4_000                           # characters of a text
 HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e"
                     r"\u2060-\u206f\ud800-\udfff\ufeff]")
-VERDICTS = ("yes", "no", "cannot tell")      # of a rater: is the point on what its step names?
+# What a rater says: is the point on what its step names; does it help to follow the step?
+SCALES = {"on": ("yes", "no", "cannot tell"), "helps": (1, 2, 3, 4, 5)}
 
 
 def sample_traces(policy, questions, dialogue, seed, n, **sampling):
     """A trace of each of the first `n` questions: those that `evaluate` samples with this seed."""
-    asked = [questions[number] for number in range(min(n, len(questions)))]
-    seeds = [f"evaluation {seed} {number}" for number in range(len(asked))]
-    traces = {}
-    for trace, in rollout(policy, asked, dialogue, 1, seeds, **sampling):
-        traces[trace.question] = trace
-    return [traces[question] for question in asked]
+    numbers = range(min(n, len(questions)))
+    traces = dict(ask(policy, questions, numbers, dialogue, seed, 1, **sampling))
+    return [traces[number][0] for number in numbers]
 
 
 def write_report(path, config, traces, folder, rows=()):
@@ -971,14 +969,13 @@ def write_report(path, config, traces, folder, rows=()):
 
     traces: {checkpoint: its Traces}, of the same questions in the same order. folder: the run's,
     with log.jsonl and trees.txt if it has them. rows: of the table, the heads first."""
-    first_tree = read_if_there(folder / "trees.txt").split("\n\n")[0]
     write_page(path, {
         "kind": "report",
         "title": visible(f"{config.task}, {config.mode}"),
         "log": read_if_there(folder / "log.jsonl"),
         "table": rows,
         "settings": vars(config),
-        "tree": visible(first_tree),
+        "tree": visible(read_if_there(folder / "trees.txt").split("\n\n")[0]),
         "cases": describe_cases(traces),
     })
 
@@ -1044,12 +1041,15 @@ def describe_trace(trace, image):
     frame = trace.frames[0]
     points, turns = [], []
     for turn in trace.turns:
-        pieces = split_at_points(turn.text, points)
         crop = None
         if turn.crop:
             crop = picture_uri(image.crop(turn.crop), CROP_BYTES // len(trace.zoom_points))
-        error = visible(turn.error)
-        turns.append({"pieces": pieces, "error": error, "box": turn.crop, "crop": crop})
+        turns.append({
+            "pieces": split_at_points(turn.text, points),
+            "error": visible(turn.error),
+            "box": turn.crop,
+            "crop": crop,
+        })
     state = "right" if scored.correct else "wrong"
     if trace.ended in OVERLONG:
         state = "truncated"
@@ -1061,15 +1061,8 @@ def describe_trace(trace, image):
         "answer": visible(trace.answer or "none", 300),
         "reward": {**vars(scored), "why": visible(scored.why)},
         "turns": turns,
-        "points": [describe_point(point, frame) for point in points],
-    }
-
-
-def describe_point(point, frame):
-    return {
-        "text": format_point(point),
-        "at": frame.to_original(point),
-        "inside": frame.contains(point),
+        "points": [{"text": format_point(point), "at": frame.to_original(point),
+                    "inside": frame.contains(point)} for point in points],
     }
 
 
@@ -1115,20 +1108,19 @@ def print_ratings(paths):
     if len(set(pages)) > 1:
         raise UserError(f"--ratings {' '.join(paths)}: they are not of one page; give those of one")
     for path, ratings in zip(paths, raters, strict=True):
-        said = [row["on"] for row in ratings]
         told = [row for row in ratings if row["on"] in ("yes", "no")]
-        known = [row for row in told if row["truth"] is not None]
-        yes = said.count("yes")
-        agree = sum((row["on"] == "yes") == row["truth"] for row in known)
+        yes = [row["on"] == "yes" for row in told]
+        agree = [(row["on"] == "yes") == row["truth"] for row in told if row["truth"] is not None]
+        unsure = [row for row in ratings if row["on"] == "cannot tell"]
         helps = mean(row["helps"] for row in ratings if row["helps"])
         print(path)
-        print(f"  points on the thing named: {yes} of {len(told)}, {yes / max(1, len(told)):.3f}")
-        print(f"  cannot tell: {said.count('cannot tell')}")
+        print(f"  points on the thing named: {sum(yes)} of {len(yes)}, {mean(yes):.3f}")
+        print(f"  cannot tell: {len(unsure)}")
         print(f"  helpfulness, 1 to 5: {helps:.2f}")
-        print(f"  agrees with the truth: {agree} of {len(known)}")
+        print(f"  agrees with the truth: {sum(agree)} of {len(agree)}")
     if len(paths) > 1:
-        print_agreement("on", VERDICTS, raters)
-        print_agreement("helps", (1, 2, 3, 4, 5), raters)
+        for name, values in SCALES.items():
+            print_agreement(name, values, raters)
 
 
 def print_agreement(name, values, raters):
@@ -1146,11 +1138,12 @@ def read_ratings(path):
     """A file that the rating page exported -> its page, and a row a step. Raises UserError."""
     try:
         exported = json.loads(Path(path).read_text())
-        for row in exported["ratings"]:
-            if row["on"] not in (*VERDICTS, None) or row["helps"] not in (1, 2, 3, 4, 5, None):
+        ratings = exported["ratings"]
+        for row in ratings:
+            if any(row[name] not in (*values, None) for name, values in SCALES.items()):
                 raise ValueError(f"{row} is no rating")
             row.setdefault("truth")
-        return (exported["key"], len(exported["ratings"])), exported["ratings"]
+        return (exported["key"], len(ratings)), ratings
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as ratings ({error!r}); export them again from "
                         "the page that --rate wrote") from None
@@ -1160,10 +1153,10 @@ def fleiss_kappa(counts):
     """Agreement of raters beyond chance, at most 1 (Fleiss 1971).
 
     counts: of each thing rated, how many raters chose each category; each row has the same sum."""
-    raters = sum(counts[0])
-    pairs = raters * (raters - 1)
-    agreed = mean(sum(n * (n - 1) for n in row) for row in counts) / pairs
-    chance = sum((mean(column) / raters)**2 for column in zip(*counts, strict=True))
+    counts = np.array(counts)                          # (things, categories)
+    raters = counts[0].sum()
+    agreed = (counts * (counts - 1)).sum(axis=1).mean() / (raters * (raters - 1))
+    chance = ((counts.mean(axis=0) / raters)**2).sum()
     if chance == 1:
         return 1.0
     return (agreed - chance) / (1 - chance)
@@ -1178,11 +1171,12 @@ def write_drawings(config):
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(config.n or 5):
         question = toy(config.draw, "test", config.seed, index)
-        names = [f"{question.id}{letter}.png" for letter in ("", "-later")[:len(question.images)]]
-        for name, image in zip(names, question.load(), strict=True):
-            image.save(folder / name)
-        row = {"problem": question.text, "answer": str(question.answer), "images": names}
-        lines += json.dumps(row) + "\n"
+        names = []
+        for when, image in zip(("", "-later"), question.load(), strict=False):
+            names.append(f"{question.id}{when}.png")
+            image.save(folder / names[-1])
+        lines += json.dumps({"problem": question.text, "answer": str(question.answer),
+                             "images": names}) + "\n"
         print(f"{folder / names[0]}: {question.text} ({question.answer})")
     write_text(folder / "questions.jsonl", lines)
 
@@ -1259,6 +1253,7 @@ function make(name, attributes = {}, ...children) {
 const button = (text, onclick, more) => make("button", {type: "button", onclick, ...more}, text);
 const picture = (src, alt) => make("img", {src, alt, onload: ({target}) =>
   target.classList.toggle("sharp", target.naturalWidth <= 256)});
+const line = points => "M" + points.map(([x, y]) => `${x},${y}`).join("L");
 const rows = (table, name) =>
   table.map(row => make("tr", {}, ...row.map(cell => make(name, {}, cell))));
 
@@ -1285,14 +1280,14 @@ const CHARTS = [["reward and its parts, a trace", "reward", "format", "grounded"
   ["KL to SFT, nats a token", "kl"], ["time, s a step", "seconds"]];
 const short = value => value.toLocaleString("en", {maximumSignificantDigits: 3});
 
-// The chart of some values of the log's lines, or nothing where the log has none of them.
+// The chart of some values of the log's lines, or nothing where the log has none of them. Around
+// the first one is its interval, where the log has it, from NAME_low to NAME_high.
 function chart(log, [title, ...names]) {
-  const series = names.map(name => log.map(({step, [name]: value}) => [step, value])
-    .filter(([_, value]) => Number.isFinite(value)));
-  const bounds = log.filter(line => names[0] == "accuracy" && line.accuracy_high != null);
-  const band = bounds.map(line => [line.step, line.accuracy_low]).concat(
-    bounds.map(line => [line.step, line.accuracy_high]).reverse());
-  const all = series.flat().concat(band), steps = all.map(([step]) => step);
+  const values = name => log.map(row => [row.step, row[name]])
+    .filter(([_, value]) => Number.isFinite(value));
+  const series = names.map(values);
+  const band = [...values(`${names[0]}_low`), ...values(`${names[0]}_high`).reverse()];
+  const all = [...series.flat(), ...band], steps = all.map(([step]) => step);
   if (!all.length) return "";
   const first = Math.min(...steps), last = Math.max(first + 1, ...steps);
   const most = Math.max(...all.map(([_, value]) => value)) || 1;
@@ -1300,7 +1295,7 @@ function chart(log, [title, ...names]) {
   const top = [1, 2, 4, 6, 8, 10].find(times => times * unit > 0.999 * most) * unit;
   const x = step => 46 + (step - first) / (last - first) * 304;
   const y = value => 170 - value / top * 155;
-  const path = points => "M" + points.map(([step, value]) => `${x(step)},${y(value)}`).join("L");
+  const path = points => line(points.map(([step, value]) => [x(step), y(value)]));
   const legend = make("figcaption", {}, make("b", {}, title), make("br")), told = [title];
   const svg = make("svg", {viewBox: "0 0 360 205", role: "img"});
   for (const value of [0, top / 4, top / 2, top * 3 / 4, top])
@@ -1322,7 +1317,6 @@ function chart(log, [title, ...names]) {
 
 // ------------------------------------------------------------------------------------------ traces
 const MARKS = {right: "\u2713", wrong: "\u2717", truncated: "\u2026", open: "?"};
-const line = points => "M" + points.map(([x, y]) => `${x},${y}`).join("L");
 
 // A box, as its left, top, right and bottom, or a polygon.
 function outline(region) {
@@ -1500,22 +1494,21 @@ def main(given):
     dialogue = make_dialogue(config, config.model, policy)
     if config.image:
         question = Question(config.question, [config.image], "")
-        trace = show_trace(policy, dialogue, config, question, config.seed)
+        trace, = next(rollout(policy, [question], dialogue, 1, [config.seed], **config.sampling()))
+        show_trace(trace, config)
         if config.report:
             write_report(config.report, config, {config.model: [trace]}, Path(config.model).parent)
     else:
         evaluate_task(policy, dialogue, config)
 
 
-def show_trace(policy, dialogue, config, question, seed):
-    """Prints a trace, and draws it to --save. -> the Trace"""
-    trace, = next(rollout(policy, [question], dialogue, 1, [seed], **config.sampling()))
+def show_trace(trace, config):
+    """Prints a trace, and draws it to --save."""
     print(trace.text())
     answer = trace.answer or "no answer"
     print(f"-> {answer} ({trace.ended}; {len(trace.zoom_points)} zoom calls)\n")
     if config.save:
         draw_trace(trace).save(config.save)
-    return trace
 
 
 def evaluate_task(policy, dialogue, config):
@@ -1528,10 +1521,9 @@ def evaluate_task(policy, dialogue, config):
         questions = file.part(config.n or len(file))
     print(describe_config(config, "evaluate"))
     print(dialogue.describe())
-    sample = partial(sample_traces, policy, questions, dialogue, config.seed, PAGE_TRACES,
-                     **config.sampling())
+    sample = partial(sample_traces, policy, questions, dialogue, config.seed, **config.sampling())
     if config.rate:
-        write_rating_page(config.rate, config, sample())
+        write_rating_page(config.rate, config, sample(PAGE_TRACES))
         return print(f"rating page: {config.rate}")
     answered, path = [], None
     if config.json:
@@ -1542,17 +1534,19 @@ def evaluate_task(policy, dialogue, config):
     figures, no_tool = run_with(dialogue, log=print), None
     if config.mode == "zoom" and config.tool:
         no_tool = run_with(replace(dialogue, tool=False), log=partial(print, "without tool:"))
-    if rank() == 0:
-        show_trace(policy, dialogue, config, questions[0], f"evaluation {config.seed} 0")
-    print_report(config, figures, no_tool)
+    if rank():
+        return
+    first_trace, = sample(1)
+    show_trace(first_trace, config)
+    row = cells(Path(config.task).stem, figures, no_tool)
+    print_report(config, figures, row)
     if config.task in TOYS:
         print(describe_baseline(blind_accuracy(questions, dialogue)))
-    if config.report and rank() == 0:
-        rows = [HEADS, cells(Path(config.task).stem, figures, no_tool)]
-        folder = Path(config.model).parent
-        write_report(config.report, config, {config.model: sample()}, folder, rows)
+    if config.report:
+        traces = {config.model: sample(PAGE_TRACES)}
+        write_report(config.report, config, traces, Path(config.model).parent, [HEADS, row])
         print(f"report: {config.report}")
-    if config.json and rank() == 0:
+    if config.json:
         summary = dict(vars(figures))
         if no_tool or not config.tool:
             summary["accuracy_no_tool"] = (no_tool or figures).accuracy
@@ -1580,8 +1574,7 @@ def settings_of(config, dialogue, n):
     return settings | {"dialogue": dialogue.to_json(), "n": n}
 
 
-def print_report(config, figures, no_tool):
-    row = cells(Path(config.task).stem, figures, no_tool)
+def print_report(config, figures, row):
     print(table([[*HEADS, "official", "n"], [*row, f"{figures.official:.3f}", figures.n]]))
     for name, group in (figures.by | figures.benchmarks).items():
         print(f"  {name}: accuracy {group['accuracy']:.3f}, n {group['n']}")

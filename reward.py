@@ -21,12 +21,11 @@ Departures from the paper's public code:
 - A web action is parsed from the left, and all of it. Typed text is compared, and "stop [x]" inside
   of it is only text.
 """
-import json
 import math
 import re
 from dataclasses import dataclass
 
-from rollout import NUMBER, ToolError, format_point, parse_call
+from rollout import NUMBER, format_point, in_box
 
 # --------------------------------------------------------------------------------- answers in words
 
@@ -90,18 +89,18 @@ NUMBERS = re.compile(rf"(?<![\d.]){NUMBER}(?:\s*,\s*{NUMBER})+")    # "x, y", or
 def answer_point(answer):
     """The only pair of numbers in an answer, with or without brackets: "At 660, 1029." -> (660.0,
     1029.0). None for no pair, for a box (four numbers) and for several pairs."""
-    found = NUMBERS.findall(answer)
-    numbers = found[0].split(",") if len(found) == 1 else []
-    return tuple(map(float, numbers)) if len(numbers) == 2 else None
+    match [numbers.split(",") for numbers in NUMBERS.findall(answer)]:
+        case [[x, y]]:
+            return float(x), float(y)
+    return None
 
 
 def in_region(point, region):
     """Whether a point lies in a box (x1, y1, x2, y2), edges included, or in a polygon
     ((x, y), ...), by the even-odd rule."""
-    x, y = point
     if isinstance(region[0], (int, float)):
-        x1, y1, x2, y2 = region
-        return x1 <= x <= x2 and y1 <= y <= y2
+        return in_box(point, region)
+    x, y = point
     inside = False
     for (ax, ay), (bx, by) in zip(region, [*region[1:], region[0]], strict=True):
         between = (ay > y) != (by > y)          # a ray to the right may cross the edge a-b
@@ -136,7 +135,7 @@ USAGE = {
     "go_forward": "go_forward",
     "stop": "stop [answer]",
 }
-NAME = re.compile(r"[A-Za-z_]{0,20}")
+NAME = re.compile(r"([A-Za-z_]{0,20})\s*(.*)", re.DOTALL)    # and what follows it
 ID = r"\[\s*(?P<id>[0-9]{1,9})\s*\]"
 TEXT = r"\[(?P<text>.*)\]"
 ENTER = r"\[\s*(?:press_enter_after\s*=\s*)?(?P<enter>[01])\s*\]"
@@ -164,14 +163,15 @@ class Action:
 
     def __str__(self):
         """As VisualWebArena reads it: in one line, and with whether Enter follows."""
-        parts = [self.name]
-        if self.id is not None:
-            parts.append(f"[{self.id}]")
-        if self.name in ("type", "press", "scroll", "goto", "stop"):
-            parts.append(f"[{' '.join(self.text.split())}]")
-        if self.name == "type":
-            parts.append(f"[{int(self.enter)}]")
-        return " ".join(parts)
+        text = " ".join(self.text.split())
+        match self.name:
+            case "click" | "hover" | "tab_focus":
+                return f"{self.name} [{self.id}]"
+            case "type":
+                return f"type [{self.id}] [{text}] [{int(self.enter)}]"
+            case "press" | "scroll" | "goto" | "stop":
+                return f"{self.name} [{text}]"
+        return self.name
 
 
 def parse_action(text):
@@ -181,10 +181,9 @@ def parse_action(text):
     are taken off. Raises ValueError, with how it should be written."""
     text = text.strip()
     for fence in ("```", "`"):
-        if len(text) > 2 * len(fence) and text.startswith(fence) and text.endswith(fence):
-            text = text[len(fence):-len(fence)].strip()
-    written = NAME.match(text)[0]
-    name, rest = written.lower(), text[len(written):].strip()
+        text = re.sub(f"^{fence}(.+){fence}$", r"\1", text, flags=re.DOTALL).strip()
+    name, rest = NAME.fullmatch(text).groups()
+    name = name.lower()
     if name not in USAGE:
         raise ValueError(f"no such action: {text[:60]!r}; there are {', '.join(USAGE)}")
     found = re.fullmatch(ARGUMENTS.get(name, ""), rest, re.DOTALL)
@@ -208,11 +207,9 @@ def match_action(answer, truth):
         done = parse_action(answer)
     except ValueError:
         return False
-    if (done.name, done.id) != (wanted.name, wanted.id):
-        return False
-    if done.name == "stop" and match_answer(done.text, wanted.text):
-        return True
-    return squeeze(done.text) == squeeze(wanted.text)
+    compared = option_text if done.name == "stop" else squeeze
+    return ((done.name, done.id) == (wanted.name, wanted.id)
+            and compared(done.text) == compared(wanted.text))
 
 
 # ------------------------------------------------------------------------------------------- format
@@ -236,10 +233,11 @@ def format_fault(trace):
         return UNFINISHED[trace.ended]
     if not trace.turns or (trace.mode != "zoom" and len(trace.turns) > 1):
         return f"it has {len(trace.turns)} turns"
-    thought = [] if trace.mode == "direct" else ["think"]
+    thought = "" if trace.mode == "direct" else "<think> </think> "
     for number, turn in enumerate(trace.turns, 1):
-        last = "answer" if number == len(trace.turns) else "tool_call"
-        fault = turn_fault(turn, [*thought, last], trace.frames)
+        last = number == len(trace.turns)
+        tags = thought + ("<answer> </answer>" if last else "<tool_call> </tool_call>")
+        fault = turn_fault(turn, tags, trace.frames)
         if fault:
             return f"turn {number}: {fault}"
     if trace.question.kind == "point" and answer_point(trace.answer) is None:
@@ -248,35 +246,24 @@ def format_fault(trace):
 
 
 def turn_fault(turn, tags, frames):
-    """The first reason why a turn's text is not exactly these tags in this order, or ""."""
+    """The first reason why a turn's text is not exactly these tags in this order, or its zoom call
+    not two integers inside the (first) image; or ""."""
     if turn.forced:
         return "its answer was forced"
     if turn.error:
         return f"its call was refused: {turn.error}"
-    wanted = []
-    for tag in tags:
-        wanted += [f"<{tag}>", f"</{tag}>"]
     pieces = TAG.split(turn.text)    # around, <tag>, inside, </tag>, around, <tag>, ..., around
-    if pieces[1::2] != wanted:
-        return f"its tags are not {' '.join(wanted)}"
-    if any(around.strip() for around in pieces[0::4]):
+    if " ".join(pieces[1::2]) != tags:
+        return f"its tags are not {tags}"
+    if "".join(pieces[0::4]).strip():
         return "there is text outside of the tags"
     if not all(inside.strip() for inside in pieces[2::4]):
         return "a tag is empty"
-    return call_fault(pieces[-3], frames[0]) if tags[-1] == "tool_call" else ""
-
-
-def call_fault(text, frame):
-    """The first reason why a zoom call has not two integers inside the (first) image, or ""."""
-    try:
-        point = parse_call(text)
-    except ToolError as error:
-        return str(error)
-    coordinate = json.loads(text)["arguments"]["coordinate"]
-    if not all(type(value) is int for value in coordinate):
-        return "its coordinates are not integers"
-    if not frame.contains(point):
-        return f"its point {format_point(point)} is outside the image"
+    if turn.call:
+        if not all(type(value) is int for value in turn.call):
+            return "its coordinates are not integers"
+        if not frames[0].contains(turn.call):
+            return f"its point {format_point(turn.call)} is outside the image"
     return ""
 
 
@@ -369,12 +356,13 @@ def is_correct(trace):
     answer, question = trace.answer, trace.question
     if answer is None:
         return False
-    if question.kind == "point":
-        return match_point(answer, question.answer, trace.frames[0])
-    if question.kind == "action":
-        return match_action(answer, question.answer)
-    if question.kind in ("choice", "string"):
-        return match_answer(answer, question.answer, question.choices)
+    match question.kind:
+        case "point":
+            return match_point(answer, question.answer, trace.frames[0])
+        case "action":
+            return match_action(answer, question.answer)
+        case "choice" | "string":
+            return match_answer(answer, question.answer, question.choices)
     where = question.where or "a question"
     raise ValueError(f"{where}: no such kind of answer: {question.kind!r}")
 

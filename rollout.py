@@ -36,11 +36,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from itertools import product
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import UnionType
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -146,15 +146,17 @@ class Config:
 
     given: tuple = ()
 
+    def values(self, *names):
+        return {name: getattr(self, name) for name in names}
+
     def sampling(self):
         """Arguments of `model.Engine`."""
-        names = ("temperature", "top_p", "turn_tokens", "response_tokens", "cache_tokens")
-        return {name: getattr(self, name) for name in names}
+        return self.values("temperature", "top_p", "turn_tokens", "response_tokens",
+                           "cache_tokens")
 
     def input_limits(self):
         """Arguments of `model.load`."""
-        names = ("max_pixels", "min_pixels", "max_image_side")
-        return {name: getattr(self, name) for name in names}
+        return self.values("max_pixels", "min_pixels", "max_image_side")
 
 
 # What differs from Config's defaults (paper, appendix; evaluation: the authors' scripts); a later
@@ -208,22 +210,26 @@ def make_config(given, family, script):
     least = {"seed": -math.inf, "max_crops": 0, "warm_up": 0, "group": 2, "show_trees": 0,
              "sft_steps": 0}
     for name, value in vars(config).items():
-        if type(value) is int and value < least.get(name, 1):
-            raise UserError(f"--{flag_of(name)} {value}: must be at least {least.get(name, 1)}")
+        bound = least.get(name, 1)
+        if type(value) is int and value < bound:
+            raise UserError(f"--{flag_of(name)} {value}: must be at least {bound}")
         if type(value) is float and not 0 <= value < math.inf:
             raise UserError(f"--{flag_of(name)} {value}: must be a number that is not negative")
     return config
 
 
 def describe_fields(script):
-    """Yields (heading, name, help text) of the fields that are flags of a script, from Config's
-    source."""
-    known = False
+    """The fields that are flags of a script, from Config's source.
+    -> {heading: {name: help text}}"""
+    described = {}
     for line in inspect.getsource(Config).splitlines():
         if found := re.fullmatch(r"    # ([\w, ]+): (.+)", line):
-            known, heading = script in found[1].split(", "), found[2]
-        elif known and (found := re.match(r"    (\w+): .*  # (.+)", line)):
-            yield heading, found[1], found[2]
+            fields = {}                  # dropped where the script does not know them
+            if script in found[1].split(", "):
+                described[found[2]] = fields
+        elif found := re.match(r"    (\w+): .*  # (.+)", line):
+            fields[found[1]] = found[2]
+    return described
 
 
 def flag_of(name):
@@ -243,22 +249,22 @@ def read_command_line(script, description):
     """-> {name: value} of the flags that were given. Raises UserError."""
     parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
     parser.error = refuse
-    groups, types = {}, get_type_hints(Config)
-    for heading, name, text in describe_fields(script):
-        if heading not in groups:
-            groups[heading] = parser.add_argument_group(heading)
-        groups[heading].add_argument(f"--{flag_of(name)}", help=text + default_text(name),
-                                     **options_of(types[name]))
+    types = get_type_hints(Config)
+    for heading, fields in describe_fields(script).items():
+        group = parser.add_argument_group(heading)
+        for name, text in fields.items():
+            group.add_argument(f"--{flag_of(name)}", help=text + default_text(name),
+                               **options_of(types[name]))
     return vars(parser.parse_args())
 
 
 def options_of(kind):
     """A field's type -> how argparse reads its flag."""
-    if get_origin(kind) in (Union, UnionType):       # "int | None": the flag gives the int
+    if type(None) in get_args(kind):       # "int | None": the flag gives the int
         kind = get_args(kind)[0]
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if get_origin(kind) is Literal:
+    if get_args(kind):                     # Literal's
         return {"choices": get_args(kind)}
     if kind is tuple:
         return {"nargs": "+", "metavar": "FILE"}
@@ -272,17 +278,21 @@ def refuse(message):
 
 def describe_config(config, script):
     """The settings in force, to be printed; a star marks those given by a flag."""
-    shown = {}
-    for heading, name, _ in describe_fields(script):
-        value = getattr(config, name)
-        if value not in (None, ""):
-            star = "*" if name in config.given else ""
-            shown.setdefault(heading, []).append(f"{name}={value}{star}")
     lines = [f"settings of the family '{config.family}' (* given by a flag)"]
-    for heading, settings in shown.items():
-        text = f"{heading}: {'  '.join(settings)}"
-        lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ")
+    for heading, fields in describe_fields(script).items():
+        settings = []
+        for name, value in config.values(*fields).items():
+            if value not in (None, ""):
+                star = "*" if name in config.given else ""
+                settings.append(f"{name}={value}{star}")
+        if settings:
+            lines.append(indented(f"{heading}: {'  '.join(settings)}"))
     return "\n".join(lines)
+
+
+def indented(text):
+    """A text in lines of at most 100 columns."""
+    return textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="    ")
 
 
 # ---------------------------------------------------------------------------------------- questions
@@ -335,10 +345,13 @@ def read_image(source, where=""):
     """Path or bytes -> RGB image, turned upright as its EXIF orientation says.
 
     A missing, broken or absurdly large file is a UserError that names it."""
-    name = source if isinstance(source, (str, Path)) else "the embedded image"
-    name = f"{name} ({where})" if where else str(name)
+    name, file = source, source
+    if isinstance(source, bytes):
+        name, file = "the embedded image", io.BytesIO(source)
+    if where:
+        name = f"{name} ({where})"
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(file) as image:
             width, height = image.size
             if width * height > MAX_IMAGE_PIXELS:
                 raise UserError(f"{name}: {width}x{height} px is more than {MAX_IMAGE_PIXELS:,} "
@@ -369,7 +382,8 @@ def parse_points(text):
 
 def format_point(point):
     """A point as the policy writes it, in whole pixels: (3.2, 40) -> "(3, 40)"."""
-    return f"({round(point[0])}, {round(point[1])})"
+    x, y = map(round, point)
+    return f"({x}, {y})"
 
 
 @dataclass(frozen=True)
@@ -383,12 +397,21 @@ class Frame:
         return 0 <= point[0] < self.input_size[0] and 0 <= point[1] < self.input_size[1]
 
     def to_original(self, point):
-        (x, y), (w, h), (original_w, original_h) = point, self.input_size, self.original_size
-        return x * original_w / w, y * original_h / h
+        return rescale(point, self.input_size, self.original_size)
 
     def to_input(self, point):
-        (x, y), (w, h), (original_w, original_h) = point, self.input_size, self.original_size
-        return x * w / original_w, y * h / original_h
+        return rescale(point, self.original_size, self.input_size)
+
+
+def rescale(point, old_size, new_size):
+    """A point of an image of one size -> where it lies when the image has another size."""
+    (x, y), (old_w, old_h), (new_w, new_h) = point, old_size, new_size
+    return x * new_w / old_w, y * new_h / old_h
+
+
+def in_box(point, box):
+    """Whether a point lies in a box (left, top, right, bottom), edges included."""
+    return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
 
 
 # ------------------------------------------------------------------------------------ the zoom tool
@@ -413,14 +436,13 @@ def zoom(image, point, half, size, dot=False):
     box = crop_box(image.size, point, half)
     crop = image.crop(box)
     scale = size / max(crop.size)
-    if scale != 1:
-        width, height = (max(1, round(side * scale)) for side in crop.size)
-        crop = crop.resize((width, height), Image.Resampling.BICUBIC)
+    crop_size = [max(1, round(side * scale)) for side in crop.size]
+    crop = crop.resize(crop_size, Image.Resampling.BICUBIC)
     if dot:
-        x, y = (point[0] - box[0]) * scale, (point[1] - box[1]) * scale
+        place = (point[0] - box[0]) * scale, (point[1] - box[1]) * scale
         radius = max(3, size // 40)
-        circle = (x - radius, y - radius, x + radius, y + radius)
-        ImageDraw.Draw(crop).ellipse(circle, fill=(255, 0, 0), outline="white", width=radius // 3)
+        ImageDraw.Draw(crop).circle(place, radius, fill=(255, 0, 0), outline="white",
+                                    width=radius // 3)
     return crop
 
 
@@ -435,18 +457,17 @@ def format_call(point):
 
 
 def parse_call(text):
-    """What stands between the tool_call tags -> (x, y). Raises ToolError."""
+    """What stands between the tool_call tags -> (x, y), as written. Raises ToolError."""
     try:
         call = json.loads(text) if len(text) < 400 else None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise ToolError("The call is not valid JSON.") from None
     if not isinstance(call, dict) or call.get("name") != "search_coordinate":
         raise ToolError('The only tool is "search_coordinate".')
-    arguments = call.get("arguments")
-    point = arguments.get("coordinate") if isinstance(arguments, dict) else None
-    if not (isinstance(point, list) and len(point) == 2 and all(map(is_coordinate, point))):
-        raise ToolError('The argument "coordinate" must be a list of two numbers, [x, y].')
-    return float(point[0]), float(point[1])
+    match call:
+        case {"arguments": {"coordinate": [x, y]}} if is_coordinate(x) and is_coordinate(y):
+            return x, y
+    raise ToolError('The argument "coordinate" must be a list of two numbers, [x, y].')
 
 
 def is_coordinate(value):
@@ -473,18 +494,18 @@ class Turn:
 def between(text, tag):
     """What stands between the first <tag> and the </tag> behind it, and the text after that; None
     and the whole text if there is no such pair."""
-    _, opened, rest = text.partition(f"<{tag}>")
+    _, _, rest = text.partition(f"<{tag}>")
     inside, closed, after = rest.partition(f"</{tag}>")
-    return (inside, after) if opened and closed else (None, text)
+    return (inside, after) if closed else (None, text)
 
 
 def parse_turn(text, forced=False):
     """Splits a turn into thought, points, call and answer. A call beside an answer is not made."""
-    turn = Turn(text, forced=forced)
     thought, rest = between(text, "think")
-    if thought is not None:
-        turn.thought, turn.points = thought.strip(), parse_points(thought)
-    answer, call = between(rest, "answer")[0], between(rest, "tool_call")[0]
+    thought = (thought or "").strip()
+    turn = Turn(text, thought, parse_points(thought), forced=forced)
+    answer, _ = between(rest, "answer")
+    call, _ = between(rest, "tool_call")
     if answer is not None:
         turn.answer = answer.strip()
     elif call is not None:
@@ -535,10 +556,9 @@ class Trace(Sequence):
         lines = [self.question.text]
         for turn in self.turns:
             lines.append(turn.text)
-            if turn.crop:
-                lines.append(f"<observation> [image: {turn.crop}] </observation>")
-            elif turn.error:
-                lines.append(f"<observation> {turn.error} </observation>")
+            shown = f"[image: {turn.crop}]" if turn.crop else turn.error
+            if shown:
+                lines.append(f"<observation> {shown} </observation>")
         return "\n".join(lines)
 
 
@@ -600,15 +620,16 @@ class Dialogue:
 
     def to_json(self):
         """What dialogue.json has."""
-        return {name: value for name, value in asdict(self).items() if name not in ("mode", "tool")}
+        parts = asdict(self)
+        del parts["mode"], parts["tool"]
+        return parts
 
     def describe(self):
         """The wording in force, to be printed below the settings."""
         parts = self.to_json()
         parts["system_prompts"] = parts["system_prompts"].get(self.mode, "the chat template's own")
-        text = "dialogue: " + "  ".join(f"{name}={value!r}" for name, value in parts.items())
-        lines = textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ")
-        return "\n".join(lines)
+        settings = "  ".join(f"{name}={value!r}" for name, value in parts.items())
+        return indented(f"dialogue: {settings}")
 
     def prompt(self, policy, question):
         """-> the Chunk after which the policy speaks, and the Frames of the question's images."""
@@ -616,7 +637,7 @@ class Dialogue:
         text = question.text
         if self.hints and question.hint:
             text += "\n" + question.hint
-        content = [{"type": "image"} for _ in images]
+        content = [{"type": "image"}] * len(images)
         content.append({"type": "text", "text": policy.clean(text)})
         messages = [{"role": "user", "content": content}]
         if system := self.system_prompts.get(self.mode):
@@ -625,15 +646,15 @@ class Dialogue:
         if not self.tool:
             chunk.ids += policy.encode(self.forced_answer)
         rounded = self.coordinates == "input"
-        sizes = [policy.input_size(*image.size, rounded) for image in images]
-        frames = [Frame(size, image.size) for size, image in zip(sizes, images, strict=True)]
+        frames = [Frame(policy.input_size(*image.size, rounded), image.size) for image in images]
         return chunk, frames
 
     def start(self, policy, question, group, seed=0):
         """`group` empty Traces of a question, sharing one prompt; number i samples by random
         numbers from `seed` and i."""
         prompt, frames = self.prompt(policy, question)
-        prefix, crops = "" if self.tool else self.forced_answer, {}
+        prefix = "" if self.tool else self.forced_answer
+        crops = {}
         return [Trace(prompt, rng=random.Random(f"{seed} {i}"), question=question, mode=self.mode,
                       frames=frames, prefix=prefix, must_answer=not self.tool, crops=crops)
                 for i in range(group)]
@@ -641,7 +662,12 @@ class Dialogue:
     def on_turn(self, policy, trace, truncated):
         """Reads the turn that the policy just ended. truncated: by the bound on tokens.
         -> the Chunk that answers it, or None at the trace's end"""
-        turn = self.read_turn(policy, trace)
+        ids = trace.ids[trace.turn_starts[-1]:]
+        if ids[-1] in policy.end_tokens:
+            ids = ids[:-1]
+        turn = parse_turn(trace.prefix + policy.decode(ids), trace.must_answer)
+        trace.turns.append(turn)
+        trace.prefix = ""
         if truncated:
             trace.ended = "truncated"
         elif turn.forced:
@@ -650,55 +676,44 @@ class Dialogue:
             trace.ended = "answer"
         elif self.mode != "zoom" or not (turn.call or turn.error):
             trace.ended = "stopped"
-        elif len(trace.turns) > self.max_crops:
-            turn.call, turn.error = None, self.no_calls_left
-            trace.must_answer, trace.prefix = True, self.forced_answer
-            return self.observation(policy, trace, turn.error)
         else:
             return self.answer_call(policy, trace, turn)
         return None
 
-    def read_turn(self, policy, trace):
-        """Appends the turn that ends the trace's tokens. -> the Turn"""
-        ids = trace.ids[trace.turn_starts[-1]:]
-        if ids and ids[-1] in policy.end_tokens:
-            ids = ids[:-1]
-        turn = parse_turn(trace.prefix + policy.decode(ids), trace.must_answer)
-        trace.turns.append(turn)
-        trace.prefix = ""
-        return turn
-
     def answer_call(self, policy, trace, turn):
-        """Answers a zoom call by a crop, or in words where there is nothing to show."""
+        """The user turn that answers a zoom call, by a crop or by words where there is none to
+        show; and the prefix of the policy's next turn. -> Chunk"""
         frame = trace.frames[0]
-        if not turn.error and not frame.contains(turn.call):
+        if len(trace.turns) > self.max_crops:
+            turn.call, turn.error = None, self.no_calls_left
+            trace.must_answer, trace.prefix = True, self.forced_answer
+        elif turn.call and not frame.contains(turn.call):
             width, height = frame.input_size
             turn.error = (f"The point {format_point(turn.call)} is outside the image, which is "
                           f"{width} px wide and {height} px high.")
-        if turn.error:
-            return self.observation(policy, trace, turn.error)
-        point = frame.to_original(turn.call)
-        turn.crop = crop_box(frame.original_size, point, self.crop_half)
-        key = turn.crop, point if self.crop_dot else None
-        if key not in trace.crops:       # of all traces of a question, a window is encoded once
-            image = trace.question.load()[0]
-            crop = zoom(image, point, self.crop_half, self.crop_size, self.crop_dot)
-            trace.crops[key] = policy.picture(crop)
-        return self.observation(policy, trace, trace.crops[key])
-
-    def observation(self, policy, trace, shown):
-        """A Picture or words, as a user turn, and the prefix of the policy's next turn. -> Chunk"""
+        shown, pictures = {"type": "text", "text": turn.error}, []
+        if turn.call and not turn.error:
+            shown, pictures = {"type": "image"}, [self.crop(policy, trace, turn)]
         before = self.before_dotted if self.crop_dot else self.before_crop
-        if isinstance(shown, str):
-            part, pictures = {"type": "text", "text": shown}, []
-        else:
-            part, pictures = {"type": "image"}, [shown]
-        after = {"type": "text", "text": self.after_crop}
-        content = [{"type": "text", "text": before}, part, after]
+        content = [{"type": "text", "text": before}, shown,
+                   {"type": "text", "text": self.after_crop}]
         chunk = policy.reply(content, pictures)
         chunk.ids += policy.encode(trace.prefix)
         trace.turn_starts.append(len(trace.ids) + len(chunk.ids))
         return chunk
+
+    def crop(self, policy, trace, turn):
+        """What a turn's zoom call shows. -> Picture; of all traces of a question, a window is
+        encoded once"""
+        frame = trace.frames[0]
+        point = frame.to_original(turn.call)
+        turn.crop = crop_box(frame.original_size, point, self.crop_half)
+        key = turn.crop, point if self.crop_dot else None
+        if key not in trace.crops:
+            image = trace.question.load()[0]
+            crop = zoom(image, point, self.crop_half, self.crop_size, self.crop_dot)
+            trace.crops[key] = policy.picture(crop)
+        return trace.crops[key]
 
 
 def make_dialogue(config, checkpoint, policy):
@@ -708,7 +723,7 @@ def make_dialogue(config, checkpoint, policy):
     or, without one, the system message of its chat template; --dialogue FILE; flags. Raises
     UserError."""
     names = ("crop_half", "crop_size", "crop_dot", "max_crops")
-    parts = {name: getattr(config, name) for name in names}
+    parts = config.values(*names)
     own = checkpoint and cached_file(checkpoint, "dialogue.json",
                                      _raise_exceptions_for_missing_entries=False)
     if own:
@@ -717,7 +732,7 @@ def make_dialogue(config, checkpoint, policy):
         parts["system_prompts"] = {}
     if config.dialogue:
         parts |= read_parts(config.dialogue)
-    parts |= {name: getattr(config, name) for name in names if name in config.given}
+    parts |= config.values(*(name for name in names if name in config.given))
     return Dialogue(config.mode, config.tool, **parts)
 
 
@@ -729,13 +744,14 @@ def read_parts(path):
         for name, value in parts.items():
             if name not in known or type(value) is not type(known[name]):
                 raise ValueError(f"{name!r} has to be one of {', '.join(known)}, of its type")
-        for mode, text in parts.get("system_prompts", {}).items():
+        complete = known | parts
+        for mode, text in complete["system_prompts"].items():
             if mode not in MODES or type(text) is not str:
                 raise ValueError(f"'system_prompts' has to have texts, by {', '.join(MODES)}")
-        if parts.get("coordinates", "input") not in ("input", "unrounded"):
+        if complete["coordinates"] not in ("input", "unrounded"):
             raise ValueError("'coordinates' has to be 'input' or 'unrounded'")
         for name, least in (("crop_half", 1), ("crop_size", 1), ("max_crops", 0)):
-            if parts.get(name, least) < least:
+            if complete[name] < least:
                 raise ValueError(f"{name!r} has to be at least {least}")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read as parts of a dialogue ({error})") from None
@@ -751,29 +767,25 @@ def rollout(policy, questions, dialogue, group, seeds, **sampling):
     prints), from which alone its random numbers follow, whatever runs beside it and in how many
     processes. sampling: see `model.Engine`."""
     with ThreadPoolExecutor(READ_AHEAD) as threads:
-        groups = start_ahead(threads, policy, questions, dialogue, group, seeds)
-        yield from continue_traces(policy, groups, dialogue, **sampling)
+        starts = (threads.submit(dialogue.start, policy, question, group, seed)
+                  for question, seed in zip(questions, seeds, strict=False))
+        yield from continue_traces(policy, results_ahead(starts), dialogue, **sampling)
 
 
 READ_AHEAD = 4          # questions whose images are read by threads while the model works
 
 
-def start_ahead(threads, policy, questions, dialogue, group, seeds):
-    """Yields the empty Traces of each question; those of the next ones are on their way."""
-    waiting = deque()
-    for question, seed in zip(questions, seeds, strict=False):
-        waiting.append(threads.submit(dialogue.start, policy, question, group, seed))
-        if len(waiting) > READ_AHEAD:
-            yield waiting.popleft().result()
+def results_ahead(futures):
+    """Yields the result of each future, while the next ones are on their way."""
+    waiting = deque(islice(futures, READ_AHEAD))
     while waiting:
+        waiting.extend(islice(futures, 1))
         yield waiting.popleft().result()
 
 
 def continue_traces(policy, groups, dialogue, **sampling):
     """Runs lists of Traces with a common prompt to their ends; yields them as they are finished."""
-    def on_turn(trace, truncated):
-        return dialogue.on_turn(policy, trace, truncated)
-    for traces in Engine(policy, **sampling).run(groups, on_turn):
+    for traces in Engine(policy, **sampling).run(groups, partial(dialogue.on_turn, policy)):
         for trace in traces:
             trace.ended = trace.ended or "truncated"     # there was no room for the observation
         traces[0].question.release()
@@ -782,34 +794,43 @@ def continue_traces(policy, groups, dialogue, **sampling):
 
 # ----------------------------------------------------------------------------- a picture of a trace
 
-def draw_trace(trace, width=768):
+def draw_trace(trace):
     """The image with the points in their order, and the crops in a row below. -> PIL image"""
+    width = 768            # px
     image = trace.question.load()[0]
     scale = width / image.width
     top = image.resize((width, round(image.height * scale)), Image.Resampling.LANCZOS)
-    canvas, marks, crops = ImageDraw.Draw(top), [], []
+    canvas = ImageDraw.Draw(top)
+    marks = []             # (place, number, colour)
+    crops = []             # (number, crop)
+
+    def mark(point, number, colour):
+        x, y = trace.frames[0].to_original(point)
+        marks.append(((x * scale, y * scale), number, colour))
     for number, turn in enumerate(trace.turns, 1):
         if turn.crop:
             canvas.rectangle([v * scale for v in turn.crop], outline="white", width=3)
             crops.append((number, image.crop(turn.crop)))
         if turn.call:
-            marks.append((turn.call, number, (200, 30, 30)))
+            mark(turn.call, number, (200, 30, 30))
         else:
-            marks += [(point, i, (30, 90, 200)) for i, point in enumerate(turn.points, 1)]
-    places = [[v * scale for v in trace.frames[0].to_original(point)] for point, _, _ in marks]
-    canvas.line([tuple(place) for place in places], fill="white", width=3)
-    for (x, y), (_, number, colour) in zip(places, marks, strict=True):
-        circle = (x - 13, y - 13, x + 13, y + 13)
-        canvas.ellipse(circle, fill=colour, outline="white", width=2)
-        canvas.text((x, y), str(number), fill="white", anchor="mm", font_size=16)
-    side = width // 4 - 8
-    sheet = Image.new("RGB", (width, top.height + (side + 16 if crops else 0)), "white")
-    sheet.paste(top)
-    for i, (number, crop) in enumerate(crops[:4]):
-        x, y = 8 + i * (side + 8), top.height + 8
-        sheet.paste(ImageOps.contain(crop, (side - 2, side - 2), Image.Resampling.NEAREST), (x, y))
-        ImageDraw.Draw(sheet).text((x + 6, y + 4), str(number), fill="white", font_size=20,
-                                   stroke_width=2, stroke_fill="black")
+            for i, point in enumerate(turn.points, 1):
+                mark(point, i, (30, 90, 200))
+    canvas.line([place for place, _, _ in marks], fill="white", width=3)
+    for place, number, colour in marks:
+        canvas.circle(place, 13, fill=colour, outline="white", width=2)
+        canvas.text(place, str(number), fill="white", anchor="mm", font_size=16)
+    if not crops:
+        return top
+    column = width // 4                  # px: four crops fit in the row
+    sheet = ImageOps.expand(top, (0, 0, 0, column + 8), "white")
+    canvas = ImageDraw.Draw(sheet)
+    y = top.height + 8
+    for x, (number, crop) in zip(range(8, width, column), crops, strict=False):
+        crop = ImageOps.contain(crop, (column - 10, column - 10), Image.Resampling.NEAREST)
+        sheet.paste(crop, (x, y))
+        canvas.text((x + 6, y + 4), str(number), fill="white", font_size=20, stroke_width=2,
+                    stroke_fill="black")
     return sheet
 
 
@@ -871,11 +892,9 @@ CLICK_ALIKE = ("Click the", " element that bears a pattern.")
 
 def draw_background():
     """Red rises to the right, green downwards, in steps of a block: a patch tells its place."""
-    ramp = np.round(np.linspace(-60, 60, SIDE // BLOCK)).repeat(BLOCK)
-    image = np.full((SIDE, SIDE, 3), 127.0)
-    image[..., 0] += ramp
-    image[..., 1] += ramp[:, None]
-    return image.astype(np.uint8)
+    ramp = 127 + np.round(np.linspace(-60, 60, SIDE // BLOCK)).repeat(BLOCK)
+    red, green = np.meshgrid(ramp, ramp)
+    return np.dstack([red, green, np.full_like(red, 127)]).astype(np.uint8)
 
 
 def draw_face(colour, pattern):
@@ -895,9 +914,10 @@ def draw_window(image, box):
     image[top:bottom, left:right] = 60, 64, 76
     inside = slice(top + 2 * BLOCK, bottom - BLOCK), slice(left + BLOCK, right - BLOCK)
     image[inside] = WINDOW[inside]
-    for i, colour in enumerate(((230, 90, 80), (230, 190, 70), (100, 200, 90))):
-        x = left + (2 * i + 1) * BLOCK
-        image[top + BLOCK // 2:top + BLOCK // 2 + BLOCK, x:x + BLOCK] = colour
+    x, y = left + BLOCK, top + BLOCK // 2
+    for colour in ((230, 90, 80), (230, 190, 70), (100, 200, 90)):
+        image[y:y + BLOCK, x:x + BLOCK] = colour
+        x += 2 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -917,12 +937,11 @@ class Card:
     @property
     def box(self):
         """(left, top, right, bottom), px of the drawing."""
-        return (self.x - self.width // 2, self.y - self.height // 2,
-                self.x + self.width // 2, self.y + self.height // 2)
+        dx, dy = self.width // 2, self.height // 2
+        return self.x - dx, self.y - dy, self.x + dx, self.y + dy
 
     def contains(self, point):
-        return (abs(point[0] - self.x) <= self.width // 2
-                and abs(point[1] - self.y) <= self.height // 2)
+        return in_box(point, self.box)
 
     def distance(self, point):
         """From the centre to a point, the larger of both axes, px."""
@@ -950,12 +969,11 @@ class Card:
 class Scene:
     """What is drawn where. Points and boxes are in px of the drawing.
 
-    colour: asked about, and `other`, too, where two cards are. moved: where the first card lies in
-    a second image. windows: boxes."""
+    colour: asked about. named: the two cards of a spatial question, in its order; the first card
+    where it has moved to in a second image, and in its old place. windows: boxes."""
     cards: tuple[Card, ...]
     colour: str
-    other: str = ""
-    moved: Card | None = None
+    named: tuple[Card, ...] = ()
     windows: tuple = ()
 
     @property
@@ -963,14 +981,6 @@ class Scene:
         """The cards of the colour asked about, in reading order of their cells."""
         candidates = [card for card in self.cards if card.colour == self.colour]
         return sorted(candidates, key=lambda card: card.cell)
-
-    @property
-    def named(self):
-        """The cards of a spatial question, in its order; a card that moved in its new place and in
-        its old one."""
-        if self.moved:
-            return [self.moved, self.cards[0]]
-        return [card for card in self.cards[:2] if self.other]
 
     def draw(self):
         image = BACKGROUND.copy()
@@ -984,7 +994,7 @@ class Scene:
 
     def draw_later(self):
         """The second image: the first card has moved."""
-        return replace(self, cards=(self.moved, *self.cards[1:])).draw()
+        return replace(self, cards=(self.named[0], *self.cards[1:])).draw()
 
     def card_at(self, point):
         """The card under a point, or None."""
@@ -1028,18 +1038,15 @@ def place_cards(rng, faces, windows=()):
     """(colour, pattern) pairs -> Cards in different cells of the grid; in a window, buttons."""
     cards = []
     for (colour, pattern), cell in zip(faces, rng.sample(range(16), len(faces)), strict=True):
-        x = cell % 4 * CELL + CELL // 2
-        y = cell // 4 * CELL + CELL // 2
+        row, column = divmod(cell, 4)
+        x = column * CELL + CELL // 2
+        y = row * CELL + CELL // 2
         dx, dy = rng.choice(JITTER), rng.choice(JITTER)
         if any(in_box((x, y), window) for window in windows):
             cards.append(Card(colour, pattern, x, y + abs(dy), *BUTTON))    # below the title
         else:
             cards.append(Card(colour, pattern, x + dx, y + dy))
     return tuple(cards)
-
-
-def in_box(point, box):
-    return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
 
 
 def search_scene(rng, colour=None, candidates=None, windows=()):
@@ -1062,7 +1069,7 @@ def relation_scene(rng, direction):
     while True:
         cards = place_cards(rng, faces)
         if cards[0].steps_from(cards[1])[direction] == 1:
-            return Scene(cards, colours[0], colours[1])
+            return Scene(cards, colours[0], named=cards[:2])
 
 
 def moved_scene(rng, direction):
@@ -1070,7 +1077,7 @@ def moved_scene(rng, direction):
     scene = relation_scene(rng, direction)
     first, second, *others = scene.cards
     old = replace(first, x=second.x, y=second.y)
-    return Scene((old, *others), first.colour, moved=first)
+    return Scene((old, *others), first.colour, named=(first, old))
 
 
 def windows_of(rng):
@@ -1094,13 +1101,13 @@ def ask_spatial(rng):
     axis = rng.choice(list(RELATION))
     direction = rng.choice(axis)
     if rng.random() < 0.5:
-        scene = relation_scene(rng, direction)
-        text = f"{IS_THE} {scene.colour}{RELATION[axis]} {scene.other} card?"
-        return Question(text, [scene.draw], direction, category="relation", scene=scene)
-    scene = moved_scene(rng, direction)
-    text = f"{IS_THE} {scene.colour}{MOVED[axis]}"
-    images = [scene.draw, scene.draw_later]
-    return Question(text, images, direction, category="moved", scene=scene)
+        category, scene = "relation", relation_scene(rng, direction)
+        asked, images = f"{RELATION[axis]} {scene.named[1].colour} card?", [scene.draw]
+    else:
+        category, scene = "moved", moved_scene(rng, direction)
+        asked, images = MOVED[axis], [scene.draw, scene.draw_later]
+    text = f"{IS_THE} {scene.colour}{asked}"
+    return Question(text, images, direction, category=category, scene=scene)
 
 
 def ask_screen(rng):
@@ -1133,10 +1140,10 @@ def chance(question):
     return 1 / 2 if question.scene.named else 1 / len(ANSWERS)
 
 
-def random_zoom_accuracy(questions, dialogue, zoom_calls, seed=0):
+def random_zoom_accuracy(questions, dialogue, zoom_calls):
     """The random-zoom baseline: the accuracy of a player who zooms at random points, knows the
     answer where a crop shows it, and else guesses."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     right = 0.0
     for question in questions:
         points = [(rng.randrange(SIDE), rng.randrange(SIDE)) for _ in range(zoom_calls)]
@@ -1160,7 +1167,7 @@ def run(script, description, main):
         given = read_command_line(script, description)
         number = processes_to_start(given)
         if number > 1:
-            sys.exit(launch(number, main, given))
+            return launch(number, main, given)
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():      # torchrun's
             backend = "gloo"
             if torch.cuda.is_available():
@@ -1202,26 +1209,25 @@ def leave(message, code):
 
 def processes_to_start(given):
     """The number of processes that the command line asks for; 1: this one alone."""
-    asked = given.get("processes")
-    if asked is not None and asked < 1:
+    on_gpu = torch.cuda.is_available()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    asked = given.get("processes", 1 if on_gpu else min(cores, MAX_PROCESSES))
+    if asked < 1:
         raise UserError("--processes must be at least 1")
     alone = ("image", "dry_run", "rate", "ratings", "draw")
     if "WORLD_SIZE" in os.environ or any(given.get(name) for name in alone):
         return 1
-    if torch.cuda.is_available():
-        if asked and asked > 1:
-            raise UserError(f"on GPUs use torchrun: torchrun --nproc-per-node {asked} -- "
-                            f"{Path(sys.argv[0]).name} ...")
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return asked or min(cores, MAX_PROCESSES)
+    if on_gpu and asked > 1:
+        raise UserError(f"on GPUs use torchrun: torchrun --nproc-per-node {asked} -- "
+                        f"{Path(sys.argv[0]).name} ...")
+    return asked
 
 
 def launch(number, main, given):
     """Calls main(given) in `number` processes of one thread each.
-    -> the exit code: that of the first process that failed, 1 where a signal ended it.
 
-    Where one process fails, the others are ended. So are all when this one ends, by Ctrl-C, too."""
+    Where one process fails, the others are ended, and this one ends with its exit code, 1 where a
+    signal ended it. All are ended when this one ends, by Ctrl-C, too."""
     def stop(signal_number, frame):
         leave(f"interrupted; {GO_ON}", 128 + signal_number)
     for stopped_by in (signal.SIGINT, signal.SIGTERM):
@@ -1236,11 +1242,8 @@ def launch(number, main, given):
                 pass
         except ProcessExitedException as error:
             if error.exit_code > 0:
-                return error.exit_code
-            print(f"error: {error.signal_name} ended process {error.error_index}; {GO_ON}",
-                  file=sys.stderr)
-            return 1
-    return 0
+                sys.exit(error.exit_code)
+            leave(f"error: {error.signal_name} ended process {error.error_index}; {GO_ON}", 1)
 
 
 def work(number, processes, launcher, folder, main, given):

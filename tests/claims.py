@@ -98,7 +98,8 @@ class Job:
 
 def known_to(script, flags):
     """The flags that a script knows, with their values."""
-    known = {f"--{flag_of(name)}" for _, name, _ in describe_fields(script)}
+    names = set().union(*describe_fields(script).values())
+    known = {f"--{flag_of(name)}" for name in names}
     kept, keep = [], True
     for part in flags:
         if part.startswith("--"):

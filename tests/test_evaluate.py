@@ -167,7 +167,7 @@ def test_points_of_a_single_turn_are_targets(policy):
     about or not; a card that moved may be pointed at in both places."""
     question = toy("toy-spatial", "test", 0, 1)
     new, old = question.scene.named
-    assert question.scene.moved is new
+    assert question.scene.cards[0] is old and new != old
     other = question.scene.cards[1]
     places = [format_point((card.x / 4, card.y / 4)) for card in (old, new, other)]
     text = f"<think>{' '.join(f'Card at {place}.' for place in places)}</think>\n<answer>x</answer>"

@@ -43,7 +43,7 @@ FIELDS = [field.name for field in fields(Config) if field.name != "given"]
 
 
 def flags_of(script):
-    return {name for _, name, _ in describe_fields(script)}
+    return set().union(*describe_fields(script).values())
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
