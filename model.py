@@ -597,26 +597,26 @@ class TrainLayout:
 
 
 class Cache:
-    """K/V of what is in flight: S slots have a prompt each, and the G rows of each slot what came
-    behind it. Row i of slot s has place s * G + i."""
+    """K/V of what is in flight: the prompts of S groups, and what came behind them, in S * G rows.
+    Those in use are always the first."""
 
-    def __init__(self, policy, slots, rows, prompt_columns, own_columns):
+    def __init__(self, policy, groups, rows, prompt_columns, own_columns):
         config, model = policy.text_config, policy.model
-        self.rows, self.prompt_columns = rows, prompt_columns                    # G, P
+        self.groups, self.rows, self.prompt_columns = groups, rows, prompt_columns      # S, G, P
         self.heads = config.num_key_value_heads
         dim = config.hidden_size // config.num_attention_heads
         self.prompt, self.own = [], []                       # K and V of each layer
         for _ in range(config.num_hidden_layers):
             new = partial(torch.zeros, dtype=model.dtype, device=model.device)
-            self.prompt.append(new(2, slots, self.heads, prompt_columns, dim))   # (2, S, Hk, P, D)
-            self.own.append(new(2, slots * rows, self.heads, own_columns, dim))  # (2, SG, Hk, T, D)
+            self.prompt.append(new(2, groups, self.heads, prompt_columns, dim))  # (2, S, Hk, P, D)
+            self.own.append(new(2, groups * rows, self.heads, own_columns, dim)) # (2, SG, Hk, T, D)
 
 
 class ReadLayout:
     """Tokens (1, N): chunks, end to end, to be kept in the cache.
 
-    parts: of each (slot, prompt length, place of its row, own column where it begins, length); the
-    place of a prompt itself is None."""
+    parts: of each (place of its group, prompt length, place of its row, own column where it begins,
+    length); a prompt itself has no row, None."""
 
     def __init__(self, cache, parts):
         self.cache, self.parts = cache, parts
@@ -627,31 +627,32 @@ class ReadLayout:
         queries, new = q.split(lengths, 2), torch.cat([k, v]).split(lengths, 2)
         out = []
         for part, q, kv in zip(self.parts, queries, new, strict=True):           # kv (2, Hk, L, D)
-            slot, prompt_length, place, column, length = part
-            if place is None:
-                prompt[:, slot, :, :length] = kv
+            group, prompt_length, row, column, length = part
+            if row is None:
+                prompt[:, group, :, :length] = kv
             else:
                 end = column + length
-                own[:, place, :, column:end] = kv
-                kv = torch.cat([prompt[:, slot, :, :prompt_length], own[:, place, :, :end]], 2)
+                own[:, row, :, column:end] = kv
+                kv = torch.cat([prompt[:, group, :, :prompt_length], own[:, row, :, :end]], 2)
             out.append(causal_attention(q, kv[:1], kv[1:], scale))
         return torch.cat(out, 2)
 
 
 class DecodeLayout:
-    """A token of each of N rows: q (N, H, 1, D). (N,) each: their places, the columns where their
-    new K/V goes, the lengths of their prompts.
+    """A token of each of N rows: q (N, H, 1, D). (N,) each: the places of the rows, the columns
+    where their new K/V goes, the lengths of their prompts, their seats: row i of group s has seat
+    s * G + i.
 
     The queries of a group meet its prompt's K/V as one matrix product, so that it is read once a
-    group, and each row's own K/V is read where it lies; idle rows have zeros. Where most are idle,
-    the others' is copied instead."""
+    group, and each row's own K/V is read where it lies; for rows that wait there are zeros."""
 
-    def __init__(self, cache, places, columns, prompts):
+    def __init__(self, cache, places, columns, prompts, seats):
         G, Hk, device = cache.rows, cache.heads, cache.own[0].device
-        self.cache, self.slots = cache, int(places.max()) // G + 1               # S
-        self.prompt_width = int(prompts.max())                                   # P
-        self.own_width = int(columns.max()) + 1                                  # T
-        places, columns, prompts = (x[:, None].to(device) for x in (places, columns, prompts))
+        self.cache = cache
+        self.groups, self.rows = int(seats.max()) // G + 1, int(places.max()) + 1      # S, R
+        self.prompt_width, self.own_width = int(prompts.max()), int(columns.max()) + 1  # P, T
+        numbers = (x[:, None].to(device) for x in (places, columns, prompts, seats))
+        places, columns, prompts, seats = numbers                                # (N, 1) each
         seen_prompt = torch.arange(self.prompt_width, device=device) < prompts   # (N, P)
         seen_own = torch.arange(self.own_width, device=device) <= columns        # (N, T)
         hidden = torch.cat([seen_prompt, seen_own], 1).logical_not().repeat_interleave(Hk, 0)
@@ -659,23 +660,19 @@ class DecodeLayout:
         self.bias = bias[:, None]                                               # (N * Hk, 1, P + T)
         self.places, self.columns = places[:, 0], columns[:, 0]
         heads = torch.arange(Hk, device=device)
-        by_slot = (places // G * Hk + heads) * G + places % G                    # in (S * Hk * G)
-        self.by_slot = by_slot.flatten()                                         # (N * Hk)
-        self.seats = slice(self.slots * G)           # R places, whose own K/V is read
-        if 2 * len(places) < self.slots * G:
-            self.seats, places = self.places, torch.arange(len(places), device=device)[:, None]
-        self.by_seat = (places * Hk + heads).flatten()                           # (N * Hk)
+        self.by_seat = ((seats // G * Hk + heads) * G + seats % G).flatten()     # in (S * Hk * G)
+        self.by_place = (places * Hk + heads).flatten()                          # in (R * Hk)
 
     def __call__(self, layer, q, k, v, scale):
         N, H, _, D = q.shape
         Hk, P, T = k.shape[1], self.prompt_width, self.own_width
         prompt, own = self.cache.prompt[layer], self.cache.own[layer]
         own[:, self.places, :, self.columns] = torch.stack([k, v], 1)[..., 0, :]
-        prompt_k, prompt_v = prompt[:, :self.slots, :, :P].flatten(1, 2)         # (S * Hk, P, D)
-        own_k, own_v = own[:, self.seats, :, :T].flatten(1, 2)                   # (R * Hk, T, D)
+        prompt_k, prompt_v = prompt[:, :self.groups, :, :P].flatten(1, 2)        # (S * Hk, P, D)
+        own_k, own_v = own[:, :self.rows, :, :T].flatten(1, 2)                   # (R * Hk, T, D)
         q = q.view(N * Hk, H // Hk, D)                       # f query heads share one K/V head
-        of_prompt = partial(product_at, index=self.by_slot, rows=self.cache.rows)
-        of_own = partial(product_at, index=self.by_seat, rows=1)
+        of_prompt = partial(product_at, index=self.by_seat, rows=self.cache.rows)
+        of_own = partial(product_at, index=self.by_place, rows=1)
         scores = torch.cat([of_prompt(q, prompt_k.mT), of_own(q, own_k.mT)], -1)
         weights = (scores * scale + self.bias).softmax(-1).to(q.dtype)          # (N * Hk, f, P + T)
         to_prompt, to_own = weights.split([P, T], -1)
@@ -707,7 +704,7 @@ def product(a, b):
 class Group:
     """Continuations in flight that share a prompt."""
     job: list            # all its Sequences
-    slot: int
+    place: int           # of the prompt in the cache
     rows: list           # the Rows that are not done
 
 
@@ -716,11 +713,23 @@ class Row:
     """One continuation in flight."""
     sequence: Sequence
     group: Group
-    place: int                     # in the cache, until the group is done
+    number: int                    # in the group
+    place: int                     # in the cache
     position: int = 0              # m-RoPE position of the next token
     column: int = 0                # own columns in use
     turn_tokens: int = 0           # sampled in this turn
     unread: Chunk | None = None    # what has to be read before it goes on
+
+
+def leave(items, item, layers):
+    """Takes a Group or Row out of those in flight, `items` by place. The last one takes its place
+    in each layer's K/V (2, places, ...), so that there are no gaps to be read."""
+    last = items.pop()
+    if last is not item:
+        items[item.place] = last
+        for kv in layers:
+            kv[:, item.place] = kv[:, last.place]
+        last.place = item.place
 
 
 def free_columns(policy):
@@ -744,9 +753,9 @@ class Engine:
     decides how many groups run at once; one always does; None: what the GPU's free memory holds).
 
     A row that waits for its observation to be read holds up nobody: it is read when a tenth of the
-    rows wait, or when there is nothing else to do. A row keeps its place until its group is done,
-    and then the next group starts there. For a longer prompt than the cache was made for, all that
-    is in flight is finished first, and the cache is made anew."""
+    rows wait, or when there is nothing else to do. When a group is done, the next one starts. For a
+    longer prompt than the cache was made for, all that is in flight is finished first, and the
+    cache is made anew."""
 
     def __init__(self, policy, *, temperature=1.0, top_p=1.0, turn_tokens=1024,
                  response_tokens=2048, cache_tokens=65_536):
@@ -763,10 +772,10 @@ class Engine:
         finished."""
         self.jobs = iter(jobs)
         self.coming = deque()          # jobs that are known and have not started
-        self.groups = {}               # in flight, by slot
-        self.cache, self.slots = None, 0
+        self.groups, self.rows = [], []          # in flight, by place
+        self.cache = None
         while self.groups or self.next_job():
-            rows = sum((group.rows for group in self.groups.values()), [])
+            rows = list(self.rows)
             waiting = [row for row in rows if row.unread]
             ready = [row for row in rows if not row.unread]
             hidden = []
@@ -784,10 +793,12 @@ class Engine:
                 hidden.append(hidden_at_end)
             # sample: the next token of each of these rows
             for row in self.sample(ready, torch.cat(hidden), on_turn):
-                row.group.rows.remove(row)
-                if not row.group.rows:
-                    del self.groups[row.group.slot]
-                    yield row.group.job
+                group = row.group
+                group.rows.remove(row)
+                leave(self.rows, row, self.cache.own)
+                if not group.rows:
+                    leave(self.groups, group, self.cache.prompt)
+                    yield group.job
 
     def next_job(self):
         """The job that comes next, which stays the next one; None at the end."""
@@ -804,19 +815,20 @@ class Engine:
             if not self.has_room(job):
                 break
             self.coming.popleft()
-            slot = min(set(range(self.slots)) - self.groups.keys())
-            group = self.groups[slot] = Group(job, slot, [])
-            for place, sequence in enumerate(job, slot * self.cache.rows):
-                row = Row(sequence, group, place)
+            group = Group(job, len(self.groups), [])
+            for number, sequence in enumerate(job):
+                row = Row(sequence, group, number, len(self.rows) + number)
                 if sequence.ids:
                     row.unread = Chunk(list(sequence.ids), sequence.pictures)
                 group.rows.append(row)
+            self.groups.append(group)
+            self.rows += group.rows
             started.append(group)
         return started
 
     def has_room(self, job):
-        """Whether there is a free slot, with enough columns for the prompt."""
-        return (len(self.groups) < self.slots
+        """Whether a group can start, and has enough columns for its prompt."""
+        return (self.cache is not None and len(self.groups) < self.cache.groups
                 and len(job[0].prompt.ids) <= self.cache.prompt_columns)
 
     def make_cache(self):
@@ -832,19 +844,19 @@ class Engine:
             if job is None:
                 break
             self.coming.append(job)
-        self.slots = max(1, min(fits, len(self.coming)))
-        self.cache = Cache(self.policy, self.slots, rows, prompt_columns, self.response_tokens)
+        groups = max(1, min(fits, len(self.coming)))
+        self.cache = Cache(self.policy, groups, rows, prompt_columns, self.response_tokens)
 
     def decode(self, rows):
         """Reads the last sampled token of each row. -> hidden states (rows, hidden)"""
-        numbers = [(row.position, row.place, row.column, len(row.sequence.prompt.ids))
-                   for row in rows]
-        positions, places, columns, prompts = torch.tensor(numbers).T            # (rows,) each
+        numbers = [(row.position, row.place, row.column, len(row.sequence.prompt.ids),
+                    row.group.place * self.cache.rows + row.number) for row in rows]
+        positions, places, columns, prompts, seats = torch.tensor(numbers).T     # (rows,) each
         x = self.policy.embed([row.sequence.ids[-1] for row in rows], [])[:, None]
         for row in rows:
             row.position += 1
             row.column += 1
-        layout = DecodeLayout(self.cache, places, columns, prompts)
+        layout = DecodeLayout(self.cache, places, columns, prompts, seats)
         return self.policy.hidden(x, positions.expand(3, -1)[..., None], layout)[:, 0]
 
     def prefill(self, groups, rows):
@@ -860,7 +872,7 @@ class Engine:
             first, length = readers[0], len(chunk.ids)
             after = batch.add(self.policy, chunk, first.position)
             prompt_length = len(first.sequence.prompt.ids)
-            parts.append((first.group.slot, prompt_length, place, first.column, length))
+            parts.append((first.group.place, prompt_length, place, first.column, length))
             for row in readers:
                 row.position, ends[row] = after, len(batch.ids) - 1
             if place is not None:

@@ -30,8 +30,7 @@ TRL 1.16 runs both steps by itself. It is given a chat template that renders too
 that of Qwen2.5-VL, which drops them) and the way to parse them. One of its methods is wrapped: what
 is sampled in a turn is cut to the planned length, and all turns but the last end in a zoom call.
 Prompts and observations have the same tokens as ours, and it is asserted that every response has
-the same length. TRL learns from a group at a time, and so do we on a CPU (or from two): all at once
-is slower, for both.
+the same length. On a CPU both sides learn from a group at a time: more at once is slower, for both.
 """
 import argparse
 import copy
@@ -76,7 +75,7 @@ from train_rl import grpo_loss, set_advantages, train_step
 from train_sft import make_optimizers, make_tiny, tiny_strings
 
 GROUP, TURNS = 8, 3
-MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}                 # as train_rl.py has them
+MICRO_TOKENS = {"cpu": 1024, "cuda": 16_384}                 # a group at a time; about a dozen
 CROP = (8, 8)                                                # tokens, across and down
 IMAGES = {16: (4, 4), 100: (10, 10), 400: (20, 20), 1500: (50, 30)}    # tokens: across and down
 UPDATE_IMAGES = {64: (6, 6), 400: (20, 18), 1500: (40, 36)}  # tokens of the prompt: of its image

@@ -52,7 +52,7 @@ def test_engine_equals_a_plain_forward(many_sizes, tiny_folder, turns):
     engine = Engine(policy, turn_tokens=7, response_tokens=150,
                     cache_tokens=2 * (90 + group * 150))
     done = list(engine.run(prompts(policy, 5, group, seed=turns), converse(policy, turns)))
-    assert len(done) == 5 and engine.slots <= 2
+    assert len(done) == 5 and engine.cache.groups <= 2
     assert len({len(s.ids) for job in done for s in job}) > 1
     for job in done:
         for sequence in job:
@@ -444,7 +444,7 @@ def test_a_longer_prompt_later_on(many_sizes, tiny_folder):
         if engine.cache:
             caches = engine.cache.prompt[0], engine.cache.own[0]
             columns = sum(cache.shape[1] * cache.shape[3] for cache in caches)
-            assert engine.slots == 1 or columns <= engine.cache_tokens
+            assert engine.cache.groups == 1 or columns <= engine.cache_tokens
 
 
 def test_text_round_trip(policy):
