@@ -1143,7 +1143,7 @@ def read_ratings(path):
             if any(row[name] not in (*values, None) for name, values in SCALES.items()):
                 raise ValueError(f"{row} is no rating")
             row.setdefault("truth")
-        return (exported["key"], len(ratings)), ratings
+        return (str(exported["key"]), len(ratings)), ratings
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as ratings ({error!r}); export them again from "
                         "the page that --rate wrote") from None

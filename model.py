@@ -721,7 +721,7 @@ class Row:
     unread: Chunk | None = None    # what has to be read before it goes on
 
 
-def leave(items, item, layers):
+def take_out(items, item, layers):
     """Takes a Group or Row out of those in flight, `items` by place. The last one takes its place
     in each layer's K/V (2, places, ...), so that there are no gaps to be read."""
     last = items.pop()
@@ -795,9 +795,9 @@ class Engine:
             for row in self.sample(ready, torch.cat(hidden), on_turn):
                 group = row.group
                 group.rows.remove(row)
-                leave(self.rows, row, self.cache.own)
+                take_out(self.rows, row, self.cache.own)
                 if not group.rows:
-                    leave(self.groups, group, self.cache.prompt)
+                    take_out(self.groups, group, self.cache.prompt)
                     yield group.job
 
     def next_job(self):

@@ -416,6 +416,9 @@ def in_box(point, box):
 
 # ------------------------------------------------------------------------------------ the zoom tool
 
+MAX_CALL = 400                      # characters of a zoom call
+
+
 def crop_box(size, point, half):
     """The window (left, top, right, bottom) of 2 * half px around a point of an image of `size`.
 
@@ -458,8 +461,10 @@ def format_call(point):
 
 def parse_call(text):
     """What stands between the tool_call tags -> (x, y), as written. Raises ToolError."""
+    if len(text) > MAX_CALL:
+        raise ToolError("The call is too long.")
     try:
-        call = json.loads(text) if len(text) < 400 else None
+        call = json.loads(text)
     except ValueError:
         raise ToolError("The call is not valid JSON.") from None
     if not isinstance(call, dict) or call.get("name") != "search_coordinate":
@@ -1025,7 +1030,7 @@ class Scene:
 
     def compares(self, thought):
         """Whether a thought says truly how the named cards lie; None where it does not say it."""
-        said = set(re.findall(r"\w+", thought)) & set(DIRECTIONS)
+        said = set(re.findall(r"\w+", thought.lower())) & set(DIRECTIONS)
         return said <= set(self.directions()) if said else None
 
     def directions(self):
