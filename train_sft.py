@@ -1394,20 +1394,7 @@ def make_traces(config, base, out, log):
     if config.traces or path.is_file():
         log(f"traces: reading {path}")
         return read_traces(path, questions, config.image_root)
-    teacher = load(config.teacher or base, **config.input_limits())
-    log(f"traces: searching {len(questions)} questions with {config.teacher or base}")
-    dialogue = make_dialogue(config, base, teacher)
-    if config.mode == "zoom":
-        dialogue.mode = config.search_mode
-    seeds = [f"search {config.seed} {i}" for i in range(len(questions))]
-    size = TREES * world_size()
-    found = []                                  # (chains, description) of each tree
-    for first in range(0, len(questions), size):
-        mine = slice(first + rank(), first + size, world_size())
-        roots = search(teacher, questions[mine], dialogue, seeds[mine], config.sampling(),
-                       simulations=config.simulations, log=log)
-        found += gather_shares([(linearise(root, config.backtrack), describe_tree(root))
-                                for root in roots])
+    found = grow_trees(config, base, questions, log)
     rng = random.Random(f"chains {config.seed}")
     chains = []
     trees = []
@@ -1425,6 +1412,25 @@ def make_traces(config, base, out, log):
         write_traces(path, chains)
         write_text(out / "trees.txt", "\n\n".join(trees) + "\n")
     return chains
+
+
+def grow_trees(config, base, questions, log):
+    """Grows a tree for each question, each process for its share. -> [(chains, description)]"""
+    teacher = load(config.teacher or base, **config.input_limits())
+    log(f"traces: searching {len(questions)} questions with {config.teacher or base}")
+    dialogue = make_dialogue(config, base, teacher)
+    if config.mode == "zoom":
+        dialogue.mode = config.search_mode
+    seeds = [f"search {config.seed} {i}" for i in range(len(questions))]
+    size = TREES * world_size()
+    found = []
+    for first in range(0, len(questions), size):
+        mine = slice(first + rank(), first + size, world_size())
+        roots = search(teacher, questions[mine], dialogue, seeds[mine], config.sampling(),
+                       simulations=config.simulations, log=log)
+        found += gather_shares([(linearise(root, config.backtrack), describe_tree(root))
+                                for root in roots])
+    return found
 
 
 def traces_of(policy, dialogue, chains):
