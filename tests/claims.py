@@ -248,22 +248,26 @@ def figure_of(result, stage, name):
 
 def compare(claim, results):
     """results: {(task, arm): {seed: result}}. -> mean of the arm, of the other one (or the level),
-    their difference's mean and interval, seeds; None where there are not two seeds of both"""
+    their difference's mean and interval, seeds; None where there are not two seeds of both
+
+    A seed without the figure does not count: a policy that says nothing says nothing false."""
     arm, _, stage = claim.arm.partition(":")
     other, _, other_stage = claim.other.partition(":")
     found = results.get((claim.task, arm), {})
     against = results.get((claim.task, other), {}) if other else found
-    seeds = sorted(set(found) & set(against))
-    if len(seeds) < 2:
+    pairs = []
+    for seed in sorted(set(found) & set(against)):
+        mine = figure_of(found[seed], stage, claim.figure)
+        theirs = figure_of(against[seed], other_stage, claim.figure) if other else claim.level
+        if mine is not None and theirs is not None:
+            pairs.append((mine, theirs))
+    n = len(pairs)
+    if n < 2:
         return None
-    mine = [figure_of(found[seed], stage, claim.figure) for seed in seeds]
-    theirs = [claim.level] * len(seeds)
-    if other:
-        theirs = [figure_of(against[seed], other_stage, claim.figure) for seed in seeds]
-    differences = [a - b for a, b in zip(mine, theirs, strict=True)]
-    middle = mean(differences)
-    half = T[min(len(seeds), len(T) + 1) - 2] * stdev(differences) / math.sqrt(len(seeds))
-    return mean(mine), mean(theirs), middle, (middle - half, middle + half), len(seeds)
+    mine, theirs = map(mean, zip(*pairs, strict=True))
+    half = T[min(n, len(T) + 1) - 2] * stdev(a - b for a, b in pairs) / math.sqrt(n)
+    middle = mine - theirs
+    return mine, theirs, middle, (middle - half, middle + half), n
 
 
 def verdict(interval):

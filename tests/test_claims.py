@@ -18,13 +18,14 @@ def results_of(arm, accuracies, other=()):
 
 def test_a_difference_is_paired_by_seed():
     """Guards the figures of a claim: differences seed by seed, their mean, and Student's interval
-    of it; a seed that only one arm has does not count."""
+    of it; a seed that only one arm has does not count, nor one that lacks the figure."""
     claim = Claim("", "toy-gui", "accuracy", "mine", "other")
     results = results_of("mine", [0.9, 0.8, 0.7, 0.1], [0.8, 0.6, 0.4])
     mine, theirs, middle, (low, high), n = compare(claim, results)
     assert (mine, theirs, middle) == pytest.approx((0.8, 0.6, 0.2)) and n == 3
     half = 4.30 * 0.1 / 3**0.5                            # differences 0.1, 0.2, 0.3
     assert (low, high) == pytest.approx((0.2 - half, 0.2 + half))
+    assert compare(claim, results_of("mine", [0.9, None, 0.7], [0.8, 0.6, 0.4]))[4] == 2
 
 
 def test_stages_categories_and_levels():
