@@ -900,18 +900,20 @@ def list_kind(share):
 
 
 def lesson_compare(policy, rng, share=1.0):
-    """Compare: where are two cards, where does the first lie, seen from the second, along the axis
-    that is asked about? Four pairs of an overview."""
+    """Compare: where are two cards, where does the first lie, seen from the second, and what does
+    that answer? Four pairs of an overview."""
     scene = mixed_scene(rng, most=6, copies=(1,))
     lesson = Lesson(policy, "grounded", COMPARE, overview(scene.draw))
     for pair in rng.sample(list(permutations(scene.cards, 2)), 4):
-        direction = rng.choice(pair[0].directions_from(pair[1]))
-        axis = next(axis for axis in RELATION if direction in axis)
-        colours = "".join(f" {card.colour}" for card in pair)
-        lesson.write(f"{colours}{rng.choice((RELATION, MOVED))[axis]}:", learned=False)
+        lesson.write("".join(f" {card.colour}" for card in pair) + ":", learned=False)
         for number, card in enumerate(pair, 1):
             lesson.write(" " + card_text(number, FRAME.to_input((card.x, card.y))))
-        lesson.write(f" {direction}.<answer>{direction}</answer>")
+        directions = pair[0].directions_from(pair[1])
+        lesson.write("".join(f" {name}" for name in directions) + ".")
+        answer = rng.choice(directions)
+        axis = next(axis for axis in RELATION if answer in axis)
+        lesson.write(rng.choice((RELATION, MOVED))[axis], learned=False)
+        lesson.write(f"<answer>{answer}</answer>")
     return lesson
 
 
@@ -934,9 +936,9 @@ def lesson_read(policy, rng, share=1.0):
 
 def lesson_answer(policy, rng, share=1.0):
     """The modes of one turn: names what is asked about, with or without its place, or nothing; then
-    answers. In a share KNOWS of the lessons the thought says how the two cards lie along the axis
-    that is asked about, and the answer follows from it; else it is a guess. Of a screen it points
-    at the first of the candidates, whichever is asked for."""
+    answers. In a share KNOWS of the lessons the thought says how the two cards lie, and the answer
+    follows from it; else it is a guess. Of a screen it points at the first of the candidates,
+    whichever is asked for."""
     mode = rng.choice(("direct", "think", "grounded"))
     question = rng.choice((ask_spatial, ask_spatial, ask_screen))(rng)
     scene = question.scene
@@ -948,7 +950,7 @@ def lesson_answer(policy, rng, share=1.0):
         answer = format_point(places[0])
     elif rng.random() < KNOWS:
         answer = question.answer
-        thoughts.append(f"{answer}.")
+        thoughts.append(" ".join(scene.directions()) + ".")
     else:
         answer = rng.choice(next(axis for axis in RELATION if question.answer in axis))
     lesson = Lesson(policy, mode, question.text, *(overview(image) for image in question.images))
