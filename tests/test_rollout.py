@@ -235,6 +235,12 @@ def test_bad_calls_are_told_in_words(text):
         parse_call(text)
 
 
+def test_a_call_that_is_too_long_is_told_so():
+    """It was told that there is only one tool, which it had named."""
+    with pytest.raises(ToolError, match="too long"):
+        parse_call('{"name": "search_coordinate", "arguments": {"coordinate": [1, 2]}}' + " " * 400)
+
+
 def test_a_turn_keeps_thought_and_answer():
     """Guards against a step with a thought and an answer losing its thought, and against points
     outside the thought."""
