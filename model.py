@@ -8,13 +8,13 @@ A GRPO group is one prompt with G continuations, and it is computed as that: ima
 run once, the G continuations attend to them. The forward pass is Hugging Face's own; ours is only
 the attention, in three layouts:
 
+    train     [prompt | response 1 | ... | response G]: each response sees the prompt and itself
     read      chunks of tokens: prompts (one copy of their K/V a group), observations of some rows
     decode    one token of each row, which sees [prompt K/V | own K/V]
-    train     [prompt | response 1 | ... | response G]: each response sees the prompt and itself
 
 Departures from common practice: vision tokens and unused rows of the vocabulary are forbidden in
 sampling and in every log-softmax, so an image token in a sequence is always one that we placed;
-positions are always given explicitly.
+positions are always given explicitly; the vision tower stays frozen, so an image is encoded once.
 """
 import json
 import math
@@ -25,8 +25,8 @@ import shutil
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from itertools import compress, groupby, islice
+from functools import lru_cache
+from itertools import compress, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -41,11 +43,10 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, logging
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
@@ -62,6 +63,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 MAX_LOGITS = 2**26          # floats in the largest (tokens, vocabulary) tensor: 256 MiB
 MAX_VISION_PATCHES = 2**16  # patches in one pass of the vision tower
+REPLICATED = 100_000_000    # parameters of a model at most of which each process has a copy
 
 
 class UserError(Exception):
@@ -72,10 +74,10 @@ class UserError(Exception):
 class Picture:
     """An image as the model sees it.
 
-    image: RGB, of the model input's size; grid (t, h, w) in patches; tokens: how many stand for it.
-    While the vision tower is frozen, its features (tokens, hidden) are kept, and then the image is
-    dropped. Pixels are kept as bytes: what the tower gets, floats and each twice, is eight times as
-    large."""
+    image: RGB, of the model input's size; grid (t, h, w) in patches; tokens: how many stand for it;
+    features (tokens, hidden): what the vision tower makes of it. Once they are there the image is
+    dropped."""
+    # Pixels are kept as bytes: what the tower gets, floats and each twice, is eight times as large.
     image: Image.Image | None
     grid: tuple[int, int, int]
     tokens: int
@@ -114,72 +116,76 @@ class Sequence:
 
 # ------------------------------------------------------------------------------------ load and save
 
-def load(path, *, max_pixels=None, min_pixels=None, max_image_side=None, dtype=None, device=None):
+def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None):
     """Loads a checkpoint folder or hub id of the Qwen2.5-VL family. -> Policy
 
-    max_pixels, min_pixels: bounds of the model input's area (px), instead of the checkpoint's own.
-    max_image_side: of its longest side (px). dtype: bfloat16 on a GPU and float32 on a CPU, if not
-    given. Raises UserError where it is no such checkpoint."""
+    max_pixels: the model input's area (px) at most, where the checkpoint's own bound is not lower;
+    max_image_side: its longest side (px). dtype: if not given the checkpoint's own on a GPU,
+    float32 on a CPU. Raises UserError where it is no such checkpoint."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    config = read_config(path)
-    try:
+        dtype = "auto" if torch.device(device).type == "cuda" else torch.float32
+    read_config(path)
+
+    with reading(path, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path)
+    with reading(path, "chat_template.json"):
+        # Only older checkpoints have it; it counts more than the tokenizer's own.
         template = cached_file(path, "chat_template.json",
                                _raise_exceptions_for_missing_entries=False)
-        if template:                # of older checkpoints; it counts more than the tokenizer's own
-            tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
+        if template:
+            text = Path(template).read_text(encoding="utf-8")
+            tokenizer.chat_template = json.loads(text)["chat_template"]
+    with reading(path, "preprocessor_config.json"):
         processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with reading(file, "its header"):                # of a truncated file
+            load_state_dict(file, map_location="meta")
+    with reading(path, "its weights"):
         model, report = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-    except Exception as error:      # of many kinds, for a missing, foreign or truncated file alike
-        raise not_a_checkpoint(truncated_file(path), error) from error
     mismatched = {name for name, *_ in report["mismatched_keys"]}
     if missing := sorted(report["missing_keys"] | mismatched):      # they would stay random
         raise UserError(f"{path}: {len(missing)} weights are missing or of another size than "
                         f"config.json says, the first is {missing[0]}; get all its files again")
-    if len(tokenizer) <= config.image_token_id or not tokenizer.chat_template:
+    if len(tokenizer) <= model.config.image_token_id or not tokenizer.chat_template:
         raise UserError(f"{path}: its tokenizer ({len(tokenizer)} tokens) or its chat template is "
                         "missing; put tokenizer.json, tokenizer_config.json and chat_template.json "
                         "of that model beside its config.json")
-    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
-    processor.size = {"shortest_edge": min_pixels or least, "longest_edge": max_pixels or most}
+
+    most = min(processor.size["longest_edge"], max_pixels or math.inf)
+    least = min(processor.size["shortest_edge"], most)
+    processor.size = {"shortest_edge": least, "longest_edge": most}
     model.model.language_model.config._attn_implementation = "layout"
     model.model.visual.config._attn_implementation = "flash_by_length"
     # The patch embedding is a convolution whose kernel covers a patch; as the matrix product that
     # it is, it takes a third of the time on a CPU.
     embed = model.model.visual.patch_embed
     embed.forward = lambda patches: F.linear(patches, embed.proj.weight.flatten(1))
-    return Policy(model.to(device).eval(), tokenizer, processor, max_image_side)
+    return Policy(model.to(device), tokenizer, processor, max_image_side).eval()
 
 
 def read_config(path):
     """The config of a checkpoint folder or hub id; no weights are read. Raises UserError."""
-    try:
+    with reading(path, "config.json"):
         config = AutoConfig.from_pretrained(path)
-    except Exception as error:      # of many kinds, for a missing or foreign folder alike
-        raise not_a_checkpoint(path, error) from error
     if config.model_type != "qwen2_5_vl":
         raise UserError(f"{path}: model type '{config.model_type}' is not Qwen2.5-VL's; give a "
                         "checkpoint of that family")
     return config
 
 
-def not_a_checkpoint(path, error):
-    why = (str(error).strip() or repr(error)).splitlines()[0]
-    return UserError(f"{path}: cannot be loaded as a checkpoint ({why}); give a folder with "
-                     "config.json, complete weights and tokenizer, or a hub id")
-
-
-def truncated_file(path):
-    """The first weights file of a folder whose header cannot be read, or else the folder."""
-    for file in sorted(Path(path).glob("*.safetensors")):
-        try:
-            load_state_dict(file, map_location="meta")
-        except Exception:
-            return file
-    return path
+@contextmanager
+def reading(path, part):
+    """Makes any error inside a UserError in a line: libraries raise many kinds of them for a
+    missing, foreign or truncated file."""
+    try:
+        yield
+    except Exception as error:
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{path}: {part} cannot be read ({why}); give a folder with config.json, "
+                        "complete weights and tokenizer, or a hub id") from error
 
 
 def move_into_place(part, final):
@@ -197,34 +203,36 @@ def move_into_place(part, final):
 def write_text(path, text):
     """Writes a file completely or not at all."""
     part = Path(f"{path}.part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     move_into_place(part, Path(path))
 
 
 # --------------------------------------------------------------------------------------- the policy
 
-class Policy:
-    """Model, tokenizer and image processor of a checkpoint, and the few numbers they imply."""
+class Policy(nn.Module):
+    """Model, tokenizer and image processor of a checkpoint, and the few numbers they imply. As a
+    module it is `log_probs`."""
 
     def __init__(self, model, tokenizer, image_processor, max_image_side=None):
+        super().__init__()
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.max_image_side = max_image_side         # px, of the model input; None: any
-        self.train_vision = False
         config = model.config
         self.text_config = config.text_config
+        self.kv_shape = (self.text_config.num_hidden_layers, self.text_config.num_key_value_heads,
+                         self.text_config.hidden_size // self.text_config.num_attention_heads)
         self.image_token = config.image_token_id
-        self.merge = config.vision_config.spatial_merge_size         # patches a token, each side
-        self.factor = config.vision_config.patch_size * self.merge   # px a token, each side
+        self.merge = config.vision_config.spatial_merge_size           # patches a token, each side
+        self.token_px = config.vision_config.patch_size * self.merge   # px a token, each side
+
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.end_tokens = {tokenizer.eos_token_id, *ends} - {None}
-        forbidden = torch.zeros(self.text_config.vocab_size, dtype=torch.bool)
+        forbidden = torch.zeros(self.text_config.vocab_size, dtype=torch.bool, device=model.device)
         forbidden[len(tokenizer):] = True            # rows of the matrix that stand for no token
-        for name in ("image", "video", "vision_start", "vision_end"):
-            token = getattr(config, f"{name}_token_id")
-            if token is not None and token < len(forbidden):
-                forbidden[token] = True
-        self.forbidden = forbidden.to(model.device)
+        forbidden[[config.image_token_id, config.video_token_id,
+                   config.vision_start_token_id, config.vision_end_token_id]] = True
+        self.register_buffer("forbidden", forbidden, persistent=False)
         self.cached_encode = lru_cache(50_000)(self.tokenize)
         self.cached_render = lru_cache(10_000)(self.apply_template)
 
@@ -233,28 +241,27 @@ class Policy:
         return self.model.device
 
     def trainable(self):
-        """The parameters that training changes: all, or all but the vision tower's."""
-        return [parameter for name, parameter in self.model.named_parameters()
-                if self.train_vision or ".visual." not in name]
+        """The parameters that training changes: all but the vision tower's."""
+        named = self.model.named_parameters()
+        return [parameter for name, parameter in named if ".visual." not in name]
 
     def save(self, folder, **notes):
         """Writes a Hugging Face checkpoint folder, completely or not at all. notes: what else is
         kept in it, each as NAME.json. All processes have to call it; the first one writes."""
-        folder, state = Path(folder), self.model.state_dict(keep_vars=True)
-        gathered = {}
-        for weight in state.values():                # one at a time, and tied ones once
-            full = full_tensor(weight.detach())
-            gathered[id(weight)] = full.cpu() if rank() == 0 else None
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self, options=options)
         if rank():
             return
+        folder = Path(folder)
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        state = {name: gathered[id(weight)] for name, weight in state.items()}
+        state = {name.removeprefix("model."): weight for name, weight in state.items()}
         self.model.save_pretrained(part, state_dict=state)
         self.tokenizer.save_pretrained(part)
         self.image_processor.save_pretrained(part)
         for name, note in notes.items():
-            (part / f"{name}.json").write_text(json.dumps(note, indent=1) + "\n")
+            text = json.dumps(note, indent=1, ensure_ascii=False)
+            (part / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         move_into_place(part, folder)
 
     # -------------------------------------------------------------------- text and images to tokens
@@ -280,7 +287,7 @@ class Policy:
             scale = min(1, math.sqrt(size["longest_edge"] / (width * height)))
             return int(width * scale), int(height * scale)
         try:
-            height, width = smart_resize(height, width, self.factor, size["shortest_edge"],
+            height, width = smart_resize(height, width, self.token_px, size["shortest_edge"],
                                          size["longest_edge"])
         except ValueError as error:
             raise UserError(f"an image of {width}x{height} px cannot be encoded: {error}") from None
@@ -363,29 +370,27 @@ class Policy:
         return torch.cat(values)
 
     def features(self, pictures):
-        """Vision features of several pictures, each (tokens, hidden). With the vision tower frozen
-        they are computed once and kept in the picture."""
+        """Vision features of several pictures, each (tokens, hidden). They are computed once,
+        without gradients, and kept in the pictures."""
         new = [picture for picture in dict.fromkeys(pictures) if picture.features is None]
         new.sort(key=lambda picture: picture.grid)
-        features = {}
         for part in split_by_size(new, lambda picture: math.prod(picture.grid), MAX_VISION_PATCHES):
-            features |= zip(part, self.run_vision_tower(part), strict=True)
-        if not self.train_vision:
-            for picture in new:
-                picture.features, picture.image = features[picture], None
-        return [features.get(picture, picture.features) for picture in pictures]
+            with torch.no_grad():
+                features = self.run_vision_tower(part)
+            for picture, its_features in zip(part, features, strict=True):
+                picture.features, picture.image = its_features, None
+        return [picture.features for picture in pictures]
 
     def run_vision_tower(self, pictures):
-        """Pictures in the order of their sizes -> features, each (tokens, hidden).
-
-        Those of one size are given to it as the frames of one film: it encodes each frame by
-        itself, and works out positions and windows once for all of them."""
+        """Pictures in the order of their sizes -> features, each (tokens, hidden)."""
         pixels = self.pixel_values(pictures).to(self.device, self.model.dtype)
-        grids = [(len(list(same)), height, width)
-                 for (_, height, width), same in groupby(picture.grid for picture in pictures)]
+        # Those of one size are given to it as the frames of one film: it encodes each frame by
+        # itself, and works out positions and windows once for all of them.
+        grids = []
+        for (_, height, width), same in groupby(picture.grid for picture in pictures):
+            grids.append((len(list(same)), height, width))
         grids = torch.tensor(grids, device=self.device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_vision):
-            out = self.model.model.get_image_features(pixels, grids).pooler_output
+        out = self.model.model.get_image_features(pixels, grids).pooler_output
         return torch.cat(out).split([picture.tokens for picture in pictures])
 
     def embed(self, ids, pictures):
@@ -474,6 +479,8 @@ class Policy:
         targets = torch.tensor(batch.ids, device=self.device)[batch.targets]     # (N,)
         return self.token_log_probs(hidden[batch.predicted_from], targets, temperature)
 
+    forward = log_probs
+
 
 @dataclass
 class PackedBatch:
@@ -539,12 +546,9 @@ def nucleus(log_probs, top_p):
 
 # -------------------------------------------------------------------------- attention and its cache
 
-def layout_attention(module, q, k, v, attention_mask, scaling=None, layout=None, **kwargs):
+def layout_attention(module, q, k, v, attention_mask, scaling, layout, **kwargs):
     """Hugging Face's attention interface, of the language model: q (B, H, L, D), k, v (B, Hk, L, D)
-    -> (B, L, H, D). Without a layout: plain SDPA."""
-    if layout is None:
-        plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return plain(module, q, k, v, attention_mask, scaling=scaling, **kwargs)
+    -> (B, L, H, D). layout: what attends to what."""
     return layout(module.layer_idx, q, k, v, scaling).transpose(1, 2), None
 
 
@@ -563,7 +567,6 @@ def window_attention(module, q, k, v, attention_mask, scaling=None, cu_seq_lens_
 
 
 ALL_ATTENTION_FUNCTIONS.register("layout", layout_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register("layout", sdpa_mask)
 # transformers calls one named "flash" once, with cu_seq_lens_q, and all others once a window
 ALL_ATTENTION_FUNCTIONS.register("flash_by_length", window_attention)
 
@@ -590,159 +593,133 @@ class TrainLayout:
         for _, *responses in self.lengths:
             q, prompt_k, prompt_v = next(parts)
             out.append(causal_attention(q, prompt_k, prompt_v, scale))
-            for q, k, v in islice(parts, len(responses)):
-                k, v = torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
+            for _ in responses:
+                q, k, v = next(parts)
+                k = torch.cat([prompt_k, k], 2)                                  # (1, Hk, P + L, D)
+                v = torch.cat([prompt_v, v], 2)
                 out.append(causal_attention(q, k, v, scale))
         return torch.cat(out, 2)
 
 
 class Cache:
-    """K/V of what is in flight: the prompts of S groups, and what came behind them, in S * G rows.
-    Those in use are always the first."""
+    """K/V of what is in flight: S slots of a group each, with its prompt and, behind it, G rows. A
+    slot and the row's number in the group are a fixed seat: nothing is ever moved."""
 
-    def __init__(self, policy, groups, rows, prompt_columns, own_columns):
-        config, model = policy.text_config, policy.model
-        self.groups, self.rows, self.prompt_columns = groups, rows, prompt_columns      # S, G, P
-        self.heads = config.num_key_value_heads
-        dim = config.hidden_size // config.num_attention_heads
-        self.prompt, self.own = [], []                       # K and V of each layer
-        for _ in range(config.num_hidden_layers):
-            new = partial(torch.zeros, dtype=model.dtype, device=model.device)
-            self.prompt.append(new(2, groups, self.heads, prompt_columns, dim))  # (2, S, Hk, P, D)
-            self.own.append(new(2, groups * rows, self.heads, own_columns, dim)) # (2, SG, Hk, T, D)
+    def __init__(self, policy, slots, rows, prompt_columns, own_columns):
+        layers, heads, dim = policy.kv_shape                                     # , Hk, D
+        options = dict(dtype=policy.model.dtype, device=policy.device)
+        prompt = 2, slots, heads, prompt_columns, dim                            # (2, S, Hk, P, D)
+        own = 2, slots, heads, rows, own_columns, dim                        # (2, S, Hk, G, T, D)
+        self.slots, self.rows = slots, rows                                      # S, G
+        self.prompt = [torch.zeros(prompt, **options) for _ in range(layers)]
+        self.own = [torch.zeros(own, **options) for _ in range(layers)]
 
 
 class ReadLayout:
-    """Tokens (1, N): chunks, end to end, to be kept in the cache.
+    """Tokens (1, N), end to end: the prompts of new groups, of which one row each is listed in
+    `first_rows`, then what each of `rows` has not read. Their K/V is kept in the cache."""
 
-    parts: of each (place of its group, prompt length, place of its row, own column where it begins,
-    length); a prompt itself has no row, None."""
-
-    def __init__(self, cache, parts):
-        self.cache, self.parts = cache, parts
+    def __init__(self, cache, first_rows, rows):
+        self.cache, self.first_rows, self.rows = cache, first_rows, rows
 
     def __call__(self, layer, q, k, v, scale):
         prompt, own = self.cache.prompt[layer], self.cache.own[layer]
-        lengths = [length for *_, length in self.parts]
-        queries, new = q.split(lengths, 2), torch.cat([k, v]).split(lengths, 2)
+        lengths = [row.prompt_length for row in self.first_rows]
+        lengths += [row.unread for row in self.rows]
+        parts = zip(q.split(lengths, 2), torch.cat([k, v]).split(lengths, 2), strict=True)
         out = []
-        for part, q, kv in zip(self.parts, queries, new, strict=True):           # kv (2, Hk, L, D)
-            group, prompt_length, row, column, length = part
-            if row is None:
-                prompt[:, group, :, :length] = kv
-            else:
-                end = column + length
-                own[:, row, :, column:end] = kv
-                kv = torch.cat([prompt[:, group, :, :prompt_length], own[:, row, :, :end]], 2)
+        for row in self.first_rows:
+            q, kv = next(parts)                                                  # kv (2, Hk, L, D)
+            prompt[:, row.slot, :, :row.prompt_length] = kv
+            out.append(causal_attention(q, kv[:1], kv[1:], scale))
+        for row in self.rows:
+            q, kv = next(parts)
+            end = row.read + row.unread
+            own[:, row.slot, :, row.number, row.read:end] = kv
+            of_prompt = prompt[:, row.slot, :, :row.prompt_length]
+            kv = torch.cat([of_prompt, own[:, row.slot, :, row.number, :end]], 2)
             out.append(causal_attention(q, kv[:1], kv[1:], scale))
         return torch.cat(out, 2)
 
 
 class DecodeLayout:
-    """A token of each of N rows: q (N, H, 1, D). (N,) each: the places of the rows, the columns
-    where their new K/V goes, the lengths of their prompts, their seats: row i of group s has seat
-    s * G + i.
+    """The last token of each of N rows: q (N, H, 1, D), each at its seat among those of the S slots
+    in use. The other seats compute with zeros.
 
-    The queries of a group meet its prompt's K/V as one matrix product, so that it is read once a
-    group, and each row's own K/V is read where it lies; for rows that wait there are zeros."""
+    The queries of a slot meet its prompt's K/V as one matrix product, so that it is read once a
+    group, and each row's own K/V is read where it lies."""
 
-    def __init__(self, cache, places, columns, prompts, seats):
-        G, Hk, device = cache.rows, cache.heads, cache.own[0].device
-        self.cache = cache
-        self.groups, self.rows = int(seats.max()) // G + 1, int(places.max()) + 1      # S, R
-        self.prompt_width, self.own_width = int(prompts.max()), int(columns.max()) + 1  # P, T
-        numbers = (x[:, None].to(device) for x in (places, columns, prompts, seats))
-        places, columns, prompts, seats = numbers                                # (N, 1) each
-        seen_prompt = torch.arange(self.prompt_width, device=device) < prompts   # (N, P)
-        seen_own = torch.arange(self.own_width, device=device) <= columns        # (N, T)
-        hidden = torch.cat([seen_prompt, seen_own], 1).logical_not().repeat_interleave(Hk, 0)
-        bias = torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)
-        self.bias = bias[:, None]                                               # (N * Hk, 1, P + T)
-        self.places, self.columns = places[:, 0], columns[:, 0]
-        heads = torch.arange(Hk, device=device)
-        self.by_seat = ((seats // G * Hk + heads) * G + seats % G).flatten()     # in (S * Hk * G)
-        self.by_place = (places * Hk + heads).flatten()                          # in (R * Hk)
+    def __init__(self, cache, rows):
+        self.cache, self.rows, device = cache, cache.rows, cache.own[0].device
+        numbers = [(row.slot, row.number, row.read, row.prompt_length) for row in rows]
+        numbers = torch.tensor(numbers)
+        slot, _, column, self.prompt_width = numbers.amax(0).tolist()            # the highest: P
+        self.slots, self.own_width = slot + 1, column + 1                        # S, T
+        slots, numbers, columns, prompt_lengths = numbers.to(device).T            # (N,) each
+        self.seats, self.columns = (slots, numbers), columns
+        # A row sees its prompt and its own columns up to this one.
+        seen_prompt = torch.arange(self.prompt_width, device=device) < prompt_lengths[:, None]
+        seen_own = torch.arange(self.own_width, device=device) <= columns[:, None]
+        seen = torch.cat([seen_prompt, seen_own], 1)                             # (N, P + T)
+        bias = torch.zeros(self.slots, cache.rows, seen.shape[1], device=device)
+        bias[self.seats] = torch.where(seen, 0.0, -torch.inf)
+        self.bias = bias[:, None, :, None]                                   # (S, 1, G, 1, P + T)
 
     def __call__(self, layer, q, k, v, scale):
         N, H, _, D = q.shape
-        Hk, P, T = k.shape[1], self.prompt_width, self.own_width
-        prompt, own = self.cache.prompt[layer], self.cache.own[layer]
-        own[:, self.places, :, self.columns] = torch.stack([k, v], 1)[..., 0, :]
-        prompt_k, prompt_v = prompt[:, :self.groups, :, :P].flatten(1, 2)        # (S * Hk, P, D)
-        own_k, own_v = own[:, :self.rows, :, :T].flatten(1, 2)                   # (R * Hk, T, D)
-        q = q.view(N * Hk, H // Hk, D)                       # f query heads share one K/V head
-        of_prompt = partial(product_at, index=self.by_seat, rows=self.cache.rows)
-        of_own = partial(product_at, index=self.by_place, rows=1)
-        scores = torch.cat([of_prompt(q, prompt_k.mT), of_own(q, own_k.mT)], -1)
-        weights = (scores * scale + self.bias).softmax(-1).to(q.dtype)          # (N * Hk, f, P + T)
-        to_prompt, to_own = weights.split([P, T], -1)
-        out = of_prompt(to_prompt, prompt_v) + of_own(to_own, own_v)             # (N * Hk, f, D)
-        return out.view(N, H, 1, D).to(q.dtype)
+        S, Hk, G, P, T = self.slots, k.shape[1], self.rows, self.prompt_width, self.own_width
+        slots, numbers = self.seats
+        own = self.cache.own[layer]
+        own[:, slots, :, numbers, self.columns] = torch.stack([k[:, :, 0], v[:, :, 0]], 1)
+        prompt_k, prompt_v = self.cache.prompt[layer][:, :S, :, :P]              # (S, Hk, P, D)
+        own_k, own_v = own[:, :S, :, :, :T]                                      # (S, Hk, G, T, D)
+
+        # f query heads share one head of keys and values.
+        queries = q.new_zeros(S, Hk, G, H // Hk, D)                              # (S, Hk, G, f, D)
+        queries[slots, :, numbers] = q.view(N, Hk, -1, D)
+        of_prompt = product(queries, prompt_k.mT)                                # (S, Hk, G, f, P)
+        of_own = product(queries, own_k.mT)                                      # (S, Hk, G, f, T)
+        scores = torch.cat([of_prompt, of_own], -1) * scale + self.bias
+        to_prompt, to_own = scores.softmax(-1).to(q.dtype).split([P, T], -1)
+        out = product(to_prompt, prompt_v) + product(to_own, own_v)              # (S, Hk, G, f, D)
+        return out[slots, :, numbers].view(N, H, 1, D).to(q.dtype)
 
 
-def product_at(x, kv, index, rows):
-    """x (n, f, a), kv (B, a, b), each of which `rows` of x meet -> (n, f, b). index: where x is
-    among the B * rows; those in between are zeros."""
-    f = x.shape[1]
-    spread = x.new_zeros(len(kv) * rows, *x.shape[1:])                          # (B * rows, f, a)
-    spread[index] = x
-    out = product(spread.view(len(kv), rows * f, -1), kv)                       # (B, rows * f, b)
-    return out.view(len(spread), f, -1)[index]
+def product(x, kv):
+    """Matrix product of x (S, Hk, G, f, a) with kv (S, Hk, a, b) or (S, Hk, G, a, b). -> (S, Hk, G,
+    f, b), float32
 
-
-def product(a, b):
-    """Batched matrix product (B, m, n) x (B, n, k) with a float32 result, as the kernels of
-    training have it: scores rounded to bfloat16 would be those of another policy."""
-    if a.is_cuda and a.dtype == torch.bfloat16:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())
+    Float32 as in the kernels of training: scores rounded to bfloat16 would be those of another
+    policy."""
+    kv = kv.flatten(0, -3)                                                       # (B, a, b)
+    rows = x.reshape(len(kv), -1, x.shape[-1])                                   # (B, rows, a)
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        out = torch.bmm(rows, kv, out_dtype=torch.float32)
+    else:
+        out = torch.bmm(rows.float(), kv.float())
+    return out.view(*x.shape[:-1], -1)
 
 
 # ------------------------------------------------------------------------------- the rollout engine
 
 @dataclass(eq=False)
-class Group:
-    """Continuations in flight that share a prompt."""
-    job: list            # all its Sequences
-    place: int           # of the prompt in the cache
-    rows: list           # the Rows that are not done
-
-
-@dataclass(eq=False)
 class Row:
     """One continuation in flight."""
     sequence: Sequence
-    group: Group
+    slot: int                      # of its group in the cache
     number: int                    # in the group
-    place: int                     # in the cache
-    position: int = 0              # m-RoPE position of the next token
-    column: int = 0                # own columns in use
+    read: int = 0                  # of sequence.ids: as many are in the cache
+    pictures_read: int = 0
+    position: int = 0              # m-RoPE position of the next token to be read
     turn_tokens: int = 0           # sampled in this turn
-    unread: Chunk | None = None    # what has to be read before it goes on
 
+    @property
+    def unread(self):
+        return len(self.sequence.ids) - self.read
 
-def take_out(items, item, layers):
-    """Takes a Group or Row out of those in flight, `items` by place. The last one takes its place
-    in each layer's K/V (2, places, ...), so that there are no gaps to be read."""
-    last = items.pop()
-    if last is not item:
-        items[item.place] = last
-        for kv in layers:
-            kv[:, item.place] = kv[:, last.place]
-        last.place = item.place
-
-
-def free_columns(policy):
-    """How many columns of keys and values half of the GPU's free memory holds; without a GPU as
-    many as fit anywhere."""
-    if policy.device.type != "cuda":
-        return 262_144
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(policy.device)
-    config = policy.text_config
-    head_dim = config.hidden_size // config.num_attention_heads
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-    return free // 2 // (numbers * policy.model.dtype.itemsize)
+    @property
+    def prompt_length(self):
+        return len(self.sequence.prompt.ids)
 
 
 class Engine:
@@ -750,140 +727,105 @@ class Engine:
 
     policy, and: temperature (0: greedy), top_p, turn_tokens (sampled tokens a turn at most),
     response_tokens (all tokens behind the prompt at most), cache_tokens (K/V columns at most:
-    decides how many groups run at once; one always does; None: what the GPU's free memory holds).
-
-    A row that waits for its observation to be read holds up nobody: it is read when a tenth of the
-    rows wait, or when there is nothing else to do. When a group is done, the next one starts. For a
-    longer prompt than the cache was made for, all that is in flight is finished first, and the
-    cache is made anew."""
+    decides how many groups run at once; one always does; None: half of a GPU's free memory)."""
 
     def __init__(self, policy, *, temperature=1.0, top_p=1.0, turn_tokens=1024,
-                 response_tokens=2048, cache_tokens=65_536):
+                 response_tokens=2048, cache_tokens=None):
         self.policy, self.temperature, self.top_p = policy, temperature, top_p
         self.turn_tokens, self.response_tokens = turn_tokens, response_tokens
         self.cache_tokens = cache_tokens
 
     @torch.no_grad()
-    def run(self, jobs, on_turn):
-        """jobs: iterable of lists of Sequences that share one prompt, no list longer than the
-        first. A sequence may already have tokens: they are read before it goes on.
-        on_turn(sequence, truncated) is called when the policy ends a turn (truncated: when it ran
-        out of tokens); it returns the Chunk to go on from, or None to end. Yields each job as it is
-        finished."""
-        self.jobs = iter(jobs)
-        self.coming = deque()          # jobs that are known and have not started
-        self.groups, self.rows = [], []          # in flight, by place
-        self.cache = None
-        while self.groups or self.next_job():
-            rows = list(self.rows)
-            waiting = [row for row in rows if row.unread]
-            ready = [row for row in rows if not row.unread]
-            hidden = []
-            # decode: read the last sampled token of each row that does not wait
-            if ready:
-                hidden.append(self.decode(ready))
-            # admit: start groups where there is room
-            started = self.admit()
-            # prefill: read prompts and observations
-            if (ready or started) and len(waiting) < 0.1 * len(rows):
+    def run(self, groups, on_turn):
+        """groups: a list of lists of Sequences that share one prompt. A sequence may already have
+        tokens: they are read before it goes on. on_turn(sequence, truncated) is called when the
+        policy ends a turn (truncated: when it ran out of tokens); it returns the Chunk to go on
+        from, or None to end. Yields each group as it is finished."""
+        if not groups:
+            return
+        self.cache = self.make_cache(groups)
+        coming = deque(groups)
+        in_flight = {}                                       # slot -> its group
+        rows = []                                            # in flight, of all slots
+        while coming or rows:
+            # Start groups while slots are free, the lowest ones: a pass is as wide as the highest.
+            started = []
+            for slot in range(self.cache.slots):
+                if coming and slot not in in_flight:
+                    in_flight[slot] = coming.popleft()
+                    new = [Row(s, slot, number) for number, s in enumerate(in_flight[slot])]
+                    started.append(new)
+                    rows += new
+
+            # Read what is unread: prompts, and observations. A row that waits holds up nobody: it
+            # is read when a tenth of the rows wait, or when there is nothing else to do.
+            decoding = [row for row in rows if row.unread == 1]
+            waiting = [row for row in rows if row.unread > 1]
+            if (decoding or started) and len(waiting) < 0.1 * len(rows):
                 waiting = []
+            ready, hidden = [], []
             if started or waiting:
-                read, hidden_at_end = self.prefill(started, waiting)
-                ready += read
+                ready, hidden_at_end = self.read(started, waiting)
                 hidden.append(hidden_at_end)
-            # sample: the next token of each of these rows
+
+            # Decode: read the last sampled token of each row that does not wait.
+            if decoding:
+                ready += decoding
+                hidden.append(self.decode(decoding))
+
+            # Sample a token of each of these rows; where a group is done, its slot is free.
             for row in self.sample(ready, torch.cat(hidden), on_turn):
-                group = row.group
-                group.rows.remove(row)
-                take_out(self.rows, row, self.cache.own)
-                if not group.rows:
-                    take_out(self.groups, group, self.cache.prompt)
-                    yield group.job
+                rows.remove(row)
+                if all(other.slot != row.slot for other in rows):
+                    yield in_flight.pop(row.slot)
 
-    def next_job(self):
-        """The job that comes next, which stays the next one; None at the end."""
-        if not self.coming:
-            self.coming.extend(islice(self.jobs, 1))
-        return self.coming[0] if self.coming else None
-
-    def admit(self):
-        """Starts the jobs that there is room for. -> their Groups"""
-        started = []
-        while job := self.next_job():
-            if not self.groups and not self.has_room(job):
-                self.make_cache()
-            if not self.has_room(job):
-                break
-            self.coming.popleft()
-            group = Group(job, len(self.groups), [])
-            for number, sequence in enumerate(job):
-                row = Row(sequence, group, number, len(self.rows) + number)
-                if sequence.ids:
-                    row.unread = Chunk(list(sequence.ids), sequence.pictures)
-                group.rows.append(row)
-            self.groups.append(group)
-            self.rows += group.rows
-            started.append(group)
-        return started
-
-    def has_room(self, job):
-        """Whether a group can start, and has enough columns for its prompt."""
-        return (self.cache is not None and len(self.groups) < self.cache.groups
-                and len(job[0].prompt.ids) <= self.cache.prompt_columns)
-
-    def make_cache(self):
-        """A cache for as many of the coming jobs as cache_tokens allow, for prompts that are up to
-        a quarter longer than theirs."""
-        self.cache = None                                    # frees the one before
+    def make_cache(self, groups):
+        """A Cache for the longest prompt, and for as many of the groups as there is memory for."""
+        rows = max(len(group) for group in groups)
+        prompt_columns = max(len(group[0].prompt.ids) for group in groups)
+        self.cache = None                                    # frees the one of the run before
         cache_tokens = self.cache_tokens or free_columns(self.policy)
-        rows = len(self.coming[0])
-        while True:
-            prompt_columns = max(len(job[0].prompt.ids) for job in self.coming) * 5 // 4
-            fits = cache_tokens // (prompt_columns + rows * self.response_tokens)
-            job = next(self.jobs, None) if len(self.coming) < fits else None
-            if job is None:
-                break
-            self.coming.append(job)
-        groups = max(1, min(fits, len(self.coming)))
-        self.cache = Cache(self.policy, groups, rows, prompt_columns, self.response_tokens)
+        fits = cache_tokens // (prompt_columns + rows * self.response_tokens)
+        slots = max(1, min(fits, len(groups)))
+        return Cache(self.policy, slots, rows, prompt_columns, self.response_tokens)
+
+    def read(self, started, rows):
+        """Reads, end to end, the prompts of new groups (lists of Rows) and what `rows` have unread.
+        -> the Rows that can go on, and the hidden states (rows, hidden) at the end of what each of
+        them read"""
+        batch, ready, ends = PackedBatch(), [], []
+        for group in started:
+            after = batch.add(self.policy, group[0].sequence.prompt, 0)
+            for row in group:
+                row.position = after
+                if not row.unread:
+                    ready.append(row)
+                    ends.append(len(batch.ids) - 1)
+        for row in rows:
+            sequence = row.sequence
+            chunk = Chunk(sequence.ids[row.read:], sequence.pictures[row.pictures_read:])
+            row.position = batch.add(self.policy, chunk, row.position)
+            ready.append(row)
+            ends.append(len(batch.ids) - 1)
+        layout = ReadLayout(self.cache, [group[0] for group in started], rows)
+        hidden = self.policy.hidden_of(batch, layout)                            # (N, hidden)
+        for row in rows:
+            row.read, row.pictures_read = len(row.sequence.ids), len(row.sequence.pictures)
+        return ready, hidden[ends]
 
     def decode(self, rows):
-        """Reads the last sampled token of each row. -> hidden states (rows, hidden)"""
-        numbers = [(row.position, row.place, row.column, len(row.sequence.prompt.ids),
-                    row.group.place * self.cache.rows + row.number) for row in rows]
-        positions, places, columns, prompts, seats = torch.tensor(numbers).T     # (rows,) each
-        x = self.policy.embed([row.sequence.ids[-1] for row in rows], [])[:, None]
+        """Reads the one unread token of each row. -> hidden states (rows, hidden)"""
+        layout = DecodeLayout(self.cache, rows)
+        x = self.policy.embed([row.sequence.ids[-1] for row in rows], [])        # (N, hidden)
+        positions = torch.tensor([row.position for row in rows]).expand(3, -1)   # (3, N)
         for row in rows:
             row.position += 1
-            row.column += 1
-        layout = DecodeLayout(self.cache, places, columns, prompts, seats)
-        return self.policy.hidden(x, positions.expand(3, -1)[..., None], layout)[:, 0]
-
-    def prefill(self, groups, rows):
-        """Reads, end to end, the prompts of new groups and what rows have unread. -> the Rows that
-        can go on, and the hidden states (rows, hidden) at the end of what each of them read"""
-        todo = []                                            # (rows, chunk, place of its K/V)
-        for group in groups:
-            todo.append((group.rows, group.job[0].prompt, None))
-            rows = rows + [row for row in group.rows if row.unread]
-        todo += [([row], row.unread, row.place) for row in rows]
-        batch, parts, ends = PackedBatch(), [], {}
-        for readers, chunk, place in todo:
-            first, length = readers[0], len(chunk.ids)
-            after = batch.add(self.policy, chunk, first.position)
-            prompt_length = len(first.sequence.prompt.ids)
-            parts.append((first.group.place, prompt_length, place, first.column, length))
-            for row in readers:
-                row.position, ends[row] = after, len(batch.ids) - 1
-            if place is not None:
-                first.column += length
-                first.unread = None
-        hidden = self.policy.hidden_of(batch, ReadLayout(self.cache, parts))     # (N, hidden)
-        return list(ends), hidden[list(ends.values())]
+            row.read += 1
+        return self.policy.hidden(x[:, None], positions[..., None], layout)[:, 0]
 
     def sample(self, rows, hidden, on_turn):
-        """Samples a token of each row and appends it. Where a turn ends, what the row goes on from
-        is left unread. -> the rows that are done"""
+        """Samples a token of each row and appends it, and what on_turn answers where a turn ends.
+        -> the rows that are done"""
         rngs, done = [row.sequence.rng for row in rows], []
         tokens, log_probs = self.policy.choose(hidden, rngs, self.temperature, self.top_p)
         for row, token, log_prob in zip(rows, tokens, log_probs, strict=True):
@@ -900,16 +842,22 @@ class Engine:
             chunk = on_turn(sequence, truncated=not ended)
             if chunk is None or len(chunk.ids) >= room:
                 done.append(row)
-                continue
-            sequence.add(chunk)
-            row.unread = Chunk([token, *chunk.ids], chunk.pictures)      # `token` is unread as well
+            else:
+                sequence.add(chunk)
         return done
 
 
+def free_columns(policy):
+    """How many columns of keys and values half of the GPU's free memory holds; without a GPU as
+    many as fit anywhere."""
+    if policy.device.type != "cuda":
+        return 262_144
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(policy.device)
+    return free // 2 // (2 * math.prod(policy.kv_shape) * policy.model.dtype.itemsize)
+
+
 # -------------------------------------------------------------------------------- several processes
-
-REPLICATED = 100_000_000            # parameters of a model at most of which each process has a copy
-
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -939,26 +887,24 @@ def gather_shares(values):
 
 
 def sum_over_processes(numbers):
-    """The sums over all processes of some numbers, a list; cheaper than `gather`."""
-    if world_size() == 1:
-        return numbers
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
+    """The sums over all processes of some numbers, a list."""
+    return [sum(values) for values in zip(*gather(numbers), strict=True)]
+
+
+def sum_gradients(parameters):
+    """Makes the gradients of replicated parameters their sums over all processes; those of sharded
+    ones are summed by FSDP already. A missing gradient is zeros."""
+    if world_size() == 1 or isinstance(parameters[0], DTensor):
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
 
 
 def full_tensor(x):
     """A sharded tensor, gathered (all processes have to call it); anything else as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def shard_like(x, parameter):
-    """A full tensor, sharded as the parameter is."""
-    if not isinstance(parameter, DTensor):
-        return x
-    return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements,
-                             src_data_rank=None)
 
 
 def split_by_size(items, size, limit):
@@ -980,86 +926,66 @@ class MicroBatch(NamedTuple):
     weight: float = 1.0
 
 
-def micro_batches(groups, tokens, spare=None):
+def micro_batches(groups, tokens, filler=None):
     """Groups of Sequences -> MicroBatches of at most `tokens` tokens (one group at least), those of
     similar length together.
 
-    spare: groups of a filler, where weights are sharded. All processes gather these together, so
-    each gets as many micro-batches as the one that has most."""
+    filler: groups to make up the number with, where weights are sharded. All processes gather these
+    together, so each gets as many micro-batches as the one that has most."""
     def size(group):
         return len(group[0].prompt.ids) + sum(len(sequence.ids) for sequence in group)
     batches = [MicroBatch(part) for part in split_by_size(sorted(groups, key=size), size, tokens)]
-    if spare is not None:
+    if filler is not None:
         missing = max(gather(len(batches))) - len(batches)
-        batches += [MicroBatch(spare, 0.0)] * missing
+        batches += [MicroBatch(filler, 0.0)] * missing
     return batches
-
-
-def average_gradients(parameters):
-    """Makes the gradients of replicated parameters their mean over all processes, by one all-reduce
-    in float32; those of sharded ones are averaged by FSDP already.
-
-    A missing gradient counts as zeros; where no process has one, none is made."""
-    if world_size() == 1 or isinstance(parameters[0], DTensor):
-        return
-    device = parameters[0].device
-    present = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([present, *(p.grad.flatten().float() for p in parameters)])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    present, *means = flat.split([len(parameters), *(p.numel() for p in parameters)])
-    for p, share, mean in zip(parameters, present.tolist(), means, strict=True):
-        p.grad = mean.view_as(p).to(p.dtype) if share else None
 
 
 def shard_if_large(policy):
     """Prepares a policy for training in several processes: a large one is sharded, of a small one
-    each keeps a copy."""
-    if world_size() > 1 and sum(p.numel() for p in policy.model.parameters()) > REPLICATED:
-        shard(policy)
+    each keeps a copy.
 
-
-def is_sharded(policy):
-    return isinstance(policy.model, FSDPModule)
-
-
-def shard(policy):
-    """FSDP2: each process keeps a part of every weight, gradient and optimizer state. In an update,
-    the weights of the language model are gathered layer by layer, and all others at once; gradients
-    are averaged over the processes. A frozen vision tower stays unsharded: which process has images
-    to encode, and when, is its own affair.
-
-    With several nodes, each has all the parts, and weights are gathered inside of a node."""
+    FSDP2: each process keeps a part of every weight, gradient and optimizer state. In an update,
+    the weights of the language model are gathered layer by layer, and all others at once. With
+    several nodes, each has all the parts, and weights are gathered inside of a node."""
+    if world_size() == 1 or sum(p.numel() for p in policy.parameters()) <= REPLICATED:
+        return
     gpus = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     mesh = init_device_mesh(policy.device.type, (world_size() // gpus, gpus),
                             mesh_dim_names=("replicate", "shard"))
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
                    reshard_after_forward=True)
-    trained = set(policy.trainable())
-    frozen = {p for p in policy.model.parameters() if p not in trained}
+    # The vision tower stays unsharded: which process has images to encode, and when, is its own
+    # affair.
+    frozen = set(policy.parameters()) - set(policy.trainable())
     for layer in policy.model.model.language_model.layers:
         fully_shard(layer, **options)
-    fully_shard(policy.model, **options, ignored_params=frozen)
-    # FSDP gathers the weights around methods of the model, so `log_probs` becomes one
-    policy.model.log_probs = policy.log_probs
-    register_fsdp_forward_method(policy.model, "log_probs")
-    policy.log_probs = policy.model.log_probs
+    fully_shard(policy, **options, ignored_params=frozen)
+    register_fsdp_forward_method(policy, "log_probs")
+    for unit in fsdp_units(policy):
+        # Gradients are summed, not averaged: the loss is divided by the tokens of all processes.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)         # what Gloo can do, too
     with torch.no_grad():          # the first to run becomes FSDP's root: not a layer, in a rollout
         policy.log_probs([[Sequence(Chunk([0]))]])
+
+
+def is_sharded(policy):
+    return isinstance(policy, FSDPModule)
+
+
+def fsdp_units(policy):
+    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
 
 
 @contextmanager
 def unsharded(policy):
     """Inside, every process has all weights of a sharded policy, and samples without waiting for
     the others."""
-    units = [module for module in policy.model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
+    for unit in fsdp_units(policy):
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
     yield
-    for unit in units:
+    for unit in fsdp_units(policy):
         unit.set_reshard_after_forward(True, recurse=False)
         unit.reshard()

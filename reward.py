@@ -23,6 +23,7 @@ Departures from the paper's public code:
 """
 import math
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from rollout import NUMBER, format_point, in_box
@@ -31,8 +32,10 @@ from rollout import NUMBER, format_point, in_box
 
 STRAIGHT_QUOTES = str.maketrans("“”‘’", "\"\"''")
 QUOTES = "\"'`*"
-END_MARKS = " .,;:!?"
-LETTER = re.compile(r"(?:option )?(?:([a-z])|\(?([a-z])[).:]+\s*(\S.*)?)")    # and a text behind it
+END_MARKS = " .,;:!?。、"
+BOXED = re.compile(r"\$*\\boxed\{(.*)\}[.$]*")     # LaTeX
+# "b", "(b)", "b)"; and with a text behind the letter "b. red", "b - red", "b (red)"
+LETTER = re.compile(r"(?:option )?\(?([a-z])(?:[).:]*|[).:]+ ?(.+)| [-–—] ?(.+)| \((.+)\))")
 
 
 def squeeze(text):
@@ -41,10 +44,11 @@ def squeeze(text):
 
 
 def normalise(text):
-    """The form in which answers are compared: '"Red."' -> "red".
-
-    What is nothing but punctuation stays as it is."""
-    text = squeeze(text.translate(STRAIGHT_QUOTES))
+    """The form in which answers are compared: '"Red."' -> "red", "（Ｂ）" -> "(b)", "\\boxed{B}" ->
+    "b". What is nothing but punctuation stays as it is."""
+    text = squeeze(unicodedata.normalize("NFKC", text).translate(STRAIGHT_QUOTES))
+    if boxed := BOXED.fullmatch(text):
+        text = boxed[1].strip()
     plain = text.rstrip(END_MARKS)
     unquoted = plain
     if plain and plain[0] == plain[-1] and plain[0] in QUOTES:
@@ -55,15 +59,16 @@ def normalise(text):
 def option_text(text, choices=()):
     """An answer that names an option -> that option's text; any other -> itself. Both normalised.
 
-    With choices ("blue", "red"): "B", "(b)", "B)", "Option B", "B. red", "(B) red" and "Red." ->
-    "red". A letter with another option's text names none: "A. red" -> "a. red". A letter alone is
-    read as a letter, also where some option's text is a letter. Without choices, only a letter can
-    be recognised: "(B)" -> "b"."""
+    With choices ("blue", "red"): "B", "(b)", "Option B", "B. red", "(B) red", "B - red", "B (red)"
+    and "Red." -> "red". A letter with another option's text names none: "A. red" -> "a. red". A
+    letter alone is read as a letter, also where some option's text is a letter. Without choices,
+    only a letter can be recognised: "(B)" -> "b"."""
     text = normalise(text)
     found = LETTER.fullmatch(text)
     if not found:
         return text
-    letter, said = found[1] or found[2], found[3]
+    letter = found[1]
+    said = found[2] or found[3] or found[4]
     if not choices:
         return text if said else letter
     index = ord(letter) - ord("a")
@@ -89,6 +94,7 @@ NUMBERS = re.compile(rf"(?<![\d.]){NUMBER}(?:\s*,\s*{NUMBER})+")    # "x, y", or
 def answer_point(answer):
     """The only pair of numbers in an answer, with or without brackets: "At 660, 1029." -> (660.0,
     1029.0). None for no pair, for a box (four numbers) and for several pairs."""
+    answer = unicodedata.normalize("NFKC", answer).replace("、", ",")
     match [numbers.split(",") for numbers in NUMBERS.findall(answer)]:
         case [[x, y]]:
             return float(x), float(y)
@@ -215,9 +221,10 @@ def match_action(answer, truth):
 # ------------------------------------------------------------------------------------------- format
 
 TAG = re.compile(r"(</?(?:think|tool_call|answer|observation)>)")
+SPECIAL = re.compile(r"<\|\w+\|>")               # of the chat itself: "<|im_start|>"
 UNFINISHED = {
     "": "it has not ended",
-    "forced": "the zoom calls ran out before the answer",
+    "forced": "its answer was asked for",
     "truncated": "the tokens ran out before the end",
     "stopped": "it stopped without an answer",
 }
@@ -248,10 +255,10 @@ def format_fault(trace):
 def turn_fault(turn, tags, frames):
     """The first reason why a turn's text is not exactly these tags in this order, or its zoom call
     not two integers inside the (first) image; or ""."""
-    if turn.forced:
-        return "its answer was forced"
     if turn.error:
         return f"its call was refused: {turn.error}"
+    if SPECIAL.search(turn.text):
+        return "it has a special token"
     pieces = TAG.split(turn.text)    # around, <tag>, inside, </tag>, around, <tag>, ..., around
     if " ".join(pieces[1::2]) != tags:
         return f"its tags are not {tags}"
@@ -291,13 +298,16 @@ def grounding_fault(trace):
     return "" if len(points) > len(outside) else "no thought has a point"
 
 
-def distinct_crops(points, min_distance):
+def distinct_crops(points, min_distance, windows=None):
     """How many of the points (px of the model input) are at least min_distance from all that were
-    counted before: a crop 1 px away is the same crop. distinct_crops([(0, 0), (1, 0)], 10) -> 1"""
+    counted before: a crop 1 px away is the same crop. distinct_crops([(0, 0), (1, 0)], 10) -> 1
+
+    windows: the boxes of their crops; one that was counted before is the same crop, too, for a
+    window at the border is moved inside."""
     kept = []
-    for point in points:
-        if all(math.dist(point, other) >= min_distance for other in kept):
-            kept.append(point)
+    for point, window in zip(points, windows or points, strict=True):
+        if all(math.dist(point, other) >= min_distance and window != seen for other, seen in kept):
+            kept.append((point, window))
     return len(kept)
 
 
@@ -378,7 +388,8 @@ def score(trace, weights=None):
     grounded = float(not grounding_why)
     diversity = 0.0
     if format and grounded and trace.zoom_points:
-        further = distinct_crops(trace.zoom_points, weights.min_distance) - 1
+        windows = [turn.crop for turn in trace.turns if turn.crop]
+        further = distinct_crops(trace.zoom_points, weights.min_distance, windows) - 1
         diversity = weights.diversity * min(further, weights.max_extra)
     total = weights.total(correct, format, grounded, diversity)
     return Score(total, correct, format, grounded, diversity, len(trace.zoom_points),

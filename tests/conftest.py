@@ -1,50 +1,56 @@
-"""What test files share: a tiny policy with random weights, made once for all tests; data files
-with drawn images; scripts run in this process, and functions in several."""
+"""What test files share: a tiny policy with random weights, made once for all tests; the shipped
+base; data files with drawn images; scripts run in this process, and functions in several.
+
+    python -m pytest -m "not slow"      what neither starts processes nor trains: some seconds
+    python -m pytest                    all
+"""
 import base64
 import importlib
 import io
-import itertools
 import json
 import multiprocessing
 import os
 import random
-import runpy
+import shutil
 import socket
 import sys
-import threading
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from weakref import WeakKeyDictionary
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/tiny")]
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1",
-               "PYTHONPATH": sys.path[0]}                # of the processes that tests start, too
+               "PYTHONPATH": os.pathsep.join(sys.path[:2])}    # of the processes that tests start
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText
 
 import evaluate as evaluation
+from make_base import make_tiny, strings
 from model import Sequence, load
-from rollout import join_processes, run
-from train_sft import TINY, make_tiny, tiny_strings
+from rollout import start
 
-ROOT = Path(__file__).parent.parent
+BASE = ROOT / "tests/tiny/base"
 torch.set_num_threads(1)    # the tests' matrices are too small for more
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: starts processes, or trains")
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """A checkpoint like the tiny base before its pretraining."""
+    """A checkpoint like the tiny base before its training."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    make_tiny(folder, tiny_strings())
-    (folder / "dialogue.json").write_text(json.dumps(TINY.to_json()))
+    make_tiny(folder, strings())
+    shutil.copy(BASE / "dialogue.json", folder)
     return str(folder)
 
 
@@ -84,12 +90,6 @@ def data(tmp_path):
 
 # ---------------------------------------------------------------------------- scripts and processes
 
-def run_script(name):
-    """Does what stands below `if __name__ == "__main__"` in a script."""
-    module = importlib.import_module(name)
-    run(name, module.__doc__.splitlines()[0], module.main)
-
-
 @pytest.fixture
 def script(monkeypatch, capsys, tmp_path):
     """script(name, *arguments, cwd, code) -> what `python NAME.py ARGUMENTS` writes to stdout, and
@@ -99,11 +99,11 @@ def script(monkeypatch, capsys, tmp_path):
 
     def ended(name, *arguments, cwd=tmp_path, code=0):
         monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", [name, "--processes", "1", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         evaluation.open_file.cache_clear()               # a new process has read no file
         status = 0
         try:
-            run_script(name)
+            start(importlib.import_module(name).main)
         except SystemExit as stop:
             status = stop.code or 0
         out, err = capsys.readouterr()
@@ -127,7 +127,7 @@ def in_processes(number, function, *arguments):
         for rank in range(number):
             place = address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             outputs = [Path(folder, f"{rank}.{name}") for name in ("out", "err")]
-            process = FORKS.Process(target=join, args=(place, outputs, function, arguments))
+            process = FORKS.Process(target=run_as_one, args=(place, outputs, function, arguments))
             process.start()
             started.append((process, outputs))
         for process, _ in started:
@@ -137,61 +137,21 @@ def in_processes(number, function, *arguments):
     return written
 
 
-def join(place, outputs, function, arguments):
+def run_as_one(place, outputs, function, arguments):
+    """What each of these processes does."""
     os.environ |= place
     for number, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     torch.set_num_threads(1)
     torch.cuda.is_available = lambda: False
-    join_processes("gloo")
-    function(*arguments)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    start(partial(function, *arguments))
 
 
 def run_in(name, cwd, *arguments):
-    """A script in a process of its own, for `in_processes`."""
+    """A script's main(), for `in_processes`."""
     os.chdir(cwd)
     sys.argv = [name, *map(str, arguments)]
-    run_script(name)
-
-
-def launch(folder, path, *arguments):
-    """Starts `python PATH ARGUMENTS` in `folder`, in a session of its own; forked, so that of the
-    processes which it starts in its turn only these import torch. -> the process, and the pipe that
-    all of them write to, whose end tells that all are gone"""
-    pipe = Path(folder, f"pipe-{next(COUNT)}")
-    os.mkfifo(pipe)
-    command = [str(path), *map(str, arguments)]
-    process = FORKS.Process(target=launched, args=(folder, pipe, command))
-    process.start()
-    return process, open(pipe)
-
-
-COUNT = itertools.count()
-
-
-def launched(folder, pipe, command):
-    os.setsid()
-    os.chdir(folder)
-    written = os.open(pipe, os.O_WRONLY)
-    for number in (1, 2):
-        os.dup2(written, number)
-    os.close(written)
-    torch.cuda.is_available = lambda: False
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
-
-
-def read_to_end(pipe, seconds):
-    """What is still written to a pipe; fails if it has not ended after so many seconds."""
-    found = []
-    reader = threading.Thread(target=lambda: found.append(pipe.read()), daemon=True)
-    reader.start()
-    reader.join(seconds)
-    assert found, f"after {seconds} s there are processes left"
-    return found[0]
+    importlib.import_module(name).main()
 
 
 # --------------------------------------------------------------------------- policies and dialogues

@@ -1,25 +1,29 @@
 """The program that tests the paper's claims: what it compares, what it keeps, a miniature of it."""
 import json
+import math
 
 import claims
 import pytest
-from claims import ARMS, CLAIMS, TASKS, Claim, compare, jobs_of, verdict
+from claims import ARMS, CLAIMS, SCALING, TASKS, Job, compare, verdict
 
-from evaluate import Report
+COMMON = {"on_target": None, "true_thoughts": None, "zoom_calls": 1.5, "overlong": 0.0}
 
 
 def results_of(arm, accuracies, other=()):
-    def result(accuracy):
-        return {"stages": {"sft": {"accuracy": 0.1, "by": {}},
-                           "rl": {"accuracy": accuracy, "by": {"alike": {"accuracy": 0.7}}}}}
-    return {("toy-gui", arm): {seed: result(a) for seed, a in enumerate(accuracies)},
-            ("toy-gui", "other"): {seed: result(a) for seed, a in enumerate(other)}}
+    """Results of two arms of gui, a seed each accuracy."""
+    def by_seed(accuracies):
+        return {seed: {"seconds": 60,
+                       "stages": {"sft": {"accuracy": 0.1, "by": {}},
+                                  "rl": {**COMMON, "accuracy": accuracy,
+                                         "by": {"alike": {"accuracy": 0.7}}}}}
+                for seed, accuracy in enumerate(accuracies)}
+    return {("gui", arm): by_seed(accuracies), ("gui", "other"): by_seed(other)}
 
 
 def test_a_difference_is_paired_by_seed():
     """Guards the figures of a claim: differences seed by seed, their mean, and Student's interval
     of it; a seed that only one arm has does not count, nor one that lacks the figure."""
-    claim = Claim("", "toy-gui", "accuracy", "mine", "other")
+    claim = "", "gui", "accuracy", "mine", "other"
     results = results_of("mine", [0.9, 0.8, 0.7, 0.1], [0.8, 0.6, 0.4])
     mine, theirs, middle, (low, high), n = compare(claim, results)
     assert (mine, theirs, middle) == pytest.approx((0.8, 0.6, 0.2)) and n == 3
@@ -29,14 +33,21 @@ def test_a_difference_is_paired_by_seed():
 
 
 def test_stages_categories_and_levels():
-    """Guards what a claim can name: an earlier stage, a category's accuracy, a level."""
+    """Guards what a claim can name: an earlier stage, a category's accuracy, a level. What no seed
+    has is no row."""
     results = results_of("mine", [0.9, 0.9])
-    stage = Claim("", "toy-gui", "accuracy", "mine", "mine:sft")
+    stage = "", "gui", "accuracy", "mine", "mine:sft"
     assert compare(stage, results)[:3] == pytest.approx((0.9, 0.1, 0.8))
-    category = Claim("", "toy-gui", "accuracy alike", "mine", level=0.5)
+    category = "", "gui", "accuracy alike", "mine", 0.5
     assert compare(category, results)[:3] == pytest.approx((0.7, 0.5, 0.2))
-    assert compare(Claim("", "toy-gui", "accuracy", "mine", "other"), results) is None
-    assert compare(stage, results_of("mine", [0.9])) is None
+    assert compare(("", "gui", "accuracy alone", "mine", 0.5), results) is None
+    assert compare(("", "gui", "accuracy", "mine", "other"), results) is None
+
+
+def test_one_seed_decides_nothing():
+    """Guards a verdict from resting on luck: the interval of a single seed is unbounded."""
+    *_, interval, n = compare(("", "gui", "accuracy", "mine", 0.0), results_of("mine", [0.9]))
+    assert interval == (-math.inf, math.inf) and n == 1 and verdict(interval) == "undecided"
 
 
 @pytest.mark.parametrize("interval, said", [
@@ -47,60 +58,96 @@ def test_verdicts(interval, said):
 
 
 def test_claims_name_what_there_is():
-    """Guards the table from claims that are never tested: their arms are trained on their task, and
-    their figures are a Report's."""
-    trained = {(job.task, job.arm) for job in jobs_of(TASKS, ARMS, [0], [])}
-    for claim in CLAIMS:
-        for arm in filter(None, (claim.arm, claim.other)):
-            name, _, stage = arm.partition(":")
-            assert (claim.task, name) in trained and stage in ("", "base", "sft", "rl")
-        assert claim.figure.split()[0] in Report.__dataclass_fields__
+    """Guards the table from claims that are never tested: what they compare are arms, their stages
+    or levels."""
+    for _, task, _, arm, against in CLAIMS:
+        for part in (arm, against):
+            if isinstance(part, str):
+                name, _, stage = part.partition(":")
+                assert name in TASKS[task] and stage in ("", "base", "sft", "rl")
+    assert {arm for panel in SCALING.values() for arm in panel.values()} <= set(ARMS)
 
 
-def test_a_result_is_kept_until_the_flags_change(tmp_path, monkeypatch):
-    """Guards the cache: a result counts for the command that made it, and no other."""
-    monkeypatch.chdir(tmp_path)
-    job, = jobs_of(["toy-spatial"], ["grounded"], [3], [])
+def test_comparisons_are_true_of_the_thought_alone():
+    """Guards the figure of spatial thoughts: a thought counts if it says a direction, is true if
+    the truth is the only one, and the answer does not count."""
+    def row(thought, truth="left"):
+        return {"turns": [f"<think>{thought}</think>\n<answer> left </answer>"], "truth": truth}
+    rows = [row("Red at (1, 2), blue at (3, 4). Left."), row("left above."), row("right."),
+            row("Red at (1, 2)."), row("below", "below")]
+    assert claims.comparisons_true(rows) == 0.5
+    assert claims.comparisons_true([row("Red.")]) is None
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """An empty folder of results, and files that all arms start from."""
+    monkeypatch.setattr(claims, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(claims, "TINY", tmp_path)
+    (tmp_path / "base").mkdir()
+    for name in ("recipe.json", "make_data.py", "base/model.safetensors"):
+        (tmp_path / name).write_text(name)
+    return tmp_path
+
+
+def test_a_result_is_kept_until_what_made_it_changes(tiny, monkeypatch):
+    """Guards the cache: a result counts for the flags and the base that made it, and no other; a
+    short run's is not mistaken for a long one's."""
+    job = Job("spatial", "grounded", 3)
     assert job.result() is None
     job.folder.mkdir(parents=True)
-    (job.folder / "result.json").write_text(json.dumps({"command": job.command, "stages": {}}))
+    (job.folder / "result.json").write_text(json.dumps({"key": job.key(), "stages": {}}))
     assert job.result()["stages"] == {}
-    changed, = jobs_of(["toy-spatial"], ["grounded"], [3], ["--kl", "0.3"])
-    assert changed.folder == job.folder and changed.result() is None
+    assert Job("spatial", "grounded", 3, short=True).result() is None
+    (tiny / "base" / "model.safetensors").write_text("another base")
+    assert job.result() is None
+    (tiny / "base" / "model.safetensors").write_text("base/model.safetensors")
+    assert job.result()
+    monkeypatch.setitem(ARMS, "grounded", ("grounded", (30, 40), "--kl 0.3"))
+    assert job.result() is None
+
+
+def test_tables_are_written_and_a_reading_is_kept(tmp_path, capsys):
+    """Guards the file of tables: date and command stand above, what a person wrote below is kept;
+    a claim's row has its verdict, and arms that were not trained have none."""
+    path = tmp_path / "claims.md"
+    path.write_text("# Old\n\n## Reading\n\nIt works.\n")
+    results = results_of("zoom", [0.9, 0.8, 0.9])
+    del results["gui", "other"]
+    results["gui", "sft-answers"] = results_of("sft-answers", [0.5, 0.4, 0.5])["gui", "sft-answers"]
+    claims.write_tables(path, results, "python tests/claims.py")
+    text = path.read_text()
+    assert "python tests/claims.py" in text and "Old" not in text and "It works." in text
+    row, = (line for line in text.splitlines() if line.startswith("| GRPO over SFT"))
+    assert "zoom 0.867" in row and "sft-answers 0.467" in row and row.count("supported") == 1
+    assert "grounded over" not in text and "Collapse" not in text
+    assert "It works." not in capsys.readouterr().out
 
 
 def test_scaling_is_drawn(tmp_path):
     """Guards the picture: it is written, and a better curve looks different."""
     def results(accuracy):
-        return {key: {"accuracies": [accuracy] * 20, "stages": {"rl": {"accuracy": accuracy}}}
-                for key in claims.scaling_jobs([])}
+        result = {"accuracies": [accuracy] * 40, "stages": {"rl": {"accuracy": accuracy}}}
+        return {("search", arm): {0: result} for panel in SCALING.values()
+                for arm in panel.values()}
     for name, accuracy in (("low", 0.2), ("high", 0.9)):
         claims.draw_scaling(tmp_path / f"{name}.png", results(accuracy))
     assert (tmp_path / "low.png").read_bytes() != (tmp_path / "high.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_in_miniature(tmp_path, monkeypatch, capsys):
-    """Guards the whole: two arms of a few steps are trained through the scripts, their figures are
+    """Guards the whole: arms of both training scripts are trained in short, their figures are
     printed; called again, nothing is trained."""
-    for name in ("train_sft.py", "train_rl.py", "evaluate.py"):
-        (tmp_path / name).write_text(f"import sys\nsys.path.insert(0, {str(claims.REPOSITORY)!r})\n"
-                                     f"from {name[:-3]} import *\n"
-                                     f"run({name[:-3]!r}, '', main)\n")
-    monkeypatch.setattr(claims, "REPOSITORY", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(claims, "EVALUATION", 8)
-    command = ["--arms", "grounded-cold", "sft-answers", "--tasks", "toy-spatial", "--jobs", "2",
-               "--base-steps", "4", "--questions", "2", "--group", "2", "--search-questions", "4"]
-    monkeypatch.setitem(ARMS, "grounded-cold",
-                        ("train_rl", "--mode grounded --sft-steps 0 --steps 2"))
-    monkeypatch.setitem(ARMS, "sft-answers", ("train_sft", "--mode direct --sft-steps 0"))
+    monkeypatch.setattr(claims, "RUNS", tmp_path)
+    command = ["--short", "--tasks", "spatial", "--arms", "grounded", "sft-answers", "--jobs", "2"]
     claims.main(command)
     out = capsys.readouterr().out
-    assert "2 of them to be trained" in out and "2/2" in out
-    assert out.count("grounded-cold") == 2
-    folder = tmp_path / "runs/claims/toy-spatial/grounded-cold/seed-0"
+    assert "2 of them to be trained" in out and "2/2" in out and "min left" in out
+    assert "| GRPO over SFT on answers" in out and "undecided" in out
+    folder = tmp_path / "short" / "spatial" / "grounded" / "seed-0"
     result = json.loads((folder / "result.json").read_text())
-    assert list(result["stages"]) == ["base", "sft", "rl"] and len(result["accuracies"]) == 2
+    assert list(result["stages"]) == ["base", "sft", "rl"] and len(result["accuracies"]) == 1
     assert not list(folder.rglob("*.safetensors"))
     claims.main(command)
     assert " 0 of them to be trained" in capsys.readouterr().out

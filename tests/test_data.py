@@ -2,6 +2,7 @@
 contents are invented and their images drawn. What is at stake: a box in the wrong frame, or a row
 scored by the wrong rule, gives a plausible number that is wrong."""
 import json
+from argparse import Namespace
 
 import pytest
 from conftest import (
@@ -22,11 +23,31 @@ from conftest import (
 )
 from PIL import Image
 
-import evaluate
-from evaluate import open_file, parse_options, read_questions
+from evaluate import (
+    Unusable,
+    open_file,
+    parse_options,
+    questions_of,
+    scored_by,
+    settle,
+    usable,
+    visible,
+)
 from model import UserError
 from reward import match_action, match_answer, match_point, option_text
 from rollout import Frame
+
+
+def read(path, image_root=""):
+    """open_file, without its memory of a path that a test writes to twice."""
+    return open_file.__wrapped__(path, image_root)
+
+
+def asked(path):
+    """The first question, once what needs its image is known."""
+    question, = usable(read(path)[:1])
+    return question
+
 
 # ------------------------------------------------------------------------------------------ formats
 
@@ -34,7 +55,7 @@ from rollout import Frame
 def test_release_evaluation_row_becomes_a_choice(data):
     """Guards: the image placeholder reaches the model twice; the options are lost, so that letters
     cannot be matched."""
-    question = read_questions(data("sat2_test.jsonl", [talk(SAT, "Yes, left")]))[0]
+    question = read(data("sat2_test.jsonl", [talk(SAT, "Yes, left")]))[0]
     assert "<image>" not in question.text and question.text.startswith("Question: Which way?")
     assert (question.kind, question.answer) == ("choice", "Yes, left")
     assert question.choices == ("Yes, left", "No")
@@ -46,14 +67,14 @@ def test_release_row_with_lists_in_its_turn(data):
     garbled turn."""
     lists = {"from": ["human", "gpt"], "value": [SAT, "No"]}
     rows = [talk("", "") | {"conversations": turns} for turns in (lists, [lists])]
-    assert [q.answer for q in read_questions(data("rows.jsonl", rows))] == ["No", "No"]
+    assert [q.answer for q in read(data("rows.jsonl", rows))] == ["No", "No"]
 
 
 def test_letter_and_text_name_the_same_option(data):
     """Guards: a truth given as a letter compared with an answer given as text (visual search
     against SAT)."""
     rows = [talk(SEARCH, answer) for answer in ("C", "(C)", "C.", "Dark green", "dark green.")]
-    questions = read_questions(data("vigorl_SA_MCTS.jsonl", rows))
+    questions = read(data("vigorl_SA_MCTS.jsonl", rows))
     assert [q.answer for q in questions] == ["C", "C", "C", "dark green", "dark green"]
     for question in questions:
         for said in ("C", "(c) dark green", "Dark green."):
@@ -64,8 +85,8 @@ def test_letter_and_text_name_the_same_option(data):
 def test_options_that_are_letters_themselves(data):
     """Guards: V*'s label "A" taken for the option whose text is "A", and a text "A" for the
     label."""
-    assert read_questions(data("test_questions.jsonl", [VSTAR]))[0].answer == "A"
-    question = read_questions(data("other.jsonl", [talk(VSTAR["text"], "A")]))[0]    # the text of B
+    assert read(data("test_questions.jsonl", [VSTAR]))[0].answer == "A"
+    question = read(data("other.jsonl", [talk(VSTAR["text"], "A")]))[0]    # the text of B
     assert question.answer == "B" and option_text(question.answer, question.choices) == "a"
 
 
@@ -75,7 +96,10 @@ def test_options_that_are_letters_themselves(data):
     ("Point (A) is red, (B) is blue.\nWhich?\n(A) A is closer\n(B) B is closer",
      ("A is closer", "B is closer")),
     ("Is (A) or (B) nearer?\nAnswer Choices:\nA. the cup\nB. the box", ("the cup", "the box")),
-    ("Is it (B) or (C)?", ()),
+    ("(A) red\n(B) blue\nHint: Please answer with (A) or (B).", ("red", "blue")),
+    ("(A) red (left) or (B) blue (right). Please answer with (A), (B).",
+     ("red (left)", "blue (right)")),
+    ("Is it (B) or (C)?", ()), ("Is it (A), (B) or (C)?", ()),
     ("A. Turing wrote what?", ()),
 ])
 def test_options_are_parsed(text, options):
@@ -92,14 +116,14 @@ def test_release_categories(data):
             talk(SAT, "No", id="sat_12")]
     file = data("blink_validation.jsonl", rows)
     draw(file.parent / path)
-    questions = read_questions(file)
+    questions = read(file)
     assert [q.category for q in questions] == ["Multi-view_Reasoning", "relative_position", ""]
 
 
 def test_release_rl_rows_for_pointing(data):
     """Guards: OS-Atlas boxes of the release taken for text; they are whole px of the file's image,
     corners."""
-    question = read_questions(data("vigorl_osatlas_train_RL.jsonl", [POINT_RL]))[0]
+    question = read(data("vigorl_osatlas_train_RL.jsonl", [POINT_RL]))[0]
     assert (question.kind, question.answer) == ("point", (20, 30, 40, 40))
     assert question.text == "Description: check sports news"
 
@@ -111,14 +135,14 @@ def test_release_rl_rows_for_pointing(data):
 def test_web_actions(data, answer, kind):
     """Guards: actions compared letter by letter; and words on a sign ("stop") taken for actions."""
     row = ACTION_RL | {"answer": answer}
-    question = read_questions(data("vigorl_ical_train_RL.jsonl", [row]))[0]
+    question = read(data("vigorl_ical_train_RL.jsonl", [row]))[0]
     assert (question.kind, question.answer) == (kind, answer)
     assert kind != "action" or match_action(answer, question.answer)    # the reward can read it
 
 
 def test_sft_file(data):
     """Guards: crops of a trace handed to the model as further images of the question."""
-    question = read_questions(data("MCTS_72b_reasoning_chains_train.json", [SFT]))[0]
+    question = read(data("MCTS_72b_reasoning_chains_train.json", [SFT]))[0]
     assert [path.name for path in question.images] == ["image.png"]
     assert question.answer == "A" and question.text.startswith("What colour")
 
@@ -127,13 +151,13 @@ def test_two_images(data):
     """Guards: only the first of a question's images shown."""
     row = {"problem": "<image><image>Which is later?", "answer": "the second",
            "images": ["image.png", "image.png"]}
-    assert len(read_questions(data("rl.jsonl", [row]))[0].load()) == 2
+    assert len(read(data("rl.jsonl", [row]))[0].load()) == 2
 
 
 def test_screenspot_boxes_are_x_y_width_height(data):
     """Guards: ScreenSpot's and ScreenSpot-Pro's boxes mixed up; both files have the same field,
     with other meanings."""
-    question = read_questions(data("screenspot_mobile_v2.json", [SCREENSPOT]))[0]
+    question = read(data("screenspot_mobile_v2.json", [SCREENSPOT]))[0]
     assert (question.kind, question.answer) == ("point", (20, 30, 40, 40))
     assert (question.text, question.category) == ("Description: send", "mobile | text")
 
@@ -148,27 +172,17 @@ def test_screenspot_pro_folder(data, tmp_path):
         data(f"pro/annotations/{name}.json", [row])
     for path, names in ((folder, ["a", "b"]), (folder / "annotations", ["a", "b"]),
                         (folder / "annotations" / "a.json", ["a"])):
-        questions = read_questions(path)
+        questions = read(path)
         assert [q.id for q in questions] == names
         assert questions[0].answer == (20, 30, 40, 40)
         assert questions[0].category == "Office | icon"
         questions[0].load()
 
 
-def test_rows_of_a_folder_have_names_of_their_own(data):
-    """Guards --traces: ScreenSpot's rows have no id, and row 1 of each of its files was "1": a
-    trace met another's question."""
-    for name in ("web", "mobile"):
-        path = data(f"v2/{name}.json", [SCREENSPOT] * 2)
-    assert [q.id for q in read_questions(path)] == ["1", "2"]
-    names = [q.id for q in read_questions(path.parent)]
-    assert names == ["mobile-1", "mobile-2", "web-1", "web-2"]
-
-
 def test_os_atlas_boxes_are_shares_of_the_original_image(data, tmp_path):
     """Guards: shares taken for px; or scaled by another image's size."""
     draw(tmp_path / "other.png", size=(1000, 500))
-    questions = read_questions(data("a.json", [ATLAS, ATLAS | {"img_filename": "other.png"}]))
+    questions = usable(read(data("a.json", [ATLAS, ATLAS | {"img_filename": "other.png"}])))
     assert questions[0].answer == pytest.approx((20, 30, 40, 40))
     assert questions[1].answer == pytest.approx((100, 150, 200, 200))
 
@@ -177,7 +191,7 @@ def test_boxes_hit_what_is_drawn(data):
     """Guards: any mistake of frame: the middle of each format's box is on the rectangle in the
     file's own image."""
     for name, row in (("s.json", SCREENSPOT), ("p.json", PRO), ("o.json", ATLAS)):
-        question = read_questions(data(name, [row]))[0]
+        question = asked(data(name, [row]))
         x1, y1, x2, y2 = question.answer
         image = question.load()[0]
         assert image.getpixel((int((x1 + x2) / 2), int((y1 + y2) / 2))) == (255, 0, 0)
@@ -200,7 +214,7 @@ def test_boxes_of_photographs_that_lie_on_their_side(data, tmp_path, orientation
     stored.save(tmp_path / "photo.jpg", exif=exif, quality=95)
     assert Image.open(tmp_path / "photo.jpg").size == stored.size
     for row in (ATLAS, PRO):
-        question = read_questions(data("a.json", [row | {"img_filename": "photo.jpg"}]))[0]
+        question = asked(data("a.json", [row | {"img_filename": "photo.jpg"}]))
         x1, y1, x2, y2 = question.answer
         image = question.load()[0]
         assert image.size == (200, 100) and question.answer == pytest.approx((20, 30, 40, 40))
@@ -211,55 +225,92 @@ def test_boxes_of_photographs_that_lie_on_their_side(data, tmp_path, orientation
 def test_robospatial(data):
     """Guards: the polygon left in [0, 1] while points are said in px; the question still asking for
     points in [0, 1]."""
-    point, yes = read_questions(data("annotations.json", ROBOSPATIAL))
+    point, yes = usable(read(data("annotations.json", ROBOSPATIAL)))
     assert point.kind == "point" and point.text == "Point to the space left of the cup."
     corners = [pytest.approx(corner) for corner in point.answer]
     assert corners == [(20, 30), (40, 30), (40, 50)]
     assert (yes.kind, yes.answer, yes.category) == ("string", "Yes", "configuration")
 
 
-def test_hr_bench(data, monkeypatch):
-    """Guards: a cell of megabytes refused by csv; images decoded before they are asked for; cycles
-    mixed up; a quoted cell of two lines read as two rows."""
+def test_hr_bench(data):
+    """Guards: a cell of megabytes refused by csv; cycles mixed up; a quoted cell of two lines read
+    as two rows; base64 that ends in the middle."""
     rows = [hr_bench(400, index=i, cycle_category=i) for i in range(2)]
     assert len(rows[0]["image"]) > 131072                      # csv's own limit
-    path = data("hr_bench_4k.tsv", rows)
-    monkeypatch.setattr(evaluate, "read_image", None)
-    question = read_questions(path)[1]
-    monkeypatch.undo()
+    questions = read(data("hr_bench_4k.tsv", [*rows, hr_bench() | {"image": "iVBORw0KGgo"}]))
+    question = questions[1]
     assert question.text == 'Which "one"?\nLook.\n(A) red\n(B) blue\n(C) green\n(D) white'
     assert (question.kind, question.answer) == ("choice", "C")
     assert question.category == "single | cycle 1" and question.id == "1"
     assert match_answer("green", question.answer, question.choices)
-    assert question.load()[0].size == (400, 400)
-
-
-def test_an_embedded_image_that_is_none(data):
-    """Guards: base64 that ends in the middle, told without its row."""
-    path = data("a.tsv", [hr_bench(), hr_bench() | {"image": "iVBORw0KGgo"}])
-    with pytest.raises(UserError, match=r"a\.tsv:2\): cannot be read as an image"):
-        read_questions(path)[1].load()
+    assert usable(questions) == questions[:2] and question.loaded[0].size == (400, 400)
 
 
 def test_visual_probe(data):
     """Guards: VisualProbe's `solution` not found where others have `answer`."""
-    question = read_questions(data("val.json", [PROBE]))[0]
+    question = read(data("val.json", [PROBE]))[0]
     assert (question.kind, question.answer) == ("string", "EXIT")
     assert (question.id, question.category) == ("d1", "hard")
 
 
-# --------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize("truth, answer", [
+    ("A. red", "A"), ("(B) blue", "B"), ("a", "A"), ("(b)", "B"), ("Blue.", "blue"), ("C", None),
+    ("E.", None)])
+def test_truths_as_the_policy_writes_them(truth, answer):
+    """Guards a truth read as a text that no answer equals, though an answer in that form counts."""
+    if answer is None:
+        with pytest.raises(Unusable, match="none of its 2 options"):
+            scored_by("Which?\n(A) red\n(B) blue", truth)
+    else:
+        found = scored_by("Which?\n(A) red\n(B) blue", truth)
+        assert (found["kind"], found["answer"]) == ("choice", answer)
 
-def test_missing_image_names_the_row_and_the_flag(data, tmp_path):
-    """Guards: a wrong --image-root found out only when training has begun."""
-    gone = talk(SAT, "No", image="gone.png")
-    with pytest.raises(UserError, match=r"a\.jsonl:1: no such image, .*gone\.png; .*--image-root"):
-        read_questions(data("a.jsonl", [gone]))
-    with pytest.raises(UserError, match="--image-root"):
-        read_questions(data("a.jsonl", [talk(SAT, "No")]), image_root=tmp_path / "elsewhere")
-    second = read_questions(data("a.jsonl", [talk(SAT, "No"), gone]))[1]
-    with pytest.raises(UserError, match=r"gone\.png \(.*a\.jsonl:2\)"):
-        second.load()
+
+@pytest.mark.parametrize("truth", [[20, 30, 40, 40], "20, 30, 40, 40", "[20, 30, 40, 40]"])
+def test_boxes_in_any_brackets(data, truth):
+    """Guards a box in JSON refused, and one without brackets taken for a text."""
+    question = read(data("a.jsonl", [POINT_RL | {"answer": truth}]))[0]
+    assert (question.kind, question.answer) == ("point", (20, 30, 40, 40))
+
+
+def test_regions(data):
+    """Guards the places that figures are measured by: kept as they are in the row, with the names
+    of the whole file; a box that is none makes the row unusable."""
+    one, two = [{"box": [20, 30, 40, 40], "name": "red"}], [{"box": [0, 0, 9, 9], "name": "sky"}]
+    bad = [{"box": [9, 9, 0, 0], "name": "sky"}], [{"box": [0, 0, 9, 9]}], [7], "sky"
+    rows = [talk(SAT, "No", regions=regions) for regions in (one, two, None, *bad)]
+    file = read(data("a.jsonl", [*rows, talk(SAT, "No")]))
+    assert len(file) == 4 and len(file.skipped) == 4
+    assert [[region["name"] for region in q.regions] for q in file] == [["red"], ["sky"], [], []]
+    assert list(file[0].regions[0]["box"]) == [20, 30, 40, 40]
+    assert all(question.names == {"red", "sky"} for question in file)
+
+
+# -------------------------------------------------------------------------- images, one row's fault
+
+def test_a_bad_image_costs_its_row_alone(data, tmp_path, capsys):
+    """Guards an evaluation that ends at a photograph cut off: the row is skipped and named, once,
+    whatever is wrong with its image."""
+    photo = draw(tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(photo[:len(photo) * 2 // 3])
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    names = ["image.png", "cut.jpg", "broken.png", "gone.png", "data:image/png;base64,AAAA",
+             "image.png"]
+    file = read(data("a.jsonl", [talk(SAT, "No", image=name) for name in names]))
+    for _ in range(2):
+        good = usable(file)
+        assert [question.where[-2:] for question in good] == [":1", ":6"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and all(line.startswith("skipped: ") for line in lines)
+    assert "gone.png" in lines[2] and "a.jsonl:4" in lines[2] and "--image-root" in lines[2]
+
+
+def test_boxes_outside_of_the_image_are_no_truths(data, capsys):
+    """Guards a truth that nobody can reach: the image is 200x100 px."""
+    rows = [PRO | {"bbox": box} for box in ([0, 0, 9, 9], [200, 0, 300, 50], [0, 100, 9, 130],
+                                            [150, 50, 900, 900])]
+    assert [q.answer[0] for q in usable(read(data("a.json", rows)))] == [0, 150]
+    assert capsys.readouterr().err.count("lies outside of its image") == 2
 
 
 def test_image_root(data, tmp_path):
@@ -267,21 +318,25 @@ def test_image_root(data, tmp_path):
     above the file."""
     draw(tmp_path / "far" / "vstar" / "x.png")
     path = data("near/visual_search/a.jsonl", [talk(SAT, "No", image="vstar/x.png")])
-    assert read_questions(path, image_root=tmp_path / "far")[0].load()
+    assert read(path, image_root=tmp_path / "far")[0].load()
     draw(tmp_path / "near" / "vstar" / "x.png")
-    assert read_questions(path)[0].load()
+    assert read(path)[0].load()
 
 
-def test_unreadable_image(data, tmp_path):
-    """Guards: a traceback of the image library's, without the name of the file or row."""
-    (tmp_path / "broken.png").write_bytes(b"not an image")
-    rows = {"a.jsonl": talk(SAT, "No", image="broken.png"),
-            "o.json": ATLAS | {"img_filename": "broken.png"}}
-    for name, row in rows.items():
-        path = data(name, [row])
-        with pytest.raises(UserError, match=r"broken\.png .*:1\): cannot be read as an image"):
-            read_questions(path)[0].load()
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "images/../../secret.png"])
+def test_images_outside_of_their_root_are_refused(data, tmp_path, name):
+    """Guards: a downloaded file of questions shows any picture of the disk to the model and on the
+    report; unless the user gives a folder above."""
+    draw(tmp_path / "secret.png")
+    path = data("sub/a.jsonl", [talk(SAT, "No", image="x.png"), talk(SAT, "No", image=name)])
+    draw(tmp_path / "sub" / "x.png")
+    file = read(path)
+    assert len(file) == 1 and "outside of" in file.skipped[0] and "a.jsonl:2" in file.skipped[0]
+    assert len(read(path, image_root=tmp_path / "sub")) == 1
+    assert len(read(path, image_root="/")) == 2
 
+
+# --------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("name, text, line", [
     ("a.jsonl", json.dumps(talk(SAT, "No")) + '\n\n{"id": 3, "conv', 3),
@@ -292,7 +347,7 @@ def test_broken_json_names_the_line(tmp_path, name, text, line):
     """Guards: "Expecting value: line 1 column 1" in a file of 100,000 lines."""
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=rf"{name}:{line}: cannot be read"):
-        read_questions(tmp_path / name)
+        read(tmp_path / name)
 
 
 def test_unknown_fields_are_named(data):
@@ -300,9 +355,9 @@ def test_unknown_fields_are_named(data):
     is known."""
     known = r"its fields are caption, picture\. Known are: .*V\*Bench \(text, label, "
     with pytest.raises(UserError, match=known):
-        read_questions(data("a.jsonl", [{"picture": "image.png", "caption": "a cup"}]))
+        read(data("a.jsonl", [{"picture": "image.png", "caption": "a cup"}]))
     with pytest.raises(UserError, match="unknown format"):
-        read_questions(data("a.json", [[1, 2]]))
+        read(data("a.json", [[1, 2]]))
 
 
 def test_files_that_are_not_read(tmp_path):
@@ -311,10 +366,10 @@ def test_files_that_are_not_read(tmp_path):
              "": "no usable row"}
     for name, message in cases.items():
         with pytest.raises(UserError, match=message):
-            read_questions(tmp_path / name)
+            read(tmp_path / name)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="no usable row"):
-        read_questions(tmp_path / "empty.jsonl")
+        read(tmp_path / "empty.jsonl")
 
 
 def test_unusable_rows_are_counted_and_the_first_explained(data, capsys):
@@ -326,13 +381,13 @@ def test_unusable_rows_are_counted_and_the_first_explained(data, capsys):
            talk("Where?", {"x": 1}), talk("Next?", "scroll [left]"),
            {"id": 1, "image": "image.png"}, talk("", "") | {"conversations": []}]
     path = data("a.jsonl", [good, *bad, good])
-    questions = read_questions(path)
+    questions = read(path)
     assert (len(questions), len(questions.skipped)) == (2, len(bad))
     assert questions.skipped[0].endswith("a.jsonl:2: it has no image")
     assert questions[1].where.endswith("a.jsonl:12")
     open_file(str(path))
     assert "2 questions\n10 rows cannot be used, the first: " in capsys.readouterr().out
-    questions = read_questions(data("a.jsonl", [{"comment": "ours"}, good]))
+    questions = read(data("a.jsonl", [{"comment": "ours"}, good]))
     assert len(questions) == 1
     assert ":1: unknown format, its fields are comment" in questions.skipped[0]
 
@@ -346,44 +401,113 @@ def test_unusable_rows_are_counted_and_the_first_explained(data, capsys):
     (ROBOSPATIAL[0] | {"answer": "[(0.1, 0.3), (0.2, 3), (0.2, 0.5)]"}, r"no polygon in \[0, 1\]"),
     (talk("Where?", "(3, 4)"), "neither in words nor a box"),
     (talk(SEARCH, "E"), "none of its 3 options"),
-    ({"problem": "Where?", "answer": "here"}, "no field 'images'")])
+    ({"problem": "Where?", "answer": "here"}, r"\(KeyError: 'images'\)"),
+    (PRO | {"bbox": [float("nan"), 30, 40, 40]}, "not the corners of a box"),
+    (PRO | {"bbox": [0, 0, float("inf"), 40]}, "not the corners of a box"),
+    (ATLAS | {"bbox": [float("nan")] * 4}, "not the corners of a box"),
+    (talk("Where?", float("nan")), "no answer in words"),
+    (talk("Where?", [20, 30, float("nan"), 40]), "neither in words nor a box"),
+    (ROBOSPATIAL[0] | {"answer": "[(0.1, 0.3, 0), (0.2, 0.3, 0), (0.2, 0.5, 0)]"}, "no polygon"),
+    (ROBOSPATIAL[0] | {"answer": "[(0.1, nan), (0.2, 0.3), (0.2, 0.5), (0, 0)]"}, "no polygon")])
 def test_file_without_a_usable_row_is_an_error_that_says_why(data, row, why):
     """Guards: an evaluation over no questions; px taken for shares, or corners in disorder, by
     guessing from the numbers."""
     with pytest.raises(UserError, match=rf"no usable row among 2\. .*:1: .*{why}"):
-        read_questions(data("a.jsonl", [row, row]))
+        read(data("a.jsonl", [row, row]))
 
 
-# ----------------------------------------------------------------------------------------- laziness
+def test_half_characters_and_bytes_that_are_no_text(tmp_path):
+    """Guards an evaluation that ends after its last answer, when it writes what no encoding has."""
+    row = json.dumps(talk("<image>Which \ud83d?", "red \ude00")).encode()
+    (tmp_path / "a.jsonl").write_bytes(row + b"\n" + row.replace(b"Which", b"W\xff\xfe"))
+    for question in read(tmp_path / "a.jsonl"):
+        assert f"{question.text} {question.answer}".encode()
+
+
+def test_what_is_not_seen_is_written_out():
+    """Guards terminal and page: escape sequences, marks that turn a line around, letters that are
+    not seen; what a person writes stays as it is."""
+    assert visible("a\u202eb\x00\n\tc\u2066") == "a[U+202E]b[U+0000]\n\tc[U+2066]"
+    assert visible("\x1b[31m\u3164\u115f\u180e\ufff9\U000e0041\ud800\u2028") == (
+        "[U+001B][31m[U+3164][U+115F][U+180E][U+FFF9][U+E0041][U+D800][U+2028]")
+    assert visible("x" * 50, 10) == "x" * 10 + " ... (40 more characters)"
+    plain = "naïve 红色　שלום 👩\u200d🔬 ½ a\u00a0b"
+    assert visible(plain) == plain
+
+
+# ------------------------------------------------------------------------- files, splits, laziness
 
 def test_no_image_is_opened_at_the_start(data, monkeypatch):
-    """Guards: minutes of start-up, or gigabytes, for files of 100,000 rows; an image that is kept
-    in memory because its size was needed."""
-    paths = [data("a.jsonl", [talk(SAT, "No")]), data("o.json", [ATLAS])]
+    """Guards: minutes of start-up, or gigabytes, for files of 100,000 rows."""
     monkeypatch.setattr(Image, "open", None)
-    files = [read_questions(path) for path in paths]
-    assert files[0][0].answer == "No"
-    monkeypatch.undo()
-    question = files[1][0]
-    assert question.kind == "point" and question.loaded is None
+    for path in (data("a.jsonl", [talk(SAT, "No")]), data("o.json", [ATLAS])):
+        assert len(read(path)) == 1
 
 
-def test_a_question_is_a_copy(data):
-    """Guards a question that is asked twice at a time: what one rollout loads and releases must not
-    be the other's."""
-    file = read_questions(data("a.jsonl", [talk(SAT, "No")]))
-    one, two = file[0], file[0]
-    one.load()
-    assert one is not two and two.loaded is None
+def task(path, **other):
+    settings = {"image_root": "", "seed": 0, "family": None, "max_pixels": None}
+    return Namespace(task=str(path), **settings | other)
+
+
+def keys(questions):
+    return [question.key for question in questions]
+
+
+def test_a_split_does_not_depend_on_other_rows(data, tmp_path):
+    """Guards the final table: after one row was removed, or the rows were sorted anew, questions
+    that were trained on were in it. The same content is always on one side."""
+    rows = [talk(SAT, "No", image=f"{i}.png") for i in range(200)]
+    for i in range(200):
+        (tmp_path / f"{i}.png").symlink_to(tmp_path / "image.png")
+    paths = [data("a.jsonl", [*rows, rows[0]]), data("b.jsonl", rows[:7] + rows[8:]),
+             data("c.jsonl", rows[::-1])]
+    splits = []
+    for path in paths:
+        train, test = (keys(questions_of(task(path), split, 150)) for split in ("train", "test"))
+        assert not set(train) & set(test) and 8 < len(test) < 35
+        assert test != keys(questions_of(task(path, seed=1), "test", 150))    # in another order
+        splits.append((train, test))
+    one, fewer, turned = [list(dict.fromkeys(test)) for _, test in splits]
+    assert turned == one and [key for key in one if key in fewer] == fewer
+
+
+def test_training_goes_around(data):
+    """Guards resuming in the middle: the questions of a step depend on its number alone."""
+    path = data("a.jsonl", [talk(f"<image>Which {i}?", "No") for i in range(40)])
+    rest = set(keys(read(path))) - set(keys(questions_of(task(path), "test", 99)))
+    all_of_them = keys(questions_of(task(path), "train", 100))
+    n = len(rest)
+    assert set(all_of_them) == rest and all_of_them[:n] == all_of_them[n:2 * n]
+    assert keys(questions_of(task(path), "train", 7, 60)) == all_of_them[60:67]
+    other = task(path, eval_task=str(data("b.jsonl", [talk(SAT, "No")])))
+    assert len(set(keys(questions_of(other, "train", 40)))) == 40
+    assert keys(questions_of(other, "test", 9)) == keys(read(other.eval_task))
+    with pytest.raises(UserError, match="too few questions"):
+        questions_of(task(other.eval_task), "test", 9)
+    with pytest.raises(UserError, match="none of 3 questions"):
+        gone = data("c.jsonl", [talk(SAT, "No", image="gone.png")])
+        questions_of(task(gone, eval_task=gone), "train", 3)
 
 
 def test_part_of_a_file_is_spread_over_it(data):
-    """Guards: "the first n" of a sorted file: one category only; and a file that is read twice."""
-    path = str(data("a.jsonl", [talk(SAT, "No", id=i) for i in range(10)]))
-    part = open_file(path, "", 4)
-    assert [q.id for q in part] == ["0", "2", "5", "7"]
-    assert part.questions[1] is open_file(path, "").questions[2]
-    assert len(open_file(path, "", 99)) == 10
+    """Guards: "the first n" of a sorted file: one category only."""
+    file = read(data("a.jsonl", [talk(SAT, "No", id=i) for i in range(10)]))
+    assert [q.id for q in file.part(4)] == ["0", "2", "5", "7"]
+    assert file.part(99) == file.part() == file.questions
+
+
+@pytest.mark.parametrize("row, family, pixels", [
+    (talk(SAT, "No"), "spatial", None), (talk(SEARCH, "A"), "search", 12_960_000),
+    (POINT_RL, "gui", 12_960_000), (ACTION_RL, "web", 12_960_000), (PROBE, "search", 12_960_000),
+    (ATLAS, "gui", 12_960_000), (ROBOSPATIAL[0], "spatial", None)])
+def test_the_family_of_a_task(data, row, family, pixels):
+    """Guards images of the wrong size: the paper's bounds differ by task, and in evaluation."""
+    args = task(data("a.json", [row]))
+    settle(args, training=False)
+    assert args.family == family and (args.max_image_side or args.max_pixels) == (pixels or 1260)
+    args = task(args.task, max_pixels=999)
+    settle(args, training=True)
+    assert args.max_pixels == 999 and args.max_image_side is None
 
 
 def test_json_lines_in_a_json_file_and_the_reverse(data, tmp_path):
@@ -391,8 +515,8 @@ def test_json_lines_in_a_json_file_and_the_reverse(data, tmp_path):
     are plain to see."""
     data("a.jsonl", [talk(SAT, "No")] * 2).rename(tmp_path / "b.json")
     data("a.json", [talk(SAT, "No")] * 3).rename(tmp_path / "b.jsonl")
-    assert len(read_questions(tmp_path / "b.json")) == 2
-    assert len(read_questions(tmp_path / "b.jsonl")) == 3
+    assert len(read(tmp_path / "b.json")) == 2
+    assert len(read(tmp_path / "b.jsonl")) == 3
 
 
 def test_a_line_separator_inside_of_a_string(data, tmp_path):
@@ -400,4 +524,4 @@ def test_a_line_separator_inside_of_a_string(data, tmp_path):
     text = json.dumps(talk("<image>One\u2028two?", "No"), ensure_ascii=False)
     data("a.jsonl", [])
     (tmp_path / "a.jsonl").write_text(f"\ufeff{text}\r\n", encoding="utf-8")
-    assert read_questions(tmp_path / "a.jsonl")[0].text == "One\u2028two?"
+    assert read(tmp_path / "a.jsonl")[0].text == "One\u2028two?"

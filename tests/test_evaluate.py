@@ -1,22 +1,23 @@
-"""The figures of an evaluation are what they say."""
+"""The figures of an evaluation are what they say, and an evaluation that was broken off, or run by
+more processes, or on another order of rows, says the same."""
 import json
 import math
 import sys
 
 import numpy as np
 import pytest
-from conftest import in_processes
+from conftest import ROOT, in_processes
+from PIL import Image
 
 import evaluate as evaluation
 from evaluate import (
-    behaviours,
     evaluate,
+    figures,
     interval,
     official_rule,
-    questions_of,
-    read_records,
-    record_of,
-    report,
+    open_file,
+    read_answers,
+    row_of,
     summarise,
     table,
     targets_hit,
@@ -24,68 +25,22 @@ from evaluate import (
 )
 from model import UserError, load, rank
 from rollout import (
-    ANSWERS,
-    SIDE,
-    Card,
-    Config,
     Dialogue,
     Frame,
     Question,
-    Scene,
     Trace,
     Turn,
     crop_box,
     draw_trace,
     format_call,
-    format_point,
     parse_turn,
-    toy,
 )
-from train_sft import replay
 
-# ------------------------------------------------------------------------------- what a scene knows
+# ---------------------------------------------------------------------------- figures from regions
 
-# One red card with a pattern, a plain one, and a blue one, in the middle of three cells.
-SCENE = Scene((Card("red", "dotted", 32, 32), Card("red", "plain", 160, 32),
-               Card("blue", "rising", 32, 160)), "red")
-
-
-def face(scene, x, y):
-    return scene.face_in(crop_box((SIDE, SIDE), (x, y), 32))
-
-
-def test_what_a_crop_shows():
-    """Guards what thoughts are measured by: the most central candidate counts, a card of another
-    colour is nothing, and so is one of which too little is seen to read it."""
-    assert face(SCENE, 32, 32) == face(SCENE, 70, 32) == "dotted"
-    assert face(SCENE, 160, 40) == "plain"
-    assert face(SCENE, 32, 160) == face(SCENE, 230, 230) == face(SCENE, 90, 32) == "nothing"
-    near = Scene((Card("red", "dotted", 44, 32), Card("red", "checked", 84, 32)), "red")
-    assert [face(near, x, 32) for x in (60, 68)] == ["dotted", "checked"]
-    on_a_candidate = [SCENE.contains(point) for point in ((32, 52), (32, 53), (32, 160))]
-    assert on_a_candidate == [True, False, False]
-    cells = SCENE.cells()
-    assert len(cells) == 16 and [cells[i] for i in (0, 2, 8)] == list(SCENE.cards)
-    assert cells.count(None) == 13
-
-
-@pytest.mark.parametrize("thought, true", [
-    ("Dotted.", True), ("It is dotted, as I thought", True), ("DOTTED", True),
-    ("Dotted, really dotted.", True), ("Plain.", False), ("Dotted or checked.", False),
-    ("Not plain but dotted.", False), ("Nothing.", False), ("A card.", False), ("", False),
-    ("undotted", False)])
-def test_a_thought_that_describes(thought, true):
-    """Guards the measure against a thought that names all patterns, or none, or a word in which one
-    stands."""
-    assert SCENE.describes(thought, (0, 0, 64, 64)) == true
-    assert SCENE.describes("Nothing.", (0, 128, 64, 192))
-    assert not SCENE.describes("Rising.", (0, 128, 64, 192))
-
-
-# ------------------------------------------------------------------------------ figures of a trace
-
-def ask_for(n, seed=0):
-    return questions_of(Config(seed=seed), "test", n)
+NAMES = frozenset({"dotted", "plain", "rising", "dark red", "red"})
+REGIONS = [{"box": [12, 12, 52, 52], "name": "dotted"},       # of an image of 256x256 px
+           {"box": [140, 12, 180, 52], "name": "plain"}]
 
 
 def turn_of(thought, *point):
@@ -93,123 +48,101 @@ def turn_of(thought, *point):
     return f"<think>{thought}</think>\n{action}"
 
 
-def solve(policy, question, wrong=False):
-    turns = []
-    for card in question.scene.candidates:
-        x, y = card.x // 4, card.y // 4
-        turns.append(turn_of(f"Card at ({x}, {y}).", x, y))
-        if card.pattern != "plain":
-            break
-    said = question.answer
-    if wrong:
-        said = next(answer for answer in ANSWERS if answer != question.answer)
-    turns.append(f"<think>So.</think>\n<answer>{said}</answer>")
-    return replay(policy, Dialogue(), question, turns)
+def trace_of(*texts, mode="zoom", ended="answer", **question):
+    """A trace of turns in which the policy wrote these texts; the model input is 64x64 px. Each
+    zoom call is answered by a crop of 64 px of the original."""
+    question = Question("Which?", [Image.new("RGB", (256, 256))], "dotted", **question)
+    frame, turns = Frame((64, 64), (256, 256)), [parse_turn(text) for text in texts]
+    for turn in turns:
+        if turn.call and frame.contains(turn.call):
+            turn.crop = crop_box((256, 256), frame.to_original(turn.call), 32)
+    return Trace(None, question=question, mode=mode, frames=[frame], turns=turns, ended=ended)
 
 
-def test_the_figures_of_a_report(policy):
-    """Guards the table: a player who zooms into the candidates in turn is right, on target, and
-    zooms again where it must."""
-    questions = ask_for(12)
-    traces = [solve(policy, question, wrong=i % 4 == 0) for i, question in enumerate(questions)]
-    figures = report([[record_of(i, trace)] for i, trace in enumerate(traces)])
-    calls = [1 + [card.pattern == "plain" for card in question.scene.candidates].index(False)
-             for question in questions]
-    assert (figures.n, figures.accuracy, figures.majority) == (12, 0.75, 0.75)
-    assert figures.format == 1 and figures.on_target == 1
-    assert figures.true_thoughts == 0 and figures.overlong == 0       # it says "So." of what it saw
-    assert figures.crops == pytest.approx(sum(calls) / 12)
-    assert figures.several_crops == pytest.approx(sum(n > 1 for n in calls) / 12)
-    assert sum(group["n"] for group in figures.by.values()) == 12
-    assert figures.ci95 == interval([1.0] * 9 + [0.0] * 3)
+def thoughts(*texts, regions=REGIONS):
+    return true_thoughts(trace_of(*texts, regions=regions, names=NAMES))
 
 
-def test_true_thoughts(policy):
-    """Guards the share of true thoughts: each is about the crop before it; what was written for the
-    policy, and what follows words instead of a crop, is not its thought about a crop; without a
-    scene nothing is known."""
-    question = Question("One red card bears a pattern. Which?", [SCENE.draw], "dotted", scene=SCENE)
-
-    def thoughts(*turns, **how):
-        return true_thoughts(replay(policy, Dialogue(**how), question, turns))
-    dotted, plain, nothing = (8, 8), (40, 8), (8, 40)
-    first = turn_of("Card 1 at (8, 8).", *dotted)
-    assert thoughts(first, turn_of("Dotted.")) == [True]
-    assert thoughts(first, turn_of("Checked.")) == [False]
-    assert thoughts(first, turn_of("Dotted. Plain.")) == [False]
-    assert thoughts(turn_of("Dotted.", *plain), turn_of("Plain. On.", *nothing),
-                    turn_of("Nothing.", *dotted), turn_of("Nothing.")) == [True, True, False]
-    assert thoughts(first, turn_of("Dotted.", *plain), "dotted</answer>", max_crops=1) == [True]
-    assert thoughts(turn_of("", 900, 3), turn_of("Nothing.")) == thoughts(turn_of("Dotted.")) == []
-    trace = replay(policy, Dialogue(), question, (first, turn_of("Dotted."), turn_of("")))
-    record = record_of(0, trace)
-    assert record.thoughts == [True] and report([[record]]).true_thoughts == 1
-    trace.turns[1].forced = True
-    assert true_thoughts(trace) == []
-    question.scene = None
-    assert true_thoughts(trace) == [] and report([[record_of(0, trace)]]).true_thoughts is None
+@pytest.mark.parametrize("thought, true", [
+    ("Dotted.", True), ("It is dotted, as I thought", True), ("DOTTED", True),
+    ("Dotted, really dotted.", True), ("Plain.", False), ("Dotted or rising.", False),
+    ("Not plain but dotted.", False), ("Nothing.", False), ("", False), ("undotted", False)])
+def test_a_thought_that_describes(thought, true):
+    """Guards the measure against a thought that names all regions, or none, or a word in which one
+    stands; where nothing is shown, no name is true."""
+    assert thoughts(turn_of("Here (8, 8).", 8, 8), turn_of(thought)) == [true]
+    named = thought not in ("Nothing.", "", "undotted")
+    assert thoughts(turn_of("Here.", 8, 56), turn_of(thought)) == [not named]
 
 
-def test_targets(policy):
-    """Guards on_target: zoom calls at the box of an element, in px of the original; nothing is
-    known of a question in words."""
-    size, box = (SIDE, SIDE), (20, 20, 60, 60)
-    question = Question("Which?", [SCENE.draw], box, "point")
-    turns = [turn_of("", 10, 10), turn_of("", 20, 20), turn_of("")]
-    trace = replay(policy, Dialogue(), question, turns)
-    assert trace.frames[0] == Frame((64, 64), size) and targets_hit(trace) == [True, False]
-    question.kind, question.answer = "string", "red"
-    assert targets_hit(trace) == [] and report([[record_of(0, trace)]]).on_target is None
+def test_names_within_names():
+    """Guards "dark red", which also says "red"."""
+    regions = [{"box": [12, 12, 52, 52], "name": "dark red"}]
+    first = turn_of("", 8, 8)
+    assert thoughts(first, turn_of("It is Dark Red."), regions=regions) == [True]
+    assert thoughts(first, turn_of("It is red."), regions=regions) == [False]
 
 
-def test_points_of_a_single_turn_are_targets(policy):
-    """Guards on_target in the mode `grounded`: each point of the thought, on a card that is asked
-    about or not; a card that moved may be pointed at in both places."""
-    question = toy("toy-spatial", "test", 0, 1)
-    new, old = question.scene.named
-    assert question.scene.cards[0] is old and new != old
-    other = question.scene.cards[1]
-    places = [format_point((card.x / 4, card.y / 4)) for card in (old, new, other)]
-    text = f"<think>{' '.join(f'Card at {place}.' for place in places)}</think>\n<answer>x</answer>"
-    trace = replay(policy, Dialogue("grounded"), question, [text])
-    assert targets_hit(trace) == [True, True, False]
+def test_what_a_crop_shows():
+    """Guards what thoughts are measured by: the most central region counts, of those of which 0.3
+    is seen in x and in y."""
+    near = [{"box": [24, 12, 64, 52], "name": "dotted"}, {"box": [64, 12, 104, 52], "name": "plain"}]
+
+    def shown(x, y, regions):
+        names = [name for name in ("dotted", "plain")
+                 if thoughts(turn_of("", x, y), turn_of(name), regions=regions) == [True]]
+        return names[0] if names else None
+    assert [shown(x, 8, near) for x in (15, 17)] == ["dotted", "plain"]
+    assert [shown(x, 8, REGIONS) for x in (8, 17, 18, 19, 40)] == ["dotted"] * 2 + [None] * 2 + [
+        "plain"]                                     # 16 px and 12 px are seen, and then less
+    assert shown(8, 20, REGIONS) is None and shown(8, 18, REGIONS) == "dotted"
 
 
-def test_true_comparisons(policy):
-    """Guards the share of true thoughts on relations: every direction that a thought names is one
-    in which the first card lies; a thought that names none does not count."""
-    question = toy("toy-spatial", "test", 0, 0)
-    true = question.scene.directions()
-    false = next(word for word in ("left", "right") if word not in true)
+def test_which_thoughts_count():
+    """Guards the share: each thought is about the crop before it; what follows words instead of a
+    crop is none about a crop; without regions nothing is known."""
+    first = turn_of("", 8, 8)
+    assert thoughts(turn_of("Dotted.", 40, 8), turn_of("Plain. On.", 8, 40),
+                    turn_of("None.", 8, 8), turn_of("None.")) == [True, True, False]
+    assert thoughts(turn_of("", 900, 3), turn_of("Dotted.")) == thoughts(turn_of("Dotted.")) == []
+    assert thoughts(first, turn_of("Dotted."), regions=[]) == []
+    found = figures([[row_of(trace_of(first, turn_of("Dotted."), regions=REGIONS, names=NAMES))],
+                     [row_of(trace_of(first, turn_of("Dotted.")))]])
+    assert (found["true_thoughts"], found["on_target"]) == (1, 1)
+    found = figures([[row_of(trace_of(first, turn_of("Dotted.")))]])
+    assert found["true_thoughts"] is found["on_target"] is None
 
-    def thoughts(words):
-        text = f"<think>Card 1. {words}</think>\n<answer>{question.answer}</answer>"
-        return true_thoughts(replay(policy, Dialogue("think"), question, [text]))
-    assert question.answer in true
-    assert thoughts(" ".join(true)) == thoughts(true[0]) == [True]
-    assert thoughts(f"{false} {true[0]}") == [False] and thoughts("") == []
+
+def test_targets():
+    """Guards on_target: zoom calls in a region, or, without regions, in the box that is the answer,
+    in px of the original; in one turn each point of the thought."""
+    calls = turn_of("", 10, 10), turn_of("", 20, 20), turn_of("")
+    assert targets_hit(trace_of(*calls, regions=REGIONS)) == [True, False]
+    trace = trace_of(*calls, kind="point")
+    trace.question.answer = (70, 70, 90, 90)
+    assert targets_hit(trace) == [False, True]
+    assert targets_hit(trace_of(*calls)) == []
+    said = turn_of("One at (10, 10), one at (40, 8), (60, 60) is none.")
+    assert targets_hit(trace_of(said, mode="grounded", regions=REGIONS)) == [True, True, False]
 
 
-def written(*texts, mode="zoom"):
-    """A trace of turns in which the policy wrote these texts, its image 100x50 px as model
-    input."""
-    question = Question("Which?", [], "red")
-    turns = [parse_turn(text) for text in texts]
-    frame = Frame((100, 50), (200, 100))
-    return Trace(None, question=question, mode=mode, frames=[frame], turns=turns)
+# ------------------------------------------------------------------------------ figures of a trace
+
+def counts(trace):
+    row = row_of(trace)
+    return [row[name] for name in ("regions", "subgoals", "verifications", "backtracks")]
 
 
 def test_behaviours_of_several_turns():
     """Guards the counts: a point and the zoom call at it are one region, so is a place some px
     away; a place that is returned to is a verification, a place that is named twice in a row is
     none; a point outside is no region."""
-    trace = written(turn_of("First the cup (10, 10).", 10, 10),
-                    turn_of("Not here. The box (80, 40).", 80, 40),
-                    turn_of("Let me check (12, 12).", 13, 12), turn_of("Wait, it is at (900, 3)."))
-    assert behaviours(trace) == {"regions": 2, "subgoals": 2, "verifications": 2, "backtracks": 2}
-    assert behaviours(written(turn_of("Dotted, not checked."))) == {
-        "regions": 0, "subgoals": 0, "verifications": 0, "backtracks": 0}
-    assert behaviours(written()) == behaviours(written("no tags at all"))
+    trace = trace_of(turn_of("First the cup (10, 10).", 10, 10),
+                     turn_of("Not here. The box (60, 40).", 60, 40),
+                     turn_of("Let me check (12, 12).", 13, 12), turn_of("Wait, at (900, 3)."))
+    assert counts(trace) == [2, 2, 2, 2]
+    assert counts(trace_of(turn_of("Dotted, not checked."))) == [0, 0, 0, 0]
+    assert counts(trace_of("no tags at all")) == [0, 0, 0, 0]
 
 
 def test_behaviours_of_a_single_turn():
@@ -217,19 +150,39 @@ def test_behaviours_of_a_single_turn():
     search puts between a wrong and a right chain; words in which a phrase stands."""
     thought = ("I need to find the sign (10, 10). Next, the door (50, 20). That was not it. "
                "Actually the sign (11, 9) is red, I can confirm. The waiter stands nextdoor.")
-    trace = written(f"<think>{thought}</think>\n<answer>red</answer>", mode="grounded")
-    assert behaviours(trace) == {"regions": 2, "subgoals": 2, "verifications": 2, "backtracks": 2}
+    trace = trace_of(f"<think>{thought}</think>\n<answer>red</answer>", mode="grounded")
+    assert counts(trace) == [2, 2, 2, 2]
 
 
-def test_behaviours_are_in_the_report(policy):
-    """Guards the report: means a trace, over all samples."""
-    question = ask_for(1)[0]
-    records = [record_of(0, replay(policy, Dialogue(), question, turns)) for turns in (
-        [turn_of("First (3, 4).", 3, 4), turn_of("Not here (50, 50).", 50, 50), turn_of("")],
-        [turn_of("")])]
-    figures = report([records])
-    assert (figures.regions, figures.subgoals) == (1, 0.5)
-    assert (figures.verifications, figures.backtracks) == (0, 0.5)
+def test_a_row_is_json_and_has_all_of_a_trace():
+    """Guards traces.jsonl, which is all that is left of a run: texts, how it ended, each part of
+    the reward."""
+    trace = trace_of(turn_of("Card (8, 8).", 8, 8), turn_of("Dotted (9, 9)."), regions=REGIONS,
+                     names=NAMES, id="7", key="abc", category="hard")
+    row = json.loads(json.dumps(row_of(trace)))
+    expected = {"id": "7", "key": "abc", "category": "hard", "question": "Which?",
+                "truth": "dotted", "answer": "dotted", "vote": "dotted", "ended": "answer",
+                "total": 1, "correct": 1, "format": 1, "grounded": 1, "diversity": 0, "why": "",
+                "zoom_calls": 1, "several_crops": False, "overlong": False, "official": True,
+                "on_target": [True], "true_thoughts": [True]}
+    assert expected.items() <= row.items()
+    assert row["turns"] == [turn.text for turn in trace.turns]
+
+
+def test_the_figures_of_some_questions():
+    """Guards the table: means over traces, of questions with different numbers of calls."""
+    good = [turn_of("Card (8, 8).", 8, 8), turn_of("Dotted.")]
+    twice = [turn_of("Card (40, 8).", 40, 8), turn_of("Plain.", 8, 8), turn_of("Dotted.")]
+    groups = [[row_of(trace_of(*texts, regions=REGIONS, names=NAMES, category="hard"))]
+              for texts in [good] * 4 + [twice] * 4]
+    cut = trace_of("<think>So", ended="truncated", regions=REGIONS, names=NAMES)
+    found = figures([*groups, [row_of(cut)] * 2])
+    assert (found["n"], found["accuracy"], found["ci95"]) == (9, 8 / 9, interval([1] * 8 + [0]))
+    assert (found["zoom_calls"], found["several_crops"], found["overlong"]) == (1.2, 0.4, 0.2)
+    assert found["format"] == found["grounded"] == 0.8 and found["diversity"] == 0.08
+    assert found["on_target"] == found["true_thoughts"] == 1
+    assert found["reward"] == pytest.approx((4 + 4 * (0.6 + 0.4 * 1.2)) / 10)
+    assert found["by"]["hard"]["n"] == 8
 
 
 # --------------------------------------------------------------------------------- rules of scoring
@@ -279,37 +232,42 @@ def test_official_rule_of_robospatial():
         assert official_rule(said(answer, question), not right) == right
 
 
-def records_of(question, *answers):
-    """The Records of some samples of a question."""
+def rows_of(question, *answers):
+    """The rows of some samples of a question."""
     traces = [said(answer, question) for answer in answers]
     for trace in traces:
         trace.ended = "answer" if trace.answer else "truncated"
-    return [record_of(0, trace) for trace in traces]
+    return [row_of(trace) for trace in traces]
 
 
 def test_strict_and_official_stand_side_by_side():
     """Guards: one figure under the other's name. RoboSpatial-Home's own rule is that of its scores,
     and of no others."""
-    question = Question("Which?", [], "red", category="Counting")
-    figures = report([records_of(question, "red or blue")])
-    assert (figures.accuracy, figures.official) == (0, 1)
-    assert figures.by["Counting"]["accuracy"] == 0
-    question = Question("Is it?", [], "Yes", category="configuration")
-    figures = report([records_of(question, "Yes, it is")])
-    assert (figures.accuracy, figures.official) == (0, 1)
-    assert figures.by["configuration"]["accuracy"] == 1
+    for category, answer, truth, by in (("Counting", "red or blue", "red", 0),
+                                        ("configuration", "Yes, it is", "Yes", 1)):
+        found = figures([rows_of(Question("Is it?", [], truth, category=category), answer)])
+        assert (found["accuracy"], found["official"]) == (0, 1)
+        assert found["by"][category]["accuracy"] == by
 
 
 # ------------------------------------------------------------------------------------------ samples
 
 def test_wilson_interval():
     """Guards the interval of one sample a question, against values from the literature (Wilson
-    1927; 8 of 10; 76 of 100); that it stays in [0, 1], and is not empty when all are right."""
+    1927; 8 of 10; 76 of 100); that it is not empty when all are right."""
     assert interval([1] * 8 + [0] * 2) == pytest.approx((0.4902, 0.9433), abs=1e-3)
     assert interval([True] * 76 + [False] * 24) == pytest.approx((0.668, 0.833), abs=1e-3)
-    assert interval([]) == (0, 1) and interval([0] * 50)[0] == pytest.approx(0)
+    assert interval([]) == (0, 1)
     low, high = interval([1.0] * 10)
     assert 0.7 < low < 0.75 and high == pytest.approx(1)
+
+
+def test_intervals_stay_in_their_bounds():
+    """Guards "-0.000" in a table, by rounding of none or all right, and 1.02 of shares."""
+    for n in range(1, 300):
+        for shares in ([0] * n, [1] * n, [0.9] + [1.0] * n, [0.1] + [0.0] * n):
+            low, high = interval(shares)
+            assert 0 <= low <= high <= 1 and math.copysign(1, low) == 1
 
 
 def test_interval_of_clusters():
@@ -319,13 +277,12 @@ def test_interval_of_clusters():
     mean, deviation = 0.5, np.std(shares, ddof=1)
     half = 1.96 * deviation / math.sqrt(20)
     assert interval(shares) == pytest.approx((mean - half, mean + half))
-    assert interval([0.9, 1.0, 1.0])[1] == 1 and interval([0.1, 0.0, 0.0])[0] == 0
     assert interval([0.5]) == (0.5, 0.5)
     question = Question("Which?", [], "red", category="hard")
-    same = [records_of(question, *["red"] * 4), records_of(question, *["blue"] * 4)] * 10
-    figures = report(same)
-    assert figures.n == figures.by["hard"]["n"] == 20
-    assert figures.ci95 == figures.by["hard"]["ci95"] == interval([1, 0] * 10)
+    same = [rows_of(question, *["red"] * 4), rows_of(question, *["blue"] * 4)] * 10
+    found = figures(same)
+    assert found["n"] == found["by"]["hard"]["n"] == 20
+    assert found["ci95"] == found["by"]["hard"]["ci95"] == interval([1, 0] * 10)
 
 
 def test_majority_vote():
@@ -335,9 +292,9 @@ def test_majority_vote():
     cases = [(("B", "red", "(A)"), 2 / 3, 1), (("B", "A"), 1 / 2, 0), (("A", "B"), 1 / 2, 1),
              ((None, None, "A"), 1 / 3, 1), ((None, ""), 0, 0), (("B", "B", "A"), 1 / 3, 0)]
     for answers, accuracy, majority in cases:
-        figures = report([records_of(question, *answers)])
-        assert (figures.n, figures.majority) == (1, majority), answers
-        assert figures.accuracy == pytest.approx(accuracy)
+        found = figures([rows_of(question, *answers)])
+        assert (found["n"], found["majority"]) == (1, majority), answers
+        assert found["accuracy"] == pytest.approx(accuracy)
 
 
 # ------------------------------------------------------------------------------- scores, benchmarks
@@ -378,7 +335,7 @@ def test_a_table():
 
 LIMITS = dict(turn_tokens=7, response_tokens=40, cache_tokens=2000)
 SETTINGS = {"seed": 3, "temperature": 1.0}
-QUESTIONS = 10
+QUESTIONS = open_file(str(ROOT / "tests/tiny/search-test.jsonl")).questions[:10]
 
 
 @pytest.fixture
@@ -388,42 +345,44 @@ def small_blocks(monkeypatch):
 
 
 def answers(path):
-    """What a file of records says of each question, times aside."""
+    """What a file of answers says of each question, times aside."""
     groups = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-    for record in sum(groups, []):
-        del record["seconds"]
-    return sorted(groups, key=lambda group: (not group[0]["tool"], group[0]["index"]))
+    for row in sum(groups, []):
+        del row["seconds"]
+    return sorted(groups, key=lambda group: (not group[0]["tool"], group[0]["key"]))
 
 
-def figures_of(report):
-    return {name: value for name, value in vars(report).items() if name != "minutes"}
+def run_with(policy, path=None, dialogue=None, seed=3, questions=QUESTIONS, keep=0, **more):
+    """-> the figures, but for the time"""
+    done = read_answers(path, SETTINGS) if path else ()
+    found, kept = evaluate(policy, questions, dialogue or Dialogue(), seed, done=done, path=path,
+                           keep=keep, **LIMITS | more)
+    assert len(kept) == keep and found.pop("minutes") >= 0
+    return found
 
 
-def run_with(policy, path=None, dialogue=None, seed=3, n=QUESTIONS, **more):
-    answered = read_records(path, SETTINGS) if path else ()
-    return evaluate(policy, ask_for(n), dialogue or Dialogue(), seed, answered=answered, path=path,
-                    **LIMITS | more)
-
-
-def test_every_question_is_answered_once(policy, tmp_path):
-    """Guards the count, whatever the cache holds at a time."""
+def test_every_question_is_answered_once(policy, small_blocks, tmp_path):
+    """Guards the count; a row that is there twice counts twice, with the same answer."""
     path = tmp_path / "found.jsonl"
-    assert run_with(policy, path, n=9, cache_tokens=300).n == 9
-    assert [group[0]["index"] for group in answers(path)] == list(range(9))
-    assert [group[0]["id"] for group in answers(path)] == [f"test-0-{i}" for i in range(9)]
+    found = run_with(policy, path, questions=[*QUESTIONS, QUESTIONS[0]])
+    assert (found["n"], found["skipped"]) == (11, 0)
+    assert [group[0]["key"] for group in answers(path)] == sorted(q.key for q in QUESTIONS)
 
 
-def test_blocks_do_not_depend_on_each_other(policy, small_blocks, tmp_path):
-    """Guards the random numbers: what is answered depends on the seed and the question's number,
-    not on what ran before."""
+def test_answers_depend_on_seed_and_question_alone(policy, small_blocks, tmp_path):
+    """Guards the random numbers against what ran before, and against other rows: rows in another
+    order, or fewer of them, and a file of half of the answers."""
     run_with(policy, tmp_path / "all.jsonl")
+    expected = answers(tmp_path / "all.jsonl")
     lines = (tmp_path / "all.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "some.jsonl").write_text("".join([lines[0], *lines[3:6]]))
-    run_with(policy, tmp_path / "some.jsonl")
-    assert answers(tmp_path / "some.jsonl") == answers(tmp_path / "all.jsonl")
+    run_with(policy, tmp_path / "some.jsonl", questions=QUESTIONS[::-1])
+    assert answers(tmp_path / "some.jsonl") == expected
+    assert run_with(policy, tmp_path / "all.jsonl", questions=QUESTIONS[2:5])["n"] == 3
+    assert answers(tmp_path / "all.jsonl") == expected
     run_with(policy, tmp_path / "other.jsonl", seed=4)
-    assert answers(tmp_path / "other.jsonl") != answers(tmp_path / "all.jsonl")
-    assert len({group[0]["text"] for group in answers(tmp_path / "all.jsonl")}) > 5
+    assert answers(tmp_path / "other.jsonl") != expected
+    assert len({str(group[0]["turns"]) for group in expected}) > 5
 
 
 @pytest.mark.parametrize("die_after", [2, 5, 9])
@@ -436,27 +395,26 @@ def test_going_on_after_a_kill_equals_an_uninterrupted_run(policy, small_blocks,
     class Killed(BaseException):
         pass
 
-    def counted(index, trace, tool):
-        made.append(index)
+    def counted(trace):
+        made.append(trace)
         if len(made) == die_after:
             raise Killed
-        return record_of(index, trace, tool)
+        return row_of(trace)
     expected = run_with(policy, whole)
-    monkeypatch.setattr(evaluation, "record_of", counted)
+    monkeypatch.setattr(evaluation, "row_of", counted)
     with pytest.raises(Killed):
         run_with(policy, broken)
     with broken.open("a") as file:
-        file.write('[{"index": 9, "tool": true, "id": "te')
+        file.write('[{"key": "9", "tool": true, "id": "te')
     lines, kept = [], die_after // 4 * 4
     die_after = None
     made.clear()
-    figures = run_with(policy, broken, log=lines.append)
-    assert len(made) == QUESTIONS - kept
+    assert run_with(policy, broken, log=lines.append) == expected
+    assert len(made) == 10 - kept and answers(broken) == answers(whole)
     assert (f"{kept} of 10 questions were answered before" in lines[0]) == (kept > 0)
-    assert figures_of(figures) == figures_of(expected) and answers(broken) == answers(whole)
     assert lines[-1].startswith("10/10 questions")
     lines.clear()
-    assert figures_of(run_with(policy, broken, log=lines.append)) == figures_of(expected)
+    assert run_with(policy, broken, log=lines.append) == expected
     assert lines == ["10 of 10 questions were answered before"]         # nothing is left to do
 
 
@@ -464,12 +422,11 @@ def test_with_and_without_the_tool_in_one_file(policy, small_blocks, tmp_path):
     """Guards the two halves of an evaluation: the answers of one must not count as done for the
     other."""
     path = tmp_path / "found.jsonl"
-    reports = [run_with(policy, path, Dialogue(tool=tool)) for tool in (True, False)]
+    assert [run_with(policy, path, Dialogue(tool=tool))["n"] for tool in (True, False)] == [10, 10]
     groups = answers(path)
-    assert [report.n for report in reports] == [10, 10]
     assert [group[0]["tool"] for group in groups] == [True] * 10 + [False] * 10
-    for record, in groups[10:]:
-        assert record["ended"] in ("forced", "truncated") and not record["crops"]
+    for row, in groups[10:]:
+        assert row["ended"] in ("forced", "truncated") and not row["zoom_calls"]
 
 
 def test_samples(policy, small_blocks, tmp_path):
@@ -477,14 +434,37 @@ def test_samples(policy, small_blocks, tmp_path):
     sample; all of a question's are on a line, so that a break leaves none without the others."""
     one, three = tmp_path / "one.jsonl", tmp_path / "three.jsonl"
     run_with(policy, one)
-    report = run_with(policy, three, samples=3)
+    found = run_with(policy, three, samples=3)
     groups = answers(three)
-    assert report.n == 10 and [len(group) for group in groups] == [3] * 10
+    assert found["n"] == 10 and [len(group) for group in groups] == [3] * 10
     assert [group[0] for group in groups] == [group[0] for group in answers(one)]
-    assert sum(len({record["text"] for record in group}) for group in groups) > 20
+    assert sum(len({str(row["turns"]) for row in group}) for group in groups) > 20
     three.write_text("".join(three.read_text().splitlines(keepends=True)[:5]))
-    assert figures_of(run_with(policy, three, samples=3)) == figures_of(report)
-    assert answers(three) == groups
+    assert run_with(policy, three, samples=3) == found and answers(three) == groups
+
+
+def test_traces_for_a_page(policy, small_blocks, tmp_path):
+    """Guards a page with other traces than those that the figures are about, also after a break."""
+    path, shown = tmp_path / "found.jsonl", []
+    for done in ((), read_answers(path, SETTINGS)):
+        found, kept = evaluate(policy, QUESTIONS, Dialogue(), 3, done=done, path=path, keep=3,
+                               **LIMITS)
+        assert [trace.question for trace in kept] == QUESTIONS[:3] and found["n"] == 10
+        shown.append([[turn.text for turn in trace.turns] for trace in kept])
+    texts = {group[0]["key"]: group[0]["turns"] for group in answers(path)}
+    assert shown[0] == shown[1] == [texts[question.key] for question in QUESTIONS[:3]]
+
+
+def test_a_bad_image_is_skipped_and_counted(policy, small_blocks, tmp_path, capsys):
+    """Guards an evaluation of hours that one photograph ends; and a count over fewer questions than
+    it says."""
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    bad = Question("Which?", [tmp_path / "bad.png"], "red", key="bad", where="a.jsonl:8")
+    found = run_with(policy, questions=[*QUESTIONS[:7], bad])
+    assert (found["n"], found["skipped"]) == (7, 1)
+    assert "a.jsonl:8" in capsys.readouterr().err
+    with pytest.raises(UserError, match="none of 1 questions"):
+        run_with(policy, questions=[bad])
 
 
 def test_answers_of_another_command_are_refused(policy, small_blocks, tmp_path):
@@ -496,45 +476,92 @@ def test_answers_of_another_command_are_refused(policy, small_blocks, tmp_path):
              ({**SETTINGS, "samples": 2}, "samples None"))
     for settings, other in cases:
         with pytest.raises(UserError, match=f"{other}.*another --json"):
-            read_records(path, settings)
+            read_answers(path, settings)
     assert path.read_text() == before
     foreign = ("no JSON\n", "[1]\n", '{"problem": "Which?", "answer": "red"}\n', "no end of line",
-               "", json.dumps(SETTINGS) + "\n[1]\n")
+               "", json.dumps(SETTINGS) + "\n[1]\n", json.dumps(SETTINGS) + "\n[]\n")
     for text in foreign:
         path.write_text(text)
         with pytest.raises(UserError, match="another --json"):
-            read_records(path, SETTINGS)
+            read_answers(path, SETTINGS)
         assert path.read_text() == text
     with pytest.raises(UserError, match="another --json"):
-        read_records(path / "inside" / "a.jsonl", SETTINGS)
+        read_answers(path / "inside" / "a.jsonl", SETTINGS)
 
 
 def answer_all(model, path):
     evaluation.QUESTIONS_A_BLOCK = 4
-    report = run_with(load(model, device="cpu"), path)
+    found = run_with(load(model, device="cpu"), path)
     print("printed by the first", flush=True)
-    figures = {**figures_of(report), "rank": rank()}
-    print(json.dumps(figures), file=sys.stderr, flush=True)
+    print(json.dumps({**found, "rank": rank()}), file=sys.stderr, flush=True)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(policy, tiny_folder, small_blocks, tmp_path):
-    """Guards torchrun: the same answers and the same report on every process, printed once; and
+    """Guards torchrun: the same answers and the same figures on every process, printed once; and
     another number of processes can go on with the file."""
-    expected = figures_of(run_with(policy, tmp_path / "one.jsonl"))
+    expected = run_with(policy, tmp_path / "one.jsonl")
     path = tmp_path / "two.jsonl"
     (out, first), (silent, second) = in_processes(2, answer_all, tiny_folder, path)
-    assert out == "printed by the first\n" and silent == ""
+    assert out.endswith("printed by the first\n") and silent.count("printed") == 0
     for number, text in enumerate((first, second)):
-        figures = json.loads(text.splitlines()[-1])
-        assert figures == {**json.loads(json.dumps(expected)), "rank": number}
+        found = json.loads(text.splitlines()[-1])
+        assert found == {**json.loads(json.dumps(expected)), "rank": number}
     assert answers(path) == answers(tmp_path / "one.jsonl")
     lines = []
-    assert figures_of(run_with(policy, path, log=lines.append)) == expected
+    assert run_with(policy, path, log=lines.append) == expected
     assert lines == ["10 of 10 questions were answered before"]
 
 
-def test_a_picture_of_a_trace(policy):
+# ---------------------------------------------------------------------------------- the command line
+
+TINY = ["--n", 3, "--turn-tokens", 8, "--response-tokens", 40]
+TASK = ["--task", ROOT / "tests/tiny/search-test.jsonl"]
+
+
+def test_evaluate_from_the_command_line(tiny_folder, script, tmp_path):
+    """Guards the way from the flags to table, figures and page; a second call asks nothing again,
+    other settings are refused, more questions are not."""
+    command = ["--model", tiny_folder, *TASK, *TINY, "--json", "out/a.json"]
+    out, _ = script("evaluate", *command, "--report", "out/a.html")
+    found = json.loads((tmp_path / "out/a.json").read_text())
+    assert found["n"] == 3 and "accuracy_no_tool" in found
+    assert "temperature=0.5" in out and "top_p=0.99" in out and "3/3 questions" in out
+    assert out.count("search-test ") == 1 and "<h1>" in (tmp_path / "out/a.html").read_text()
+    out, _ = script("evaluate", *command, "--n", 5)
+    assert "5/5 questions" in out and "3 of 5 questions were answered before" in out
+    _, err = script("evaluate", *command, "--seed", 1, code=2)
+    assert "has answers with seed 0" in err
+    out, _ = script("evaluate", "--model", tiny_folder, *TASK, *TINY, "--no-tool", "--mode",
+                    "direct", "--samples", 2)
+    assert "majority vote of 2 samples" in out and "turn_tokens=8" in out and "top_p=1.0" in out
+
+
+def test_a_question_of_ones_own(tiny_folder, script, tmp_path):
+    """Guards --image: the trace is printed, drawn and shown; it is neither right nor wrong."""
+    Image.new("RGB", (256, 256)).save(tmp_path / "my.png")
+    command = ["--model", tiny_folder, "--image", "my.png", *TINY[2:]]
+    out, _ = script("evaluate", *command, "--question", "Which?", "--save", "a.png", "--report",
+                    "a.html")
+    assert "Which?" in out and "\n-> " in out
+    assert Image.open(tmp_path / "a.png").width and (tmp_path / "a.html").exists()
+    _, err = script("evaluate", *command, code=2)
+    assert "--image and --question go together" in err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--json", "a.jsonl"], "ends in .json"), (["--report", "a.txt"], "ends in .html"),
+    (["--report", "my.png/a.html"], "written to"), (["--save", "a.gif"], "ends in .png"),
+    (["--samples", 0], "no whole number"), (["--n", "x"], "no whole number")])
+def test_what_is_written_at_the_end_is_checked_at_the_beginning(tiny_folder, script, tmp_path,
+                                                                flags, message):
+    """Guards hours of evaluation whose figures have no place to go to."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "my.png")
+    out, err = script("evaluate", "--model", tiny_folder, *TASK, *flags, code=2)
+    assert message in err and len(err.splitlines()) == 1 and not out
+
+
+def test_a_picture_of_a_trace():
     """Guards --save: image, points and crops."""
-    question = next(question for question in ask_for(50) if len(question.scene.candidates) == 3)
-    sheet = draw_trace(solve(policy, question))
+    sheet = draw_trace(trace_of(turn_of("Card (8, 8).", 8, 8), turn_of("Dotted.")))
     assert sheet.width == 768 and sheet.height > 768

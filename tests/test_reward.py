@@ -1,5 +1,6 @@
 """What the reward promises. Each test names the bug that it guards against."""
 import random
+import time
 from dataclasses import astuple, replace
 
 import pytest
@@ -15,7 +16,7 @@ from reward import (
     parse_action,
     score,
 )
-from rollout import Frame, Question, ToolError, Trace, Turn, parse_call, parse_turn
+from rollout import Frame, Question, ToolError, Trace, Turn, crop_box, parse_call, parse_turn
 
 FRAME = Frame(input_size=(100, 50), original_size=(1000, 500))
 CHOICES = ("blue", "red", "dark green")
@@ -31,7 +32,7 @@ def trace(*texts, mode="zoom", ended="answer", about=None, frames=(FRAME,)):
     turns = [parse_turn(text) for text in texts]
     for turn in turns:
         if turn.call and frames[0].contains(turn.call):
-            turn.crop = (0, 0, 10, 10)
+            turn.crop = crop_box(frames[0].original_size, frames[0].to_original(turn.call), 40)
     return Trace(None, question=about or question(), mode=mode, frames=list(frames), turns=turns,
                  ended=ended)
 
@@ -70,6 +71,13 @@ def test_a_part_is_no_match(answer):
     assert not match_answer(answer, "red")
 
 
+@pytest.mark.parametrize("answer", ["Ｒｅｄ", "red。", "“ｒｅｄ”", "red、", "\\boxed{red}",
+                                    "$\\boxed{Red}$."])
+def test_other_ways_to_write_are_no_other_answer(answer):
+    """Full width letters, the end marks of other scripts and LaTeX's frame were wrong."""
+    assert match_answer(answer, "Red") and not match_answer(answer, "blue")
+
+
 def test_marks_that_carry_meaning_stay():
     """-5 and 5, .5 and 5, 5' and 5" became the same by stripping too much; an answer of marks only
     matched every other."""
@@ -85,7 +93,8 @@ def test_marks_that_carry_meaning_stay():
 @pytest.mark.parametrize("answer", [
     "B", "b", "(B)", "(b).", "B.", "B)", "B:", "B. red", "(B) Red.", "B: red", 'B. "red"', "Red",
     "b)\nred", "Option B", "option (b)", "Option B.", "OPTION B: red", "option (B) red",
-    "**Option B**"])
+    "**Option B**", "B (red)", "B - red", "B – Red.", "（Ｂ）", "Ｂ", "B。", "（B）red",
+    "\\boxed{B}"])
 def test_a_letter_its_option_and_both_are_the_same_answer(answer, truth):
     """'B. red', '(B)' and 'Option B' were wrong where the truth was 'red', and the reverse."""
     for choices in (CHOICES, list(CHOICES)):
@@ -95,7 +104,8 @@ def test_a_letter_its_option_and_both_are_the_same_answer(answer, truth):
 @pytest.mark.parametrize("answer", [
     "A. red", "(C) red", "D. red", "D", "A", "B. blue", "B. red.. blue", "B red blue", "z", "1",
     "Bred", "Option A", "Option D", "Option B: blue", "Option A. red", "Optional B", "option red",
-    "options B", "optionB", "Option B or A"])
+    "options B", "optionB", "Option B or A", "A (red)", "C - red", "B (blue)", "\\boxed{A}",
+    "\\boxed{A} \\boxed{B}", "B-red"])
 def test_a_letter_must_agree_with_its_text(answer):
     """'A. red' was right where B is red: a letter or a text somewhere was enough."""
     for truth in ("B", "red"):
@@ -139,7 +149,7 @@ BOX = (100, 100, 200, 200)    # px of the original; 10 to 20 px of the model inp
 @pytest.mark.parametrize("answer", [
     "(15, 12)", "[15, 12]", "( 12.5 , 19.9 )", "(10, 10)", "(20, 20)", "at (15,12).", "15, 12",
     "[\n15,\n12]", "15,12", " 15 , 12. ", "at 15, 12", "15.0, 12.0", "[[15, 12]]",
-    "(15, 12) of 3 icons"])
+    "(15, 12) of 3 icons", "（１５，１２）", "(1.5e1, 1.2e1)", "15、12", "\\boxed{(15, 12)}"])
 def test_a_point_in_the_box_however_written(answer):
     """Decimals, inner spaces and points without brackets were refused. The edges belong to the box;
     px of the model input become px of the file."""
@@ -343,11 +353,11 @@ def test_only_a_trace_that_the_policy_ended_is_well_formed(ended):
     assert (result.format, result.diversity, result.total) == (0, 0, 0.6) and result.why
 
 
-def test_a_forced_turn_is_not_well_formed():
-    """What was written for the policy was paid as its own."""
-    forced = trace(zooming(20, 20), final())
-    forced.turns[-1].forced = True
-    assert score(forced).format == 0 and "forced" in score(forced).why
+@pytest.mark.parametrize("text", ["<|im_start|>", "<|im_end|>", "<|vision_pad|>"])
+def test_special_tokens_are_not_well_formed(text):
+    """A thought that speaks as the chat itself was paid for its form."""
+    assert score(trace(final("red", f"a (5, 5) {text} b"))).format == 0
+    assert score(trace(final("red", "a (5, 5) <|> <im_start>"))).format == 1
 
 
 def test_a_thought_and_an_answer_in_one_turn_keep_both():
@@ -472,6 +482,16 @@ def test_further_distinct_crops_are_paid_up_to_a_bound():
     assert score(trace(*near[:2], final()), closer).diversity == 0.2
 
 
+def test_the_same_window_is_no_further_crop():
+    """At the border, and of a small image, calls far apart show one window: it was paid again."""
+    corner = [zooming(0, 0), zooming(3, 3), zooming(0, 3)]
+    assert score(trace(*corner, final()), Weights(0.6, 0.4, 0.2, 2, 1)).diversity == 0
+    small = Frame(input_size=(300, 300), original_size=(70, 70))
+    far = [zooming(10, 10), zooming(150, 150), zooming(290, 290)]
+    assert score(trace(*far, final(), frames=[small])).diversity == 0
+    assert score(trace(*corner, zooming(50, 20), final())).diversity == 0.2
+
+
 def test_going_back_is_no_new_place_and_a_slow_walk_comes_to_one():
     """Compared only with the crop before, going back was a new crop; compared with all, a slow walk
     had none."""
@@ -580,9 +600,11 @@ UNITS = ["<", "<think>", "</think>", "<answer>a</answer>", "(", "( ", "[1,", "(1
 @pytest.mark.parametrize("unit", UNITS, ids=ascii)
 def test_long_hostile_text_is_read_in_linear_time(unit):
     """Patterns that backtrack hang for hours on a policy that repeats itself."""
-    text = unit * (100_000 // len(unit))
+    text = unit * (20_000 // len(unit))
+    began = time.process_time()
     for around in ("%s", "<answer>%s</answer>", "type [5] [%s", "type [5] [%s] [0", "scroll [%s",
-                   "stop [%s]", "b. %s", '"%s"', "(1%s", "1 %s", "`%s`", "option %s"):
+                   "stop [%s]", "b. %s", '"%s"', "(1%s", "1 %s", "`%s`", "option %s",
+                   "\\boxed{%s}", "b (%s)"):
         hostile = around % text
         match_answer(hostile, "red", CHOICES)
         match_answer(hostile, "B")
@@ -594,3 +616,27 @@ def test_long_hostile_text_is_read_in_linear_time(unit):
             assert not score(replace(trace(mode=mode), turns=[turn])).correct
     with pytest.raises(ToolError):
         parse_call(text)
+    assert time.process_time() - began < 3                # some tenths, where nothing is squared
+
+
+def mutated(rng, text):
+    """A text with some characters or pieces exchanged, doubled or left out."""
+    pieces = [*UNITS, "ﷺ", "\ud83d", "٣", "²", "\u2028", "\\boxed{", "$", "e9", "- "]
+    for _ in range(rng.randint(1, 4)):
+        start, length = rng.randrange(len(text) + 1), rng.randrange(4)
+        text = text[:start] + rng.choice([*pieces, "", text[:9]]) + text[start + length:]
+    return text
+
+
+def test_no_answer_can_break_the_reward():
+    """An answer is whatever a policy writes: whatever it is, no exception, and a wrong trace never
+    above a right one."""
+    rng = random.Random(0)
+    asked = [question(), question("B", "choice", CHOICES), question(BOX, "point"),
+             question("type [5] [red shoes]", "action"), question("stop [red]", "action")]
+    answers = ["red", "(B) red", "(15, 12)", "type [5] [red shoes] [1]", "stop [red]"]
+    for i in range(4000):
+        about, answer = asked[i % 5], mutated(rng, answers[i % 5])
+        texts = [mutated(rng, zooming(20, 20)), final(answer, mutated(rng, "a (5, 5)"))]
+        result = score(trace(*texts, about=about, mode=rng.choice(list(GOOD))))
+        assert 0 <= result.total <= (1.16 if result.correct else 0.56)

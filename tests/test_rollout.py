@@ -1,151 +1,216 @@
-"""What rollout.py promises about settings, coordinates, the zoom tool and the dialogue."""
+"""What rollout.py promises about settings, images, coordinates, the zoom tool and the dialogue."""
+import argparse
+import base64
+import io
 import json
-import re
-from dataclasses import fields, replace
+import os
+import sys
+from dataclasses import replace
+from functools import partial
 from itertools import groupby
-from threading import Lock
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 import rollout as rollout_module
-from evaluate import hint_for
 from model import UserError
 from rollout import (
     MODES,
     SYSTEM_PROMPTS,
-    Config,
     Dialogue,
     Frame,
     Question,
     ToolError,
     Trace,
     crop_box,
-    describe_config,
-    describe_fields,
+    describe_settings,
+    draw_trace,
+    family_settings,
     format_call,
-    make_config,
+    input_limits,
     make_dialogue,
+    number,
+    parse,
     parse_call,
     parse_points,
     parse_turn,
     read_image,
     rollout,
-    toy,
+    sampling_of,
+    shared_flags,
+    start,
+    whole,
     zoom,
 )
-from train_sft import TINY
+
+SHORT = {"direct": "Answer.", "think": "Think.", "grounded": "Point.", "zoom": "Zoom."}
+TINY = Dialogue(system_prompts=SHORT, crop_half=32, crop_size=64)
 
 # ----------------------------------------------------------------------------------------- settings
 
-SCRIPTS = ("train_sft", "train_rl", "evaluate")
-FIELDS = [field.name for field in fields(Config) if field.name != "given"]
+
+@pytest.fixture
+def read(monkeypatch):
+    """read(*words) -> the Namespace of a script with these flags."""
+    def settings(*words, sections=("rollout", "train_sft", "train_rl"), tool=False):
+        parser = argparse.ArgumentParser()
+        shared_flags(parser)
+        parser.add_argument("--lr", type=number(), default=1e-6, help="learning rate")
+        parser.add_argument("--group", type=whole(2), default=8, help="traces a question")
+        parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False,
+                            help="go on")
+        if tool:
+            parser.add_argument("--tool", action=argparse.BooleanOptionalAction, default=True,
+                                help="the zoom tool")
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
+        return parse(parser, *sections)
+    return settings
 
 
-def flags_of(script):
-    return set().union(*describe_fields(script).values())
+def write_json(path, value):
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return str(path)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_shows_each_setting_of_a_script_once(name, script, monkeypatch):
-    """Guards --help, which is made from Config's source: a field without its comment, a section
-    that names no script, a default that is not the one in force, another script's flag."""
-    monkeypatch.setenv("COLUMNS", "400")
-    out, _ = script(name, "--help")
-    for field in FIELDS:
-        flag = "--" + field.replace("_", "-")
-        lines = re.findall(rf"^ +{flag}[, ].*(?:\n {{20,}}.*)?$", out, re.M)
-        assert len(lines) == (field in flags_of(name)), field
-        default = getattr(Config, field)
-        for line in lines:
-            assert len(re.split(r"\s{2,}", line.strip())) == 2, f"{field} has no help text"
-            if default not in (None, "", False):
-                assert line.count(f"[{default}") == 1, line
+GIVEN = ["--model", "m", "--task", "t"]
 
 
-def test_each_setting_belongs_to_a_script():
-    """Guards Config: a field that no script has as a flag, and a flag in the wrong script."""
-    flags = set.union(*map(flags_of, SCRIPTS))
-    assert flags == set(FIELDS)
-    assert flags_of("train_sft") < flags_of("train_rl")
-    common = {"model", "task", "mode", "dialogue", "seed", "crop_half", "temperature"}
-    assert common <= set.intersection(*map(flags_of, SCRIPTS))
-    assert {"group", "lr", "kl", "dry_run"} <= flags_of("train_rl") - flags_of("train_sft")
-    own = {"n", "tool", "json", "image", "question", "save"}
-    assert own <= flags_of("evaluate") - flags_of("train_rl")
-
-
-@pytest.mark.parametrize("script, family, given, expected", [
-    ("train_rl", "drawn", {}, dict(temperature=1.0, lr=6e-3, group=8, max_pixels=None)),
-    ("evaluate", "drawn", {}, dict(temperature=1.0, top_p=1.0, crop_half=32, turn_tokens=48)),
-    ("evaluate", "search", {}, dict(max_pixels=12_960_000, crop_half=182, crop_size=672,
-                                    crop_dot=False, temperature=0.5, top_p=0.99)),
-    ("train_sft", "search", {}, dict(max_pixels=2_850_000, temperature=1.0, top_p=1.0)),
-    ("evaluate", "gui", {}, dict(max_pixels=12_960_000, crop_half=100, crop_size=512,
-                                 crop_dot=True, response_tokens=3072)),
-    ("train_sft", "gui", {}, dict(max_pixels=4_194_304, crop_half=50, crop_size=384)),
-    ("evaluate", "gui", {"mode": "direct"}, dict(turn_tokens=2048, response_tokens=2048,
-                                                 top_p=1.0)),
-    ("evaluate", "spatial", {}, dict(max_image_side=1260, max_pixels=4_194_304)),
-    ("train_sft", "spatial", {}, dict(max_image_side=None)),
-    ("train_rl", "gui", {"model": "a"}, dict(lr=1e-6, group=8, clip_norm=0.2, warm_up=25,
-                                             optimizer="adamw", diversity=0.2)),
-    ("train_rl", "gui", {"model": "a", "mode": "think"}, dict(group=5, clip_norm=1.0, warm_up=0)),
-    ("train_rl", "drawn", {"model": "a"}, dict(lr=1e-6, group=8, turn_tokens=48)),
-    ("evaluate", "gui", {"model": "a"}, dict(lr=6e-3, temperature=0.5)),
+@pytest.mark.parametrize("family, training, expected", [
+    ("search", True, dict(max_pixels=2_850_000, crop_half=182, crop_size=672)),
+    ("search", False, dict(max_pixels=12_960_000, crop_half=182, crop_size=672)),
+    ("gui", True, dict(max_pixels=4_194_304, crop_half=50, crop_size=384, crop_dot=True)),
+    ("web", False, dict(max_pixels=12_960_000, crop_half=100, crop_size=512, crop_dot=True)),
+    ("spatial", False, dict(max_pixels=4_194_304, max_image_side=1260)),
+    (None, True, {}),
 ])
-def test_defaults_by_family_then_evaluation_then_model(script, family, given, expected):
-    """Guards the order of PRESETS: what is particular counts more than what is general."""
-    config = make_config(given, family, script)
-    assert {name: getattr(config, name) for name in expected} == expected
-    assert config.family == family
+def test_settings_of_a_family(family, training, expected):
+    """Guards the paper's and the authors' numbers: evaluation with the pixels of training."""
+    assert family_settings(family, training) == expected
 
 
-def test_a_given_flag_counts_more_than_any_preset():
-    """Guards flags: one that repeats Config's own default was taken for one that was not given."""
-    given = {"temperature": 1.0, "crop_half": 32, "max_pixels": 1000}
-    config = make_config(given, "gui", "evaluate")
-    assert (config.temperature, config.crop_half, config.max_pixels) == (1.0, 32, 1000)
-    assert config.crop_size == 512 and set(config.given) == set(given)
+def test_modes_of_one_turn_have_defaults_of_their_own(read):
+    """Guards the paper's second column; a flag that repeats the default of the other column was
+    taken for one that was not given."""
+    args = read(*GIVEN)
+    assert sampling_of(args) == dict(temperature=1.0, top_p=1.0, turn_tokens=1024,
+                                     response_tokens=4608)
+    assert args.group == 8 and input_limits(args) == dict(max_pixels=None, max_image_side=None)
+    single = read(*GIVEN, "--mode", "think")
+    assert (single.turn_tokens, single.response_tokens, single.group) == (2048, 2048, 5)
+    assert "clip_norm" not in single
+    kept = read(*GIVEN, "--mode", "think", "--group", 8, "--turn-tokens", 1024)
+    assert (kept.turn_tokens, kept.response_tokens, kept.group) == (1024, 2048, 8)
 
 
-def test_a_star_marks_what_was_given():
-    """Guards the settings that a run prints: which of them the user chose."""
-    config = make_config({"temperature": 0.7, "mode": "think"}, "gui", "evaluate")
-    settings = describe_config(config, "evaluate").partition("\n")[2].split()
-    assert "temperature=0.7*" in settings and "mode=think*" in settings
-    assert "max_pixels=12960000" in settings and "top_p=1.0" in settings
-    assert sum(setting.endswith("*") for setting in settings) == 2
-    assert not any(setting.startswith("group=") for setting in settings)     # not evaluate's
+def test_flags_count_more_than_the_config_file(read, tmp_path):
+    """Guards --config: sections of other scripts, and the folder of the file in its paths."""
+    config = {"rollout": {"model": "{here}/base", "task": "{here}/a.jsonl", "mode": "think",
+                          "turn_tokens": 48},
+              "evaluate": {"n": 3}, "train_rl": {"lr": 5e-4, "resume": True, "group": 4},
+              "why": {"lr": "it is small"}}
+    path = write_json(tmp_path / "run.json", config)
+    args = read("--config", path, "--lr", 1, "--no-resume")
+    assert args.model == f"{tmp_path}/base" and args.task == f"{tmp_path}/a.jsonl"
+    assert (args.mode, args.turn_tokens, args.response_tokens) == ("think", 48, 2048)
+    assert (args.lr, args.resume, args.group) == (1.0, False, 4)
+    assert read("--config", path, sections=("rollout",)).lr == 1e-6
 
 
-@pytest.mark.parametrize("name, flags, message", [
-    ("train_rl", ["--group", 1], "--group 1"),
-    ("train_rl", ["--steps", 0], "--steps 0"),
-    ("train_rl", ["--questions", -3], "--questions -3"),
-    ("train_rl", ["--lr", "inf"], "--lr inf"),
-    ("train_rl", ["--kl", "nan"], "--kl nan"),
-    ("train_rl", ["--overlong", "drop"], "invalid choice"),
-    ("train_rl", ["--temperature", 0], "--temperature 0"),
-    ("train_rl", ["--top-p", 0], "--top-p"),
-    ("train_sft", ["--temperature", 0], "--temperature 0"),
-    ("train_sft", ["--group", 8], "unrecognized arguments"),
-    ("train_sft", ["--sft-lr", -1], "--sft-lr -1"),
-    ("evaluate", ["--temperature", -1], "--temperature -1"),
-    ("evaluate", ["--top-p", 1.5], "--top-p"),
-    ("evaluate", ["--mode", "look"], "invalid choice"),
-    ("evaluate", ["--family", "toys"], "invalid choice"),
-    ("evaluate", ["--family", "drawn", "--n", "0"], "--n 0"),
-    ("evaluate", ["--max-crops", -1], "--max-crops -1"),
-    ("evaluate", ["--cache-tokens", "many"], "invalid int"),
-    ("evaluate", ["--sead", 3], "unrecognized arguments"),
-    ("evaluate", ["words"], "unrecognized arguments"),
+def test_the_tiny_run_is_the_default(read, tmp_path, monkeypatch):
+    """Guards the bare command, and a tiny setting in a run of the user's own."""
+    config = {"rollout": {"model": "{here}/base", "task": "a", "turn_tokens": 48}}
+    path = tmp_path / "recipe.json"
+    write_json(path, config)
+    monkeypatch.setattr(rollout_module, "RECIPE", path)
+    assert read().turn_tokens == 48 and read().training
+    evaluating = partial(read, sections=("rollout", "evaluate"))
+    assert evaluating("--model", "mine").turn_tokens == 48
+    assert evaluating("--model", "mine").model == "mine" and not evaluating().training
+    assert read(*GIVEN).turn_tokens == evaluating(*GIVEN).turn_tokens == 1024
+    with pytest.raises(UserError, match="--model without --task"):
+        read("--model", "mine")
+    with pytest.raises(UserError, match="--model: give"):
+        read("--task", "mine")
+
+
+@pytest.mark.parametrize("config", [
+    "", "{", "[]", "[1]", "3", "null", {"toys": {}}, {"rollout": 3}, {"train_rl": {"lr": "nan"}},
+    {"train_rl": {"lr": float("inf")}}, {"train_rl": {"lr": True}}, {"train_rl": {"lr": None}},
+    {"train_rl": {"lr": [1]}}, {"train_rl": {"": 1}}, {"train_rl": {"learning rate": 1}},
+    {"train_rl": {"grou": 8}}, {"train_rl": {"group": 1}}, {"train_rl": {"group": 8.0}},
+    {"train_rl": {"resume": "yes"}}, {"rollout": {"mode": "look"}}])
+def test_a_broken_config_file_is_told_in_a_line(read, tmp_path, config):
+    """Guards --config: misspelt names, wrong types and absurd values were passed over, or ended in
+    a traceback."""
+    path = write_json(tmp_path / "run.json", config)
+    with pytest.raises(UserError) as error:
+        read("--config", path, *GIVEN)
+    if config != "[]":
+        assert str(error.value).startswith(path) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--group", 1], "no whole number from 2"), (["--group", "2.5"], "no whole number"),
+    (["--lr", "inf"], "no number"), (["--lr", "nan"], "no number"), (["--lr", -1], "no number"),
+    (["--lr", "much"], "no number"), (["--seed", 2**70], "no whole number"),
+    (["--seed", -1], "no whole number"), (["--temperature", 0], "--temperature"),
+    (["--temperature", 1e-39], "--temperature"), (["--top-p", 0], "--top-p"),
+    (["--top-p", 1.5], "--top-p"), (["--top-p", 0.5], "in training"),
+    (["--mode", "look"], "invalid choice"), (["--sead", 3], "unrecognized arguments"),
+    (["--tem", 3], "unrecognized arguments"), (["words"], "unrecognized arguments"),
+    (["--max-pixels", 0], "no whole number"), (["--config", "none.json"], "none.json"),
 ])
-def test_a_bad_value_is_refused_in_a_line(script, tiny_folder, name, flags, message):
+def test_a_bad_value_is_refused_in_a_line(read, flags, message):
     """Guards settings: an error in the midst of a run, or a run that does something else."""
-    model = ["--model", tiny_folder] if name == "evaluate" else []
-    out, err = script(name, *model, *flags, code=2)
-    assert not out and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    with pytest.raises(UserError, match=message) as error:
+        read(*GIVEN, *flags)
+    assert "\n" not in str(error.value)
+
+
+def test_evaluation_may_be_greedy_or_truncated(read):
+    """Guards what only training refuses."""
+    args = read(*GIVEN, "--temperature", 0, "--top-p", 0.99, sections=("rollout", "evaluate"))
+    assert (args.temperature, args.top_p) == (0, 0.99)
+
+
+def test_settings_are_printed(read):
+    """Guards the settings in force: all but those that are not there, in lines of a page."""
+    args = read("--model", "runs/a-" + "b-" * 60, "--task", "t", "--temperature", 0.7)
+    text = describe_settings(args)
+    assert "temperature=0.7" in text and "seed=0" in text and "max_pixels" not in text
+    assert "runs/a-" + "b-" * 60 in text
+    assert max(len(line) for line in text.splitlines() if "runs" not in line) <= 100
+
+
+def ends(error):
+    raise error
+
+
+@pytest.mark.parametrize("error, code, message", [
+    (UserError("wrong \ud83d"), 2, "error: wrong ?\n"),
+    (KeyboardInterrupt(), 130, "interrupted; "), (KeyError("a"), 1, "Traceback"),
+    (SystemExit(3), 3, "")])
+def test_how_a_script_ends(error, code, message, monkeypatch):
+    """Guards exit codes, and a traceback in place of a line: where the terminal has no such
+    characters, too."""
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stderr", written)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        start(partial(ends, error))
+    assert stop.value.code == code
+    assert written.buffer.getvalue().decode().startswith(message)
+
+
+def test_half_of_torchrun_is_told_in_a_line(monkeypatch, capsys):
+    """Guards WORLD_SIZE without the rest: a traceback of torch's."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        start(lambda: None)
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: WORLD_SIZE is set")
 
 
 # ---------------------------------------------------------------------------- coordinates and crops
@@ -154,6 +219,7 @@ def test_a_bad_value_is_refused_in_a_line(script, tiny_folder, name, flags, mess
     ("the cup (12, 40).", [(12, 40)]), ("[12,40]", [(12, 40)]),
     ("at ( 12.5 , 40 ) and (-3, 7)", [(12.5, 40), (-3, 7)]), ("(1, 2, 3, 4) (a, b) (1 2)", []),
     ("(999999999, 2)", [(999999999, 2)]), ("(1,\n2)", [(1, 2)]), ("", []),
+    ("(1.5e1, 2E+2)", [(15, 200)]),
 ])
 def test_points_in_text(text, points):
     """Guards parsing: decimals, negatives, brackets and inner blanks are points; boxes are not."""
@@ -191,6 +257,13 @@ def test_an_image_smaller_than_the_window_is_shown_in_full_and_undistorted():
     black = crop.convert("L").point(lambda v: 255 * (v < 128)).getbbox()
     assert black == pytest.approx((0, 0, 336, 224), abs=1)
     assert zoom(image, (150, 100), 50, 200).size == (200, 200)
+
+
+def test_a_crop_is_never_too_thin_for_the_model():
+    """Guards crops of thin images: a crop of 672x3 px ended the run in the midst of a dialogue."""
+    for size in ((1, 200), (200, 1), (364, 2), (1400, 7)):
+        crop = zoom(Image.new("RGB", size), (0, 0), 182, 672)
+        assert max(crop.size) <= 200 * min(crop.size)
 
 
 def test_zoom_adds_real_detail():
@@ -316,7 +389,7 @@ def test_after_the_last_call_the_answer_is_asked_for(policy, question):
     assert reply.endswith(TINY.forced_answer) and TINY.no_calls_left in reply
     assert script.say("red</answer>") is None
     trace = script.trace
-    assert trace.ended == "forced" and trace.answer == "red" and trace.turns[-1].forced
+    assert trace.ended == "forced" and trace.answer == "red" and trace.must_answer
     assert len(trace.zoom_points) == 2
     pairs = zip(trace.ids, trace.sampled, strict=True)
     written = policy.decode([token for token, sampled in pairs if not sampled])
@@ -340,9 +413,8 @@ def test_an_observation_that_does_not_fit_ends_the_trace(policy, question, monke
         trace.turns.append(parse_turn(zooming(5, 5)))
         return dialogue.answer_call(policy, trace, trace.turns[-1])
     monkeypatch.setattr(Dialogue, "on_turn", on_turn)
-    limits = dict(turn_tokens=9, response_tokens=40)
-    for (trace,) in rollout(policy, [question], TINY, 1, [0], **limits):
-        assert trace.ended == "truncated" and len(trace.ids) <= 40
+    ((trace,),) = rollout(policy, [question], TINY, 1, [0], turn_tokens=9, response_tokens=40)
+    assert trace.ended == "truncated" and len(trace.ids) <= 40
 
 
 def test_without_the_tool_the_answer_is_asked_for_at_once(policy, question):
@@ -371,11 +443,13 @@ def test_traces_of_a_question_share_their_crops(policy, question):
 @pytest.mark.parametrize("mode", MODES)
 def test_rollouts_of_every_mode(policy, question, mode):
     """Guards all modes end to end with the real engine: every trace ends for a reason, within its
-    bounds."""
+    bounds, and no image is kept."""
     dialogue = replace(TINY, mode=mode)
     limits = dict(turn_tokens=12, response_tokens=90)
-    groups = list(rollout(policy, [question] * 3, dialogue, 2, range(3), **limits))
-    assert [len(group) for group in groups] == [2, 2, 2]
+    questions = [replace(question) for _ in range(3)]
+    groups = rollout(policy, questions, dialogue, 2, range(3), **limits)
+    assert [[trace.question for trace in group] for group in groups] == [[q, q] for q in questions]
+    assert not any(question.loaded for question in questions)
     for trace in sum(groups, []):
         assert trace.ended in ("answer", "forced", "truncated", "stopped") and trace.turns
         assert len(trace.ids) <= 90
@@ -388,27 +462,40 @@ def test_a_trace_does_not_depend_on_what_runs_beside_it(policy):
     """Guards random numbers that belong to questions: whichever others are asked, in whatever
     order, and however many run at a time, a question with its seed gets the same traces, token by
     token; with another seed it gets others."""
-    questions = [toy("toy-search", "train", 0, i) for i in range(5)]
+    colours = ("red", "green", "blue", "white", "black")
+    questions = [Question(f"Which{' one' * i}?", [Image.new("RGB", (256, 256), colour)], "red")
+                 for i, colour in enumerate(colours)]
 
     def traces(numbers, seed="a", **limits):
         numbers = list(numbers)
         seeds = [f"{seed} {i}" for i in numbers]
         groups = rollout(policy, [questions[i] for i in numbers], TINY, 3, seeds, turn_tokens=12,
                          response_tokens=90, **limits)
-        return {questions.index(group[0].question): group for group in groups}
+        return dict(zip(numbers, groups, strict=True))
 
     together = traces(range(5))
     for others in (traces(reversed(range(5))), traces([3]), traces([1, 4, 0], cache_tokens=1),
                    traces(range(5), cache_tokens=900)):
-        for number, group in others.items():
-            for trace, same in zip(group, together[number], strict=True):
+        for i, group in others.items():
+            for trace, same in zip(group, together[i], strict=True):
                 assert trace.ids == same.ids and trace.sampled == same.sampled
                 assert trace.log_probs == pytest.approx(same.log_probs, abs=1e-5)
-    tokens = {number: [trace.ids for trace in group] for number, group in together.items()}
+    tokens = {i: [trace.ids for trace in group] for i, group in together.items()}
     for ids in tokens.values():
         assert len(set(map(tuple, ids))) == 3                  # the traces of a group differ
-    for number, group in traces(range(5), "b").items():
-        assert [trace.ids for trace in group] != tokens[number]
+    for i, group in traces(range(5), "b").items():
+        assert [trace.ids for trace in group] != tokens[i]
+
+
+@pytest.mark.parametrize("size", [(400, 200), (10, 2000), (3000, 15)])
+def test_a_trace_is_drawn(policy, size):
+    """Guards the picture of a trace: a thin image was drawn 153,800 px high."""
+    script = Script(policy, TINY, Question("?", [Image.new("RGB", size, "blue")], "red"))
+    assert script.say(zooming(3, 3)) and script.say(zooming(60, 60))
+    script.say("<think>a (1, 2). b (900, 3).</think><answer>red</answer>")
+    picture = draw_trace(script.trace)
+    assert picture.width == 768 and picture.height <= 1024 + 192
+    assert len(picture.getcolors(2**20)) > 3
 
 
 # ----------------------------------------------------------------------------- the dialogue's parts
@@ -418,40 +505,41 @@ def asked(policy, dialogue, question):
     return policy.decode(dialogue.prompt(policy, question)[0].ids)
 
 
-def write_json(path, value):
-    path.write_text(value if isinstance(value, str) else json.dumps(value))
-    return str(path)
-
-
-def test_which_part_of_a_dialogue_counts(policy, question, tmp_path):
-    """Guards whose wording counts, from the least to the most: the settings' defaults, the
-    checkpoint's dialogue.json, --dialogue FILE, flags; and that a part leaves the others as they
-    were."""
+def test_which_part_of_a_dialogue_counts(policy, question, read, tmp_path):
+    """Guards whose wording counts, from the least to the most: the crops of the family, the
+    checkpoint's dialogue.json, --dialogue FILE; and that a part leaves the others as they were."""
     theirs = replace(TINY, crop_half=7, crop_size=48, max_crops=2, before_crop="Theirs: ")
     write_json(tmp_path / "dialogue.json", theirs.to_json())
     mine = write_json(tmp_path / "mine.json", {"crop_size": 40, "max_crops": 3, "hints": False})
+    bare = tmp_path / "bare"
+    bare.mkdir()
 
-    def made(checkpoint="", **given):
-        config = make_config(given, "drawn", "evaluate")
-        return make_dialogue(config, checkpoint, policy)
+    def made(checkpoint, *flags, family=None, **changes):
+        args = read(*GIVEN, *flags, tool=True)
+        args.family = family
+        return make_dialogue(args, str(checkpoint), policy)
 
-    assert made().system_prompts == SYSTEM_PROMPTS and made().crop_half == Config.crop_half
-    assert made(str(tmp_path)).to_json() == theirs.to_json()
-    changed = made(str(tmp_path), dialogue=mine, max_crops=9)
-    expected = replace(theirs, crop_size=40, max_crops=9, hints=False)
+    assert made(bare) == Dialogue()
+    assert made(bare, family="gui").crop_half == 50 and made(bare, family="gui").crop_dot
+    assert made(tmp_path, family="gui").to_json() == theirs.to_json()
+    changed = made(tmp_path, "--dialogue", mine)
+    expected = replace(theirs, crop_size=40, max_crops=3, hints=False)
     assert changed.to_json() == expected.to_json()
-    assert made(mode="think").mode == "think" and not made(tool=False).tool
-    assert "Zoom." in asked(policy, made(str(tmp_path)), question)
-    assert "search_coordinate" in asked(policy, made(), question)
+    assert made(bare, "--mode", "think").mode == "think" and not made(bare, "--no-tool").tool
+    assert "Zoom." in asked(policy, made(tmp_path), question)
+    assert "search_coordinate" in asked(policy, made(bare), question)
+    assert made(bare).system_prompts == SYSTEM_PROMPTS
+    policy.default_system_message = lambda: "Look closer."
+    assert made(bare).system_prompts == {} and made(tmp_path).system_prompts == SHORT
 
 
-def test_a_dialogue_is_kept_as_it_is(tmp_path, policy):
+def test_a_dialogue_is_kept_as_it_is(tmp_path, policy, read):
     """Guards dialogue.json: what is written is read; mode and tool are the run's."""
     dialogue = Dialogue("think", False, {"think": "Ünd?"}, "a", "b", "c", "d", "e", False,
                         "unrounded", 9, 8, True, 1)
     policy.save(tmp_path / "kept", dialogue=dialogue.to_json())
-    config = make_config({"mode": "think", "tool": False}, "drawn", "evaluate")
-    assert make_dialogue(config, str(tmp_path / "kept"), policy) == dialogue
+    args = read(*GIVEN, "--mode", "think", "--no-tool", tool=True)
+    assert make_dialogue(args, str(tmp_path / "kept"), policy) == dialogue
     assert not {"mode", "tool"} & set(dialogue.to_json())
 
 
@@ -460,77 +548,32 @@ def test_a_dialogue_is_kept_as_it_is(tmp_path, policy):
     '{"crop_half": "32"}', '{"crop_half": true}', '{"crop_half": 32.5}', '{"coordinates": "px"}',
     '{"coordinates": 5}', '{"system_prompts": "Look."}', '{"system_prompts": {"zoom": 3}}',
     '{"system_prompts": {"look": "Look."}}', '{"crop_half": 0}', '{"crop_size": -5}',
-    '{"max_crops": -1}'])
-def test_a_broken_part_of_a_dialogue_is_told_in_a_line(script, tiny_folder, tmp_path, text):
+    '{"crop_size": 1000000}', '{"max_crops": -1}'])
+def test_a_broken_part_of_a_dialogue_is_told_in_a_line(policy, read, tmp_path, text):
     """Guards --dialogue: a misspelt part was passed over without a word, and a part of another type
     ended in a traceback."""
     path = write_json(tmp_path / "mine.json", text)
-    flags = ["--model", tiny_folder, "--n", 1, "--turn-tokens", 2]
-    _, err = script("evaluate", *flags, "--dialogue", path, code=2)
-    assert err.startswith(f"error: {path}: ") and err.count("\n") == 1
-    _, err = script("evaluate", *flags, "--dialogue", "none.json", code=2)
-    assert err.startswith("error: none.json: ") and err.count("\n") == 1
+    for broken in (path, "none.json"):
+        with pytest.raises(UserError) as error:
+            make_dialogue(read(*GIVEN, "--dialogue", broken), str(tmp_path), policy)
+        assert str(error.value).startswith(f"{broken}: ") and "\n" not in str(error.value)
 
 
-def test_evaluation_asks_as_the_checkpoint_was_trained(script, tiny_folder, tmp_path, monkeypatch):
-    """Guards evaluate.py: a checkpoint's own dialogue.json was not read, or its parts were lost by
-    --dialogue."""
-    prompt, lock, asked = Dialogue.prompt, Lock(), []
-
-    def noted(dialogue, policy, question):
-        chunk, frames = prompt(dialogue, policy, question)
-        with lock:
-            asked.append((dialogue, policy.decode(chunk.ids)))
-        return chunk, frames
-    monkeypatch.setattr(Dialogue, "prompt", noted)
-    mine = write_json(tmp_path / "mine.json", {"max_crops": 2, "crop_half": 5})
-    flags = ["--n", 1, "--turn-tokens", 2, "--response-tokens", 4]
-    script("evaluate", "--model", tiny_folder, *flags, "--dialogue", mine, "--crop-half", 9)
-    assert {dialogue.tool for dialogue, _ in asked} == {True, False}
-    for dialogue, text in asked:
-        assert dialogue.to_json() == replace(TINY, max_crops=2, crop_half=9).to_json()
-        assert "Zoom." in text and "search_coordinate" not in text
+def test_half_characters_are_replaced_on_reading(policy, read, tmp_path, question):
+    """Guards texts of JSON files: half a character ended the run in the tokenizer."""
+    path = write_json(tmp_path / "mine.json", '{"system_prompts": {"zoom": "Look \\ud83d!"}}')
+    dialogue = make_dialogue(read(*GIVEN, "--dialogue", path), str(tmp_path), policy)
+    assert dialogue.system_prompts == {"zoom": "Look ?!"}
+    assert "Look ?!" in asked(policy, dialogue, question)
+    assert rollout_module.parse_json('["\\ud83d\\ude00", "\\ude00"]') == ["😀", "?"]
 
 
-SAYS_IT = ("Which?\n(A) red\n(B) blue\n"
-           "Answer with the option's letter from the given choices directly.")
-WAY = "Question: Which way?\nAnswer Choices:\nA. Yes, left\nB. No"
-
-
-@pytest.mark.parametrize("kind, text, hint", [
-    ("point", "Description: the search button", "one point (x, y)"),
-    ("point", "Pinpoint several points on the table.", "one point (x, y)"),
-    ("point", "Where is it? Answer as [x, y].", None),
-    ("point", "Where is it? Write <answer> (x,y) </answer>.", None),
-    ("choice", WAY, "letter or the text"),
-    ("choice", WAY + "\nAnswer with the text of the option.", None),
-    ("choice", "Which letter is on the sign?\n(A) B\n(B) A\nSelect from the following choices.",
-     "letter or the text"),
-    ("choice", SAYS_IT, None),
-    ("action", "OBJECTIVE: buy it\n\nPREVIOUS ACTIONS:\n1. click [3]\n\nIMAGE:",
-     "tab_focus [0], close_tab"),
-    ("action", "OBJECTIVE: buy it\nELEMENTS:\n<answer> click [id], stop [answer]", "scroll [down]"),
-    ("string", "Which? Answer in a word.", None),
-])
-def test_rows_that_do_not_say_what_is_wanted_get_a_hint(policy, question, kind, text, hint):
-    """Guards real rows ("Description: ...") against answers of the wrong sort; no hint twice, and
-    none for a checkpoint that was trained without."""
-    question.text, question.kind, question.hint = text, kind, hint_for(kind, text)
-    said = asked(policy, TINY, question)
-    assert text in said
-    assert hint in said if hint else "The answer is" not in said
+def test_a_hint_stands_behind_the_question(policy, question):
+    """Guards real rows that do not say what is wanted ("Description: ..."); and checkpoints that
+    were trained without hints."""
+    question.hint = "The answer is one point (x, y)."
+    assert "Which?\nThe answer is one point" in asked(policy, TINY, question)
     assert "The answer is" not in asked(policy, replace(TINY, hints=False), question)
-
-
-def test_drawn_questions_are_asked_as_before(policy):
-    """Guards trained tiny checkpoints: the tokens of a drawn question's prompt are its text and the
-    images, nothing else."""
-    drawn = toy("toy-search", "test", 0, 0)
-    content = [{"type": "image"}, {"type": "text", "text": drawn.text}]
-    messages = [{"role": "system", "content": TINY.system_prompts["zoom"]},
-                {"role": "user", "content": content}]
-    chunk = policy.prompt(messages, drawn.load())
-    assert TINY.prompt(policy, drawn)[0].ids == chunk.ids
 
 
 # ------------------------------------------------------------------------------------------- images
@@ -548,17 +591,98 @@ def test_a_photograph_is_turned_upright(tmp_path):
     assert red > 200 and green < 60 and upright.getpixel((25, 50)) == (255, 255, 255)
 
 
+def encoded(image, format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def half_black():
+    """A black half on a ground that is black, too, and transparent."""
+    image = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 20, 20))
+    return image
+
+
+@pytest.mark.parametrize("image", [
+    encoded(half_black(), "PNG"), encoded(half_black(), "WEBP", lossless=True),
+    encoded(half_black(), "GIF"), encoded(half_black(), "TIFF"),
+    encoded(half_black().convert("LA"), "PNG"), encoded(half_black().quantize(4), "PNG")],
+    ids=["png", "webp", "gif", "tiff", "la", "palette"])
+def test_transparency_lies_on_white(image):
+    """Guards transparent images: black on transparent black was all black."""
+    read = read_image(image)
+    assert read.mode == "RGB"
+    assert read.getpixel((5, 5)) == (0, 0, 0) and read.getpixel((35, 5)) == (255, 255, 255)
+
+
+RAMP = np.tile(np.linspace(0, 65_535, 40), (20, 1))
+
+
+@pytest.mark.parametrize("image", [
+    encoded(Image.fromarray(RAMP.astype(np.uint16)), "PNG"),
+    encoded(Image.fromarray(RAMP.astype(np.uint16)), "TIFF"),
+    encoded(Image.fromarray(RAMP.astype(np.int32)), "TIFF"),
+    encoded(Image.fromarray((RAMP / 65_535).astype(np.float32)), "TIFF"),
+    encoded(Image.fromarray((RAMP / 257).astype(np.float32)), "TIFF"),
+    b"P5 40 20 65535\n" + RAMP.astype(">u2").tobytes()],
+    ids=["png", "tiff", "int", "share", "float", "pgm"])
+def test_more_than_eight_bits_are_scaled(image):
+    """Guards 16-bit and float images: they were cut off to black or white."""
+    read = np.asarray(read_image(image))[0, :, 0]
+    assert read == pytest.approx(RAMP[0] / 257, abs=1.5)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_costs_no_pixels(format):
+    """Guards photographs with damaged EXIF: a traceback, or "cannot be read". Where the orientation
+    can be read, they are still turned."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0131] = 6, "written by some camera"
+    image, data = Image.new("RGB", (40, 20), "red"), exif.tobytes()
+    assert read_image(encoded(image, format, exif=data)).size == (20, 40)
+    assert read_image(encoded(image, format, exif=data[:-9])).size == (20, 40)
+    for at in range(4, len(data), 3):
+        broken = data[:at] + b"\xff\xff\xff\xff" + data[at + 4:]
+        assert read_image(encoded(image, format, exif=broken)).size in ((40, 20), (20, 40))
+
+
+def test_an_image_can_stand_in_its_row(tmp_path):
+    """Guards data URIs, which were taken for paths; and the name of a broken one, which was as long
+    as the image."""
+    text = base64.b64encode(encoded(half_black(), "WEBP", lossless=True)).decode()
+    question = Question("?", ["data:image/webp;base64," + text, half_black], "")
+    assert [image.size for image in question.load()] == [(40, 20), (40, 20)]
+    for broken in (text[:-50], "AAA", "", "é"):
+        with pytest.raises(UserError, match="the embedded image .rows, line 3.: ") as error:
+            read_image("data:image/png;base64," + broken, "rows, line 3")
+        assert len(str(error.value)) < 300
+
+
 def test_images_that_cannot_be_read(tmp_path, monkeypatch):
-    """Guards reading: missing, no image, huge, very thin: one line that names file and row."""
-    text = tmp_path / "text.png"
+    """Guards reading: missing, no image, a pipe (it hung), a format that nobody named, huge, very
+    thin: one line that names file and row."""
+    text, big, thin = tmp_path / "text.png", tmp_path / "big.png", tmp_path / "thin.png"
     text.write_text("no image")
-    big, thin = tmp_path / "big.png", tmp_path / "thin.png"
     Image.new("1", (400, 400)).save(big)
     Image.new("1", (900, 3)).save(thin)
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.dds")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")
+    os.mkfifo(tmp_path / "pipe.png")
     monkeypatch.setattr(rollout_module, "MAX_IMAGE_PIXELS", 10_000)
     for path, word in ((tmp_path / "none.png", "no such"), (text, "cannot be read"),
+                       (tmp_path, "no such"), (tmp_path / "pipe.png", "no such"),
+                       (tmp_path / "a.dds", "PNG, JPEG"), (tmp_path / "a.eps", "PNG, JPEG"),
                        (big, "scale it down"), (thin, "thin")):
         with pytest.raises(UserError, match=word) as error:
             read_image(path, "rows.jsonl, line 7")
-        told = str(error.value)
-        assert str(path) in told and "line 7" in told and "\n" not in told
+        message = str(error.value)
+        assert str(path) in message and "line 7" in message and "\n" not in message
+
+
+def test_an_image_that_cannot_be_encoded_is_told_with_its_row(policy, question):
+    """Guards sizes that only the image processor knows: an image failed there without a name."""
+    policy.picture = lambda image: ends(UserError("too thin"))
+    question.where = "rows.jsonl, line 7"
+    with pytest.raises(UserError, match="rows.jsonl, line 7: too thin"):
+        TINY.prompt(policy, question)

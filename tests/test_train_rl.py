@@ -1,43 +1,32 @@
-"""GRPO: advantages, the loss and the update, against numbers worked out by hand."""
+"""GRPO: advantages, the loss and the update against numbers worked out by hand; what is kept of a
+run, and what it is resumed from."""
+import argparse
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, Qwen2_5_VLConfig
+from conftest import BASE
 
 import train_rl
+from evaluate import eval_flags, open_file
 from model import UserError, load
-from rollout import Config, Dialogue, describe_config, rollout, toy
-from train_rl import group_advantages, grpo_loss, split_for_updates, train_step
+from rollout import Dialogue, parse, rollout, shared_flags
+from train_rl import group_advantages, grpo_loss, update
+from train_sft import make_optimizer, sft_flags
+
+TASK = BASE.parent / "search-train.jsonl"
+ARGS = SimpleNamespace(kl=0.1, clip_norm=1.0, micro_tokens=10**6, temperature=1.0)
 
 
 def test_advantages_of_a_group():
-    """Guards the normalisation: by the group's own mean and standard deviation, over the traces
-    that count."""
-    def advantages(rewards, counted, scale):
-        return pytest.approx(group_advantages(rewards, counted, scale), abs=1e-5)
-    assert advantages([1, 0, 0, 1], [True] * 4, True) == [1, -1, -1, 1]
-    assert advantages([1, 0, 9], [True, True, False], False) == [0.5, -0.5, 0.0]
-    assert advantages([1, 1, 1], [True] * 3, True) == [0, 0, 0]
-    assert advantages([1, 0], [True, False], True) == [0, 0]
-
-
-def test_what_becomes_of_overlong_traces():
-    """Guards --overlong: "mask" leaves truncated and forced traces out of the statistics, and so
-    does not teach to be brief; "zero" has them count as worth nothing, however well they scored."""
-    def advantages(overlong, scale=False, last="truncated"):
-        traces = [SimpleNamespace(score=SimpleNamespace(total=total), ended=ended)
-                  for total, ended in ((1.0, "answer"), (0.0, "stopped"), (0.8, last))]
-        train_rl.set_advantages(traces, Config(overlong=overlong, scale_by_std=scale))
-        return pytest.approx([trace.advantage for trace in traces], abs=1e-5)
-    for last in ("truncated", "forced"):
-        assert advantages("mask", last=last) == [0.5, -0.5, 0.0]
-        assert advantages("zero", last=last) == [2 / 3, -1 / 3, -1 / 3]
-    assert advantages("mask", scale=True) == [1, -1, 0]
-    assert advantages("zero", scale=True) == [2**0.5, -2**-0.5, -2**-0.5]
-    assert advantages("mask", last="answer") == [0.4, -0.6, 0.2]
-    assert advantages("zero", last="answer") == [0.4, -0.6, 0.2]
+    """Guards the normalisation by the group's own mean and standard deviation; and that equal
+    rewards give exactly 0, where roundings of the mean, over next to no spread, gave noise."""
+    assert group_advantages([1, 0, 0, 1]) == pytest.approx([1, -1, -1, 1], abs=1e-5)
+    found = group_advantages([0.9, 0.6, 0.6])
+    assert found == pytest.approx([2**0.5, -2**-0.5, -2**-0.5], abs=1e-4)
+    assert group_advantages([0.56] * 7) == [0.0] * 7
 
 
 @pytest.mark.parametrize("ratio, advantage, expected, gradient", [
@@ -59,66 +48,52 @@ def test_the_clipped_loss(ratio, advantage, expected, gradient):
 
 
 def test_the_kl_penalty():
-    """Guards k2 = d^2 / 2 inside the loss and k3 = exp(d) - d - 1 in the log, d = ref - new."""
+    """Guards k3 = exp(d) - d - 1, d = ref - new, inside the loss and in the log: with d turned
+    around, or with the gradient of the log-probability alone, training drifts all the same."""
     new = torch.tensor([-1.0], requires_grad=True)
-    ref = torch.tensor([-1.5])
-    loss, sums = grpo_loss(new, new.detach(), ref, torch.zeros(1), kl=0.1)
+    loss, sums = grpo_loss(new, new.detach(), torch.tensor([-1.5]), torch.zeros(1), kl=0.1)
     loss.backward()
-    assert loss.item() == pytest.approx(0.1 * 0.5**2 / 2, abs=1e-6)
-    assert sums["kl"] == pytest.approx(math.exp(-0.5) + 0.5 - 1, abs=1e-6)
-    assert new.grad.item() == pytest.approx(0.1 * 0.5, abs=1e-6)
+    k3 = math.exp(-0.5) + 0.5 - 1
+    assert loss.item() == pytest.approx(0.1 * k3, abs=1e-6)
+    assert sums["kl"] == pytest.approx(k3, abs=1e-6)
+    assert new.grad.item() == pytest.approx(0.1 * (1 - math.exp(-0.5)), abs=1e-6)
 
 
-def test_the_gradient_of_the_kl_penalty_is_that_of_the_kl_divergence():
-    """Guards why the penalty is k2: averaged over the policy's own samples its gradient is that of
-    KL(policy || reference), computed from the whole distributions."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, generator=generator, requires_grad=True)
-    ref = torch.randn(5, generator=generator).log_softmax(0)
-    new = logits.log_softmax(0)
-    divergence = (new.exp() * (new - ref)).sum()
-    wanted, = torch.autograd.grad(divergence, logits, retain_graph=True)
-    found = torch.zeros(5)
-    for token, probability in enumerate(new.exp().tolist()):
-        one = slice(token, token + 1)
-        loss, _ = grpo_loss(new[one], new[one].detach(), ref[one], torch.zeros(1), kl=1.0)
-        gradient, = torch.autograd.grad(loss, logits, retain_graph=True)
-        found += probability * gradient
-    torch.testing.assert_close(found, wanted)
-
-
-# ------------------------------------------------------------------------------------- the update
-
-class NoStep:
-    """An optimizer that leaves the gradients for the test to look at."""
-    param_groups = []
-
-    def step(self):
-        pass
-
-    def zero_grad(self, set_to_none=True):
-        pass
-
+# --------------------------------------------------------------------------------------- the update
 
 @pytest.fixture
 def groups(policy):
     """Three groups of three traces with advantages 1, -0.5, -0.5."""
-    questions = [toy("toy-search", "train", 0, i) for i in range(3)]
-    sampling = dict(turn_tokens=12, response_tokens=90)
-    groups = list(rollout(policy, questions, Dialogue(), 3, range(3), **sampling))
+    parts = json.loads((BASE / "dialogue.json").read_text())
+    groups = rollout(policy, open_file(TASK)[:3], Dialogue(**parts), 3, range(3), turn_tokens=12,
+                     response_tokens=90)
     for traces in groups:
         for trace, advantage in zip(traces, (1.0, -0.5, -0.5), strict=True):
             trace.advantage = advantage
     return groups
 
 
-def gradients(policy, groups, micro_tokens, reference=None):
-    """-> what train_step logs, and the gradient of each parameter that has one."""
-    policy.model.zero_grad()
-    config = Config(kl=0.1, clip_norm=1e9, micro_tokens=micro_tokens)
-    logged = train_step(policy, reference, groups, [NoStep()], config, 1.0)
-    named = policy.model.named_parameters()
-    return logged, {name: p.grad.clone() for name, p in named if p.grad is not None}
+@pytest.fixture
+def reference(tiny_folder):
+    """A policy that differs from the one that is trained."""
+    reference = load(tiny_folder, device="cpu")
+    with torch.no_grad():
+        reference.model.model.language_model.norm.weight.mul_(1.1)
+    return reference
+
+
+@pytest.fixture
+def gradients(policy, monkeypatch):
+    """gradients(groups, reference, **args) -> what an update logs, and the gradient of each
+    parameter that has one, before the step."""
+    def found(groups, reference=None, **changes):
+        policy.zero_grad()
+        logged = update(policy, reference, None, groups, 0.0,
+                        SimpleNamespace(**vars(ARGS) | changes))
+        named = policy.named_parameters()
+        return logged, {name: p.grad.clone() for name, p in named if p.grad is not None}
+    monkeypatch.setattr(train_rl, "optimizer_step", lambda *_: 0.0)
+    return found
 
 
 def assert_same(gradients, others):
@@ -128,223 +103,193 @@ def assert_same(gradients, others):
         assert (gradient - others[name]).abs().max() < 1e-5 * scale, name
 
 
-def test_the_loss_does_not_depend_on_the_micro_batches(policy, groups, tiny_folder):
+def test_the_loss_does_not_depend_on_the_micro_batches(groups, reference, gradients):
     """Guards the one denominator: a token counts the same in a small and in a large micro-batch."""
-    reference = load(tiny_folder, device="cpu")
-    with torch.no_grad():
-        reference.model.model.language_model.norm.weight.mul_(1.1)
-    small, a = gradients(policy, groups, 1, reference)
-    large, b = gradients(policy, groups, 10**6, reference)
+    small, a = gradients(groups, reference, micro_tokens=1)
+    large, b = gradients(groups, reference)
     for name in ("loss", "kl", "drift"):
         assert small[name] == pytest.approx(large[name], abs=1e-5)
     assert small["kl"] > 0
     assert_same(a, b)
 
 
-def test_the_gradient_is_that_of_the_formula(policy, groups):
+def test_the_gradient_is_that_of_the_formula(policy, groups, gradients):
     """Guards the update as a whole: with ratio 1 and no penalty, the gradient is that of
-    -sum(A * log p) / tokens."""
-    logged, found = gradients(policy, groups, 10**6)
-    policy.model.zero_grad()
+    -sum(A * log p) / tokens; nothing is clipped, for the recorded log-probabilities are those of
+    the update; and the vision tower has none, for its features are kept from the rollout."""
+    logged, found = gradients(groups)
+    policy.zero_grad()
     total, tokens = 0.0, 0
     for trace in sum(groups, []):
         log_probs = policy.log_probs([[trace]])
         total = total - trace.advantage * log_probs.sum()
         tokens += len(log_probs)
     (total / tokens).backward()
-    assert logged["tokens"] == tokens
-    named = policy.model.named_parameters()
+    named = policy.named_parameters()
     assert_same({name: p.grad for name, p in named if p.grad is not None}, found)
-
-
-def test_the_ratio_is_one_at_the_first_update(policy, groups):
-    """Guards the recorded log-probabilities: taken as sampled, they are those of the update, so
-    nothing is clipped and nothing has drifted."""
-    logged, _ = gradients(policy, groups, 10**6)
-    tokens = {trace: sum(trace.sampled) for trace in sum(groups, [])}
-    expected = -sum(n * trace.advantage for trace, n in tokens.items()) / sum(tokens.values())
-    assert logged["clip"] == 0 and logged["drift"] < 1e-5
+    assert logged["tokens"] == tokens and logged["clip"] == 0 and logged["drift"] < 1e-5
+    expected = -sum(trace.advantage * sum(trace.sampled) for trace in sum(groups, [])) / tokens
     assert logged["loss"] == pytest.approx(expected, abs=1e-4)
-
-
-def test_groups_without_signal_are_skipped(policy, groups):
-    """Guards time and statistics: where all rewards are equal, nothing is computed or moved."""
-    for trace in sum(groups, []):
-        trace.advantage = 0.0
-    logged, found = gradients(policy, groups, 10**6)
-    assert logged["groups_used"] == logged["tokens"] == logged["loss"] == 0
-    assert not any(gradient.abs().max() > 0 for gradient in found.values())
-
-
-def test_a_group_without_signal_gives_one_trace_to_the_penalty(policy, groups, tiny_folder):
-    """Guards what no reward holds, such as points: once all answers are right, no group had a
-    signal, and nothing kept the policy near the reference model any more."""
-    reference = load(tiny_folder, device="cpu")
-    with torch.no_grad():
-        reference.model.model.language_model.norm.weight.mul_(1.1)
-    for trace in sum(groups, []):
-        trace.advantage = 0.0
-    logged, found = gradients(policy, groups, 10**6, reference)
-    first = [traces[0] for traces in groups]
-    assert logged["groups_used"] == 0 and logged["kl"] > 0
-    assert logged["tokens"] == sum(sum(trace.sampled) for trace in first)
-    assert logged["loss"] == pytest.approx(0.1 * logged["kl"], abs=1e-6)
-    assert any(gradient.abs().max() > 0 for gradient in found.values())
-
-
-def test_the_vision_tower_is_frozen(policy, groups):
-    """Guards the default: no gradients in the vision tower, and its features are kept from the
-    rollout."""
-    _, found = gradients(policy, groups, 10**6)
     assert found and not any(".visual." in name for name in found)
+
+
+def test_traces_without_an_advantage(groups, reference, gradients):
+    """Guards what no reward holds, such as points: every trace of every group is held near the
+    reference model. Without the penalty such traces are left out, for time's sake alone: they count
+    in the denominator as before, and where there are no others no step is made at all."""
+    for trace in sum(groups[1:], []):
+        trace.advantage = 0.0
+    tokens = sum(sum(trace.sampled) for trace in sum(groups, []))
+    logged, found = gradients(groups)
+    assert logged["tokens"] == tokens
+    whole, _ = gradients(groups[:1])
+    assert logged["loss"] * tokens == pytest.approx(whole["loss"] * whole["tokens"], abs=1e-4)
+    for trace in groups[0]:
+        trace.advantage = 0.0
+    logged, found = gradients(groups, reference)
+    assert logged["loss"] == pytest.approx(0.1 * logged["kl"], abs=1e-6) and logged["kl"] > 0
+    assert any(gradient.abs().max() > 0 for gradient in found.values())
+    logged, found = gradients(groups)
+    assert logged["loss"] == logged["grad_norm"] == 0 and logged["tokens"] == tokens and not found
+
+
+# ---------------------------------------------------------------------- numbers that are not finite
+
+def test_a_gradient_that_is_not_finite_moves_nothing(policy, groups):
+    """Guards the weights: one bad gradient, and they were NaN for good, saved and evaluated."""
+    optimizer = make_optimizer(policy, 1e-3)
+    before = [p.clone() for p in policy.parameters()]
+    groups[0][0].log_probs = [-math.inf] * len(groups[0][0].ids)     # so the ratio is infinite
+    updates = [update(policy, None, optimizer, groups, 1e-3, ARGS),
+               update(policy, None, optimizer, groups[1:], 0.0, ARGS)]
+    assert all(map(torch.equal, before, policy.parameters()))
+    norms = [one["grad_norm"] for one in updates]
+    assert not math.isfinite(norms[0]) and math.isfinite(norms[1])
+    row = dict(total=1.0, correct=1.0, vote="", category="", on_target=[], true_thoughts=[])
+    rows = [[row | dict.fromkeys((*train_rl.LOGGED, "official", "overlong"), 0.0)
+             | {"on_target": [], "true_thoughts": []}]]
+    line = train_rl.describe(rows, updates)
+    assert line["skipped"] == 1 and line["grad_norm"] == norms[1]
+    line = train_rl.describe(rows, updates[:1])
+    assert line["skipped"] == 1 and line["loss"] is None      # and so the log remains JSON
+    json.dumps(line, allow_nan=False)
+
+
+def test_a_lost_run_is_stopped(policy, tmp_path, monkeypatch):
+    """Guards hours: after five such gradients in a row there is one line that says what to do, and
+    weights that are not finite are never saved."""
+    args = arguments(monkeypatch, "--update-questions", 1, "--questions", 2, "--group", 2, "--n", 1)
+    norms = iter([math.nan, 1.0, *[math.inf] * 5])
+    monkeypatch.setattr(train_rl, "optimizer_step", lambda *_: next(norms))
+    monkeypatch.setattr(train_rl, "report", lambda *_: None)
+    parts = json.loads((BASE / "dialogue.json").read_text())
+    with pytest.raises(UserError, match="step 4: 5 gradients in a row .* lower --lr"):
+        train_rl.train(policy, None, Dialogue(**parts), args, tmp_path)
+    logged = [row["skipped"] for row in train_rl.read_rows(tmp_path / "log.jsonl")]
+    assert logged == [1, 2, 2]
+    with torch.no_grad():
+        policy.trainable()[0].fill_(math.nan)
+    with pytest.raises(UserError, match="not finite any more"):
+        train_rl.save_state(policy, make_optimizer(policy, 1e-3), tmp_path, 1)
+    assert not (tmp_path / "state.pt").exists()
+
+
+# ------------------------------------------------------------------------------ settings, run folder
+
+def arguments(monkeypatch, *words):
+    """The parsed command line of train_rl.py."""
+    monkeypatch.setattr("sys.argv", ["train_rl.py", *map(str, words)])
+    parser = argparse.ArgumentParser()
+    for add_flags in (shared_flags, eval_flags, sft_flags, train_rl.rl_flags):
+        add_flags(parser)
+    return parse(parser, "evaluate", "rollout", "train_sft", "train_rl")
+
+
+def test_the_papers_settings(monkeypatch):
+    """Guards the defaults: with --model and --task every number is the paper's, in several turns
+    and in one; without, the tiny run's."""
+    common = dict(lr=1e-6, kl=0.01, questions=128, update_questions=64, steps=500, temperature=1.0,
+                  top_p=1.0, sft_lr=1e-6, sft_batch=32, sft_steps=None, diversity=0.2)
+    zoom = dict(group=8, warm_up=25, clip_norm=0.2, turn_tokens=1024, response_tokens=4608)
+    single = dict(group=5, warm_up=0, clip_norm=1.0, turn_tokens=2048, response_tokens=2048)
+    for mode, expected in (("zoom", zoom), ("grounded", single), ("think", single)):
+        found = vars(arguments(monkeypatch, "--model", "a", "--task", "b", "--mode", mode))
+        assert {name: found[name] for name in common | expected} == common | expected
+    tiny = arguments(monkeypatch)
+    assert (tiny.task, tiny.model) == (str(TASK), str(BASE))
+    assert (tiny.steps, tiny.lr, tiny.kl, tiny.group, tiny.top_p) == (40, 5e-4, 0.01, 8, 1.0)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--group", 1], "--group"), (["--kl", "nan"], "--kl"), (["--lr", "inf"], "--lr"),
+    (["--steps", 0], "--steps"), (["--diversity", 0.3], "--diversity"),
+    (["--top-p", 0.99], "--top-p"), (["--temperature", 0], "--temperature")])
+def test_settings_that_teach_nothing_or_wrongly(monkeypatch, words, message):
+    """Guards the loss: groups of one have no advantages; a nucleus is not what is trained; a larger
+    bonus would pay a wrong trace more than a right one."""
+    with pytest.raises(UserError, match=message):
+        arguments(monkeypatch, *words)
+
+
+def test_one_run_at_a_time(monkeypatch, tmp_path):
+    """Guards a run folder: a second run in it, at the same time or later, wrote over the first."""
+    args = arguments(monkeypatch, "--out", tmp_path)
+    lock = train_rl.open_run(args, tmp_path)
+    with pytest.raises(UserError, match="another run is writing there"):
+        train_rl.open_run(args, tmp_path)
+    lock.close()
+    (tmp_path / "log.jsonl").touch()
+    with pytest.raises(UserError, match="holds a run already; give --resume"):
+        train_rl.open_run(args, tmp_path)
+    args.resume = True
+    train_rl.open_run(args, tmp_path).close()
+
+
+def test_a_run_is_resumed_as_it_was_started(monkeypatch, tmp_path, data):
+    """Guards results that are half of one setting and half of another, or of other questions; and
+    that what does not change the training may change."""
+    rows = [json.loads(line) for line in TASK.read_text().splitlines()[:20]]
+    common = ["--task", data("a.jsonl", rows), "--config", BASE.parent / "recipe.json"]
+    args = arguments(monkeypatch, *common)
+    with pytest.raises(UserError, match="nothing to resume"):
+        train_rl.open_run(arguments(monkeypatch, *common, "--resume"), tmp_path / "run")
+    train_rl.open_run(args, tmp_path / "run").close()
+    may_change = ["--n", 3, "--save-every", 2, "--micro-tokens", 1, "--eval-task", TASK]
+    train_rl.open_run(arguments(monkeypatch, *common, "--resume", *may_change),
+                      tmp_path / "run").close()
+    for words in (["--kl", 0.5], ["--steps", 3], ["--eval-task", ""]):
+        with pytest.raises(UserError, match="was started with .*; resume it with the same"):
+            train_rl.open_run(arguments(monkeypatch, *common, "--resume", *words), tmp_path / "run")
+    data("a.jsonl", rows[1:])
+    open_file.cache_clear()
+    with pytest.raises(UserError, match="sha1_of_questions"):
+        train_rl.open_run(arguments(monkeypatch, *common, "--resume"), tmp_path / "run")
+
+
+def test_rows_of_later_steps_are_dropped(tmp_path):
+    """Guards the log of a killed run: rows of steps that are done again stood there twice, and half
+    a row made it unreadable."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "a": "\u2028"}\n{"step": 3}\n{"step": 2, "a')
+    train_rl.drop_rows_after(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2, "a": "\u2028"}\n'
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_going_on_from_a_state_is_exact(tiny_folder, tmp_path, groups, dtype):
+    """Guards state.pt: weights, moments and their types, for bfloat16 weights, too, whose moments
+    torch rounds to bfloat16 when it loads them."""
+    def fresh():
+        policy = load(tiny_folder, device="cpu", dtype=dtype)
+        return policy, make_optimizer(policy, 1e-3)
     for trace in sum(groups, []):
-        assert all(p.features is not None for p in trace.prompt.pictures + trace.pictures)
-
-
-def test_every_question_is_in_one_update(monkeypatch):
-    """Guards several updates a step: each process finds the questions of each update among its own,
-    in their order, whatever the number of processes."""
-    config = Config(questions=8, update_questions=4)
-    numbers = list(range(8))
-    assert split_for_updates(numbers, config) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    monkeypatch.setattr(train_rl, "world_size", lambda: 2)
-    for rank, expected in ((0, [[0, 2], [4, 6]]), (1, [[1, 3], [5, 7]])):
-        monkeypatch.setattr(train_rl, "rank", lambda rank=rank: rank)
-        assert split_for_updates(numbers[rank::2], config) == expected
-
-
-def test_the_bonus_fades_and_stays_bounded():
-    """Guards the shaping: the diversity bonus is the paper's at first, gone at half-time, and never
-    breaks the bound."""
-    config = Config(diversity=0.2, steps=100)
-    bonus = [train_rl.reward_weights(config, step).diversity for step in (0, 25, 50, 99)]
-    assert bonus == pytest.approx([0.2, 0.1, 0, 0])
-
-
-# ---------------------------------------------------------------------------- settings and memory
-
-@pytest.fixture(scope="session")
-def shapes(tmp_path_factory):
-    """A folder that has the configs of both published models, and no weights."""
-    folder = tmp_path_factory.mktemp("shapes")
-    for size in ("3B", "7B"):
-        config_of(size).save_pretrained(folder / size)
-    return folder
-
-
-def config_of(size):
-    """The published shapes of Qwen2.5-VL."""
-    hidden, inner, layers, heads, kv, vocabulary, tied = {
-        "3B": (2048, 11_008, 36, 16, 2, 151_936, True),
-        "7B": (3584, 18_944, 28, 28, 4, 152_064, False),
-    }[size]
-    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
-    text = dict(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner,
-                num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
-                tie_word_embeddings=tied, rope_parameters=rope)
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
-                  out_hidden_size=hidden, patch_size=14, window_size=112,
-                  fullatt_block_indexes=[7, 15, 23, 31])
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
-
-
-def configured(**given):
-    return train_rl.configure_training({name: str(x) if name == "model" else x
-                                        for name, x in given.items()}, "train_rl")
-
-
-@pytest.mark.parametrize("family, mode, expected", [
-    ("spatial", "grounded", dict(max_pixels=4_194_304, turn_tokens=2048, response_tokens=2048,
-                                 group=5, warm_up=0, clip_norm=1.0)),
-    ("search", "zoom", dict(max_pixels=2_850_000, turn_tokens=1024, response_tokens=4608,
-                            crop_half=182, crop_size=672, crop_dot=False, group=8, warm_up=25,
-                            clip_norm=0.2, diversity=0.2)),
-    ("gui", "zoom", dict(max_pixels=4_194_304, turn_tokens=1024, response_tokens=3072,
-                         crop_half=50, crop_size=384, crop_dot=True, group=8)),
-    ("web", "think", dict(turn_tokens=2048, response_tokens=2048, group=5, diversity=0.0)),
-])
-def test_the_papers_settings(shapes, family, mode, expected):
-    """Guards the defaults with --model, by family and mode."""
-    config = configured(model=shapes / "3B", family=family, mode=mode)
-    common = dict(lr=1e-6, kl=0.01, questions=128, update_questions=64, steps=500, final_lr=1.0,
-                  max_crops=4, temperature=1.0, optimizer="adamw", sft_lr=1e-6, sft_batch=32,
-                  sft_steps=None, train_vision=False, overlong="mask")
-    assert {name: getattr(config, name) for name in expected | common} == common | expected
-
-
-def test_the_tiny_bases_settings():
-    """Guards the defaults without --model: among them overlong traces, which the tiny base, whose
-    traces are short, is taught to end."""
-    config = configured()
-    assert (config.overlong, config.optimizer, config.kl) == ("zero", "muon", 0.15)
-    assert config.mode == "zoom" and configured(task="toy-spatial").mode == "grounded"
-    assert configured(task="toy-spatial", mode="think").mode == "think"
-    assert configured(overlong="mask").overlong == "mask"
-
-
-def test_flags_go_before_the_presets_and_are_marked(shapes):
-    """Guards the printed settings: they are those in force, and a star says which were given."""
-    config = configured(model=shapes / "3B", family="search", group=6, kl=0.0)
-    shown = describe_config(config, "train_rl")
-    for part in ("group=6*", "kl=0.0*", "response_tokens=4608", "family 'search'"):
-        assert part in shown
-    assert config.given == ("family", "group", "kl", "model")
-
-
-def test_only_sharded_models_need_even_shares(monkeypatch, shapes, tiny_folder):
-    """Guards several processes: a model that every process keeps whole takes any number of
-    questions, and one of which each has a part is refused at once, by its config, not after hours
-    of search."""
-    monkeypatch.setattr(train_rl, "world_size", lambda: 2)
-    train_rl.check_shares(configured(questions=3))
-    train_rl.check_shares(configured(model=tiny_folder, questions=3))
-    train_rl.check_shares(configured(model=shapes / "3B", questions=4, update_questions=2))
-    for uneven in (dict(questions=3), dict(questions=6, update_questions=3)):
-        with pytest.raises(UserError, match="multiples of the number"):
-            train_rl.check_shares(configured(model=shapes / "3B", **uneven))
-
-
-def test_parameters_are_counted_without_weights(policy, tiny_folder):
-    """Guards the dry run: its counts are those of the model that is then made, and the published
-    ones for the real shapes."""
-    total, tower = train_rl.count_parameters(AutoConfig.from_pretrained(tiny_folder))
-    assert total == sum(p.numel() for p in policy.model.parameters())
-    assert total - tower == sum(p.numel() for p in policy.trainable())
-    assert train_rl.count_parameters(config_of("3B"))[0] == 3_754_622_976
-    assert train_rl.count_parameters(config_of("7B"))[0] == 8_292_166_656
-
-
-def test_memory_is_what_the_settings_make_it(shapes, monkeypatch):
-    """Guards the estimate: weights and states are bytes x parameters, the cache is the engine's,
-    and each setting works as it says."""
-    model, gib = config_of("3B"), 2**30
-    total, tower = train_rl.count_parameters(model)
-    def memory(**given):
-        return train_rl.memory(model, configured(model=shapes / "3B", family="search", **given))
-    plain, trained = memory(), total - tower
-    assert plain["weights"] == plain["reference model"] == total * 2 / gib
-    assert plain["update: gradients"] == trained * 2 / gib
-    assert plain["AdamW's moments"] == trained * 8 / gib
-    column = 36 * 2 * 128 * 2 * 2                 # layers, heads of 128, K and V, 2 bytes
-    longest = 2_850_000 // 28**2 + 512 + 8 * 4608    # tokens of a group
-    assert plain["rollout: keys and values"] == longest * column / gib
-    assert memory(cache_tokens=262_144)["rollout: keys and values"] == 262_144 * column / gib
-    assert memory(kl=0.0)["reference model"] == 0
-    assert memory(train_vision=True)["update: gradients"] == total * 2 / gib
-    kept, cache = "update: activations", "rollout: keys and values"
-    assert memory(group=5)[kept] < plain[kept] > memory(response_tokens=2048)[kept]
-    assert memory(cache_tokens=1)[cache] == plain[cache] < memory(group=100)[cache]
-    monkeypatch.setattr(train_rl, "world_size", lambda: 8)
-    shared = memory()
-    assert shared["weights"] == plain["weights"] / 8
-    assert shared["rollout: whole weights"] == trained * 2 / gib
-
-
-def test_the_dry_run_stops_before_anything(tmp_path, shapes, monkeypatch, capsys):
-    """Guards --dry-run: it prints settings and estimate, and makes no file."""
-    monkeypatch.chdir(tmp_path)
-    train_rl.main({"model": str(shapes / "7B"), "family": "search", "dry_run": True})
-    printed = capsys.readouterr().out
-    assert "group=8" in printed and "peak of the update" in printed and not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="needs --model"):
-        train_rl.main({"dry_run": True})
+        for picture in trace.prompt.pictures + trace.pictures:
+            picture.features = picture.features.to(dtype)
+    policy, optimizer = fresh()
+    update(policy, None, optimizer, groups, 1e-3, ARGS)
+    train_rl.save_state(policy, optimizer, tmp_path, 1)
+    again, other = fresh()
+    assert train_rl.restore(again, other, tmp_path) == 1
+    for one, its_optimizer in ((policy, optimizer), (again, other)):
+        update(one, None, its_optimizer, groups, 1e-3, ARGS)
+    assert all(map(torch.equal, policy.parameters(), again.parameters()))
