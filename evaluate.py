@@ -186,7 +186,8 @@ def read_sft(row):
 
 
 def read_problem(row, answer):
-    return Question(row["problem"], row["images"], row[answer], category=row.get("data_source"))
+    category = row.get("category") or row.get("data_source")
+    return Question(row["problem"], row["images"], row[answer], category=category)
 
 
 def read_vstar(row):

@@ -233,7 +233,6 @@ class Policy(nn.Module):
         forbidden[[config.image_token_id, config.video_token_id,
                    config.vision_start_token_id, config.vision_end_token_id]] = True
         self.register_buffer("forbidden", forbidden, persistent=False)
-        self.cached_encode = lru_cache(50_000)(self.tokenize)
         self.cached_render = lru_cache(10_000)(self.apply_template)
 
     @property
@@ -267,9 +266,6 @@ class Policy(nn.Module):
     # -------------------------------------------------------------------- text and images to tokens
 
     def encode(self, text):
-        return list(self.cached_encode(text))
-
-    def tokenize(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids):
@@ -466,8 +462,10 @@ class Policy(nn.Module):
         size = max(1, MAX_LOGITS // self.text_config.vocab_size)
         if len(targets) <= size:
             return log_probs_of(hidden, targets)
-        parts = zip(hidden.split(size), targets.split(size), strict=True)
-        return torch.cat([checkpoint(log_probs_of, *part, use_reentrant=False) for part in parts])
+        parts = []
+        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+            parts.append(checkpoint(log_probs_of, h, t, use_reentrant=False))
+        return torch.cat(parts)
 
     def log_probs(self, groups, temperature=1.0):
         """Log-probabilities, with gradients, of every sampled token: each prompt is run once.

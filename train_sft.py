@@ -201,10 +201,9 @@ def complete(policy, dialogue, nodes, count, sampling):
                                  pictures=[], turns=list(path.turns), turn_start=0,
                                  prefix=path.prefix + node.partial, rng=rng))
         groups.append(group)
-    if count and groups:
-        run_traces(policy, groups, dialogue, **sampling)
-        for node, group in zip(nodes, groups, strict=True):
-            node.rollouts += group
+    run_traces(policy, groups, dialogue, **sampling)
+    for node, group in zip(nodes, groups, strict=True):
+        node.rollouts += group
 
 
 def expand(leaf, trace, depth):
@@ -713,6 +712,9 @@ def main():
     args = parse(parser, "rollout", "train_sft")
     settle(args, training=True)
     print(describe_settings(args))
+    sft = Path(args.out) / "sft"
+    if sft.is_dir() and not args.resume:
+        raise UserError(f"{sft} is there already; give --resume to keep it, or another --out")
     print(f"done: {make_sft(args)}")
 
 

@@ -135,7 +135,7 @@ class Job:
 
     def key(self):
         """What decides the result: the command, and the files that all arms start from."""
-        files = ("recipe.json", "make_data.py", "base/model.safetensors")
+        files = ("recipe.json", "make_data.py", "base/model.safetensors", "base/dialogue.json")
         content = b"".join((TINY / file).read_bytes() for file in files)
         return [*self.commands()[0], hashlib.sha1(content).hexdigest()]
 

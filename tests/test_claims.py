@@ -85,7 +85,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(claims, "TINY", tmp_path)
     (tmp_path / "base").mkdir()
-    for name in ("recipe.json", "make_data.py", "base/model.safetensors"):
+    for name in ("recipe.json", "make_data.py", "base/model.safetensors", "base/dialogue.json"):
         (tmp_path / name).write_text(name)
     return tmp_path
 
@@ -148,6 +148,7 @@ def test_in_miniature(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "short" / "spatial" / "grounded" / "seed-0"
     result = json.loads((folder / "result.json").read_text())
     assert list(result["stages"]) == ["base", "sft", "rl"] and len(result["accuracies"]) == 1
+    assert set(result["stages"]["rl"]["by"]) == {"relation", "moved"}     # claims name categories
     assert not list(folder.rglob("*.safetensors"))
     claims.main(command)
     assert " 0 of them to be trained" in capsys.readouterr().out

@@ -1,21 +1,32 @@
 """What model.py promises: exact log-probabilities, tokens that are really the policy's, checkpoints
 that others can load."""
 import json
+import math
 import os
 import random
+import shutil
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import converse, in_processes, noise, pixel_values, plain_log_probs, prompts, recorded
+from conftest import (
+    converse,
+    in_processes,
+    noise,
+    pixel_values,
+    plain_log_probs,
+    plain_model,
+    prompts,
+    recorded,
+)
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import model
 from model import (
     Cache,
+    Chunk,
     Engine,
     Sequence,
     TrainLayout,
@@ -29,9 +40,18 @@ from model import (
     nucleus,
     rank,
     shard_if_large,
+    sum_gradients,
     unsharded,
     world_size,
+    write_text,
 )
+
+
+def roll(policy, groups, turns=1, **sampling):
+    """-> the groups, sampled to their ends: one turn, or several with crops between"""
+    engine = Engine(policy, **{"turn_tokens": 9, "response_tokens": 60, **sampling})
+    return list(engine.run(list(groups), converse(policy, turns)))
+
 
 
 @pytest.fixture
@@ -45,65 +65,99 @@ def many_sizes(policy):
 
 @pytest.mark.parametrize("turns", [1, 2, 3, 4])
 def test_engine_equals_a_plain_forward(many_sizes, tiny_folder, turns):
-    """Guards the K/V cache: rows that stop at different times, refilled places, images of different
-    sizes, positions."""
+    """Guards the K/V cache: rows that stop at different times, slots used again, images of
+    different sizes, positions."""
     policy = many_sizes
-    group = 3
-    engine = Engine(policy, turn_tokens=7, response_tokens=150,
-                    cache_tokens=2 * (90 + group * 150))
-    done = list(engine.run(prompts(policy, 5, group, seed=turns), converse(policy, turns)))
-    assert len(done) == 5 and engine.cache.groups <= 2
-    assert len({len(s.ids) for job in done for s in job}) > 1
-    for job in done:
-        for sequence in job:
+    engine = Engine(policy, turn_tokens=7, response_tokens=150, cache_tokens=2 * (90 + 3 * 150))
+    done = list(engine.run(list(prompts(policy, 5, 3, seed=turns)), converse(policy, turns)))
+    assert len(done) == 5 and engine.cache.slots == 2
+    assert len({len(s.ids) for group in done for s in group}) > 1
+    for group in done:
+        for sequence in group:
+            plain = plain_log_probs(tiny_folder, policy, sequence)
+            assert (plain - recorded([[sequence]])).abs().max() < 1e-5
+
+
+def test_what_runs_beside_changes_nothing(many_sizes):
+    """Guards fixed seats: a row's tokens must be the same alone, in groups of another size, and
+    whatever was at its seat before."""
+    policy = many_sizes
+    sampling = dict(turns=3, turn_tokens=7, response_tokens=150)
+    alone = [roll(policy, [group], **sampling)[0] for group in prompts(policy, 6, 4)]
+    for cache_tokens in (1, 1500, None):
+        groups = list(prompts(policy, 6, 4))
+        roll(policy, groups, cache_tokens=cache_tokens, **sampling)
+        for group, same in zip(groups, alone, strict=True):
+            assert [s.ids for s in group] == [s.ids for s in same]
+    uneven = [group[:i % 4 + 1] for i, group in enumerate(prompts(policy, 6, 4))]
+    roll(policy, uneven, cache_tokens=1500, **sampling)
+    for group, same in zip(uneven, alone, strict=True):
+        assert [s.ids for s in group] == [s.ids for s in same[:len(group)]]
+
+
+def test_a_sequence_goes_on_from_what_it_has(many_sizes, tiny_folder):
+    """Guards beginnings that we wrote, one token and more, with an image: they are read before the
+    first token is sampled, and not trained on."""
+    policy = many_sizes
+    groups = list(prompts(policy, 3, 3))
+    for group in groups:
+        group[1].add(Chunk(policy.encode("<think>")[:1]))
+        group[2].add(policy.chunk("See <|image_pad|>: ", [noise(64, 96)]))
+    begun = [[list(s.ids) for s in group] for group in groups]
+    roll(policy, groups, turns=2, response_tokens=150)
+    for group, ids in zip(groups, begun, strict=True):
+        for sequence, first in zip(group, ids, strict=True):
+            assert sequence.ids[:len(first)] == first and not any(sequence.sampled[:len(first)])
             plain = plain_log_probs(tiny_folder, policy, sequence)
             assert (plain - recorded([[sequence]])).abs().max() < 1e-5
 
 
 def test_training_log_probs_equal_a_plain_forward(many_sizes, tiny_folder):
     """Guards the shared prompt: each response must see the prompt and itself, and no other
-    response."""
+    response; a group of one takes another way."""
     policy = many_sizes
-    engine = Engine(policy, turn_tokens=6, response_tokens=150)
-    done = list(engine.run(prompts(policy, 3, 4), converse(policy, 3)))
-    done += engine.run(prompts(policy, 1, 1), converse(policy, 2))     # a group of one: another way
+    done = roll(policy, prompts(policy, 3, 4), 3, turn_tokens=6, response_tokens=150)
+    done += roll(policy, prompts(policy, 1, 1), 2, turn_tokens=6, response_tokens=150)
     with torch.no_grad():
-        together = policy.log_probs(done)
-    plain = torch.cat([plain_log_probs(tiny_folder, policy, s) for job in done for s in job])
+        together = policy(done)
+    plain = torch.cat([plain_log_probs(tiny_folder, policy, s) for group in done for s in group])
     assert (together - plain).abs().max() < 1e-5
 
 
-def test_gradients_equal_those_of_the_padded_batch(many_sizes):
+def test_gradients_equal_those_of_the_padded_batch(many_sizes, tiny_folder):
     """Guards the update: the prompt once for a group must give the gradients of the prompt once for
     every response."""
     policy = many_sizes
-    policy.train_vision = True
-    engine = Engine(policy, turn_tokens=6, response_tokens=150)
-    done = list(engine.run(prompts(policy, 2, 3, seed=3), converse(policy, 3)))
+    done = roll(policy, prompts(policy, 2, 3, seed=3), 3, turn_tokens=6, response_tokens=150)
     weights = torch.randn(len(recorded(done)), generator=torch.Generator().manual_seed(0))
     (policy.log_probs(done) * weights).sum().backward()
-    shared = {n: p.grad.clone() for n, p in policy.model.named_parameters()}
-    policy.model.zero_grad()
-    alone = [[s] for job in done for s in job]
-    longest = max(len(s.prompt.ids) + len(s.ids) for (s,) in alone)
-    ids = torch.full((len(alone), longest), policy.tokenizer.pad_token_id)
+    sequences = sum(done, [])
+    longest = max(len(s.prompt.ids) + len(s.ids) for s in sequences)
+    ids = torch.full((len(sequences), longest), policy.tokenizer.pad_token_id)
     mask, targets = torch.zeros_like(ids), []
-    for row, (s,) in enumerate(alone):
+    for row, s in enumerate(sequences):
         whole = s.prompt.ids + s.ids
         ids[row, :len(whole)], mask[row, :len(whole)] = torch.tensor(whole), 1
         targets += [(row, len(s.prompt.ids) + i) for i, sampled in enumerate(s.sampled) if sampled]
-    pictures = [p for (s,) in alone for p in s.prompt.pictures + s.pictures]
-    logits = policy.model(input_ids=ids, attention_mask=mask,
-                          pixel_values=pixel_values(policy, pictures),
-                          image_grid_thw=torch.tensor([p.grid for p in pictures]),
-                          mm_token_type_ids=(ids == policy.image_token).int()).logits
+    pictures = [p for s in sequences for p in s.prompt.pictures + s.pictures]
+    model = AutoModelForImageTextToText.from_pretrained(tiny_folder, dtype=torch.float32)
+    logits = model(input_ids=ids, attention_mask=mask,
+                   pixel_values=pixel_values(policy, pictures),
+                   image_grid_thw=torch.tensor([p.grid for p in pictures]),
+                   mm_token_type_ids=(ids == policy.image_token).int()).logits
     log_probs = torch.log_softmax(logits.masked_fill(policy.forbidden, -torch.inf), -1)
     rows, columns = map(list, zip(*targets, strict=True))
     padded = log_probs[rows, [c - 1 for c in columns], ids[rows, columns]]
     (padded * weights).sum().backward()
+    theirs = dict(model.named_parameters())
     for name, p in policy.model.named_parameters():
-        scale = max(1.0, p.grad.abs().max().item())
-        assert (p.grad - shared[name]).abs().max() / scale < 1e-5, name
+        if ".visual." in name:
+            assert p.grad is None
+        else:
+            right = theirs[name].grad
+            assert (p.grad - right).abs().max() / max(1.0, right.abs().max()) < 1e-5, name
+    assert {id(p) for p in policy.trainable()} == {id(p) for p in policy.parameters()
+                                                   if p.grad is not None}
 
 
 def test_each_response_attends_to_its_prompt_and_itself():
@@ -144,20 +198,18 @@ def test_scores_are_not_rounded_to_bfloat16(tiny_folder):
         torch.manual_seed(std)
         for layer in text.layers:
             torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=std)
-        jobs = list(prompts(policy, 6, 4))
-        pixels = [[policy.pixel_values(job[0].prompt.pictures) for _ in job] for job in jobs]
-        engine = Engine(policy, turn_tokens=40, response_tokens=60)
-        list(engine.run(jobs, lambda s, truncated: None))
+        groups = list(prompts(policy, 6, 4))
+        pixels = [policy.pixel_values(group[0].prompt.pictures) for group in groups]
+        roll(policy, groups, turn_tokens=40)
         with torch.no_grad():
-            training = policy.log_probs(jobs)
+            training = policy.log_probs(groups)
             text.config._attn_implementation = "eager"
             plain = []
-            for job, values in zip(jobs, pixels, strict=True):
-                for s, value in zip(job, values, strict=True):
-                    plain.append(hugging_face_log_probs(policy, s, value))
+            for group, value in zip(groups, pixels, strict=True):
+                plain += [hugging_face_log_probs(policy, s, value) for s in group]
             text.config._attn_implementation = "layout"
         rounded = (torch.cat(plain) - training).abs().mean()
-        assert (recorded(jobs) - training).abs().mean() < rounded / 2
+        assert (recorded(groups) - training).abs().mean() < rounded / 2
 
 
 def hugging_face_log_probs(policy, sequence, pixels):
@@ -172,20 +224,19 @@ def hugging_face_log_probs(policy, sequence, pixels):
     return log_probs[range(len(sequence.ids)), sequence.ids]
 
 
-def gradients(folder, out, per_node):
+def gradients(folder, out, per_node, replicated=0):
     """Each process learns from its share of four groups; the first one writes all gradients."""
     os.environ["LOCAL_WORLD_SIZE"] = str(per_node)
-    model.REPLICATED = 0
+    model.REPLICATED = replicated
     policy = load(folder, device="cpu")
     shard_if_large(policy)
-    assert is_sharded(policy) == (world_size() > 1)
+    assert is_sharded(policy) == (world_size() > 1 and not replicated)
     with unsharded(policy):
-        engine = Engine(policy, turn_tokens=6, response_tokens=60)
-        done = list(engine.run(prompts(policy, 4, 3), lambda s, truncated: None))
-    done.sort(key=lambda job: job[0].prompt.pictures[0].grid)
-    done.sort(key=lambda job: len(job[0].prompt.ids))
-    for batch in micro_batches(done[rank()::world_size()], 1):
-        (policy.log_probs(batch.groups).sum() / 4 * world_size()).backward()
+        groups = list(prompts(policy, 4, 3))
+        roll(policy, groups, turn_tokens=6)
+    for batch in micro_batches(groups[rank()::world_size()], 1):
+        policy.log_probs(batch.groups).sum().backward()
+    sum_gradients(policy.trainable())
     found = {name: full_tensor(p.grad) for name, p in policy.model.named_parameters()
              if p.grad is not None}
     if is_sharded(policy):
@@ -195,23 +246,26 @@ def gradients(folder, out, per_node):
         torch.save(found, out)
 
 
-def test_nodes_of_several_processes_equal_one_process(tiny_folder, tmp_path):
-    """Guards weights that are sharded inside of a node and replicated over nodes: gradients must be
-    averaged over all processes, not those of a node."""
-    for number, per_node in ((1, 1), (4, 2)):
-        in_processes(number, gradients, tiny_folder, tmp_path / f"{number}.pt", per_node)
-    one, four = (torch.load(tmp_path / f"{number}.pt") for number in (1, 4))
-    assert one.keys() == four.keys()
-    for name, gradient in one.items():
-        scale = max(1.0, gradient.abs().max().item())
-        assert (gradient - four[name]).abs().max() / scale < 1e-5, name
+@pytest.mark.slow
+def test_gradients_are_sums_over_processes(tiny_folder, tmp_path):
+    """Guards copies of weights, weights that are sharded, and weights sharded inside of a node and
+    replicated over nodes: gradients must be the sums over all processes, not means, and not those
+    of a node."""
+    for name, number, *how in (("one", 1, 1), ("copies", 2, 2, 10**9), ("sharded", 2, 2),
+                               ("nodes", 4, 2)):
+        in_processes(number, gradients, tiny_folder, tmp_path / name, *how)
+    one, *others = (torch.load(tmp_path / name) for name in ("one", "copies", "sharded", "nodes"))
+    for other in others:
+        assert one.keys() == other.keys()
+        for name, gradient in one.items():
+            scale = max(1.0, gradient.abs().max().item())
+            assert (gradient - other[name]).abs().max() / scale < 1e-5, name
 
 
 def test_vocabulary_in_chunks_changes_nothing(policy, monkeypatch):
     """Guards the bound on logits: the checkpointed chunks must give the same values and
     gradients."""
-    engine = Engine(policy, turn_tokens=9, response_tokens=60)
-    done = list(engine.run(prompts(policy, 2, 2), lambda s, truncated: None))
+    done = roll(policy, prompts(policy, 2, 2))
     found = []
     for bound in (2**26, 5 * policy.text_config.vocab_size):
         monkeypatch.setattr(model, "MAX_LOGITS", bound)
@@ -225,14 +279,13 @@ def test_vocabulary_in_chunks_changes_nothing(policy, monkeypatch):
 
 def test_checkpointing_changes_nothing(policy):
     """Guards gradient checkpointing: what is computed again must attend in the same layout."""
-    engine = Engine(policy, turn_tokens=9, response_tokens=60)
-    done = list(engine.run(prompts(policy, 2, 3), lambda s, truncated: None))
+    done = roll(policy, prompts(policy, 2, 3))
     found = []
     for again in (False, True):
         if again:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.model.zero_grad()
-        policy.model.train()
+        policy.train()
         policy.log_probs(done).sum().backward()
         found.append({name: p.grad.clone() for name, p in policy.model.named_parameters()
                       if p.grad is not None})
@@ -280,29 +333,30 @@ def test_a_picture_does_not_change_with_its_image(policy):
 
 
 def test_features_of_many_sizes_are_those_of_each_alone(many_sizes):
-    """Guards the order: the vision tower gets images sorted by size; some are asked for twice."""
+    """Guards the order: the vision tower gets images sorted by size; some are asked for twice, and
+    computed once."""
     policy = many_sizes
-    policy.train_vision = True                         # so that nothing is kept
     pictures = [policy.picture(noise(*size, seed)) for seed, size in enumerate(SIZES)]
+    inputs = [(policy.pixel_values([picture]), picture.grid) for picture in pictures]
     found = policy.features(pictures + pictures[2:4])
-    for picture, features in zip(pictures + pictures[2:4], found, strict=True):
-        pixels, grid = policy.pixel_values([picture]), torch.tensor([picture.grid])
-        alone = policy.model.model.get_image_features(pixels, grid).pooler_output[0]
-        assert (features - alone).abs().max() < 1e-5
+    assert all(picture.image is None and not picture.features.requires_grad for picture in pictures)
+    for features, (pixels, grid) in zip(found, inputs + inputs[2:4], strict=True):
+        alone = policy.model.model.get_image_features(pixels, torch.tensor([grid])).pooler_output
+        assert (features - alone[0]).abs().max() < 1e-5
 
 
 def test_windows_in_a_batch_are_those_one_by_one(many_sizes):
     """Guards the vision tower's attention by lengths: images and windows of several sizes, at a
     border smaller ones, and the gradients, against Hugging Face's loop over windows."""
     policy = many_sizes
-    policy.train_vision = True                         # so that nothing is kept
     tower = policy.model.model.visual
     tower.fullatt_block_indexes = [1]                  # the first layer attends in windows
     pictures = [policy.picture(noise(*size, seed)) for seed, size in enumerate(SIZES)]
+    pictures.sort(key=lambda picture: picture.grid)
     results = []
     for attention in ("flash_by_length", "sdpa"):
         tower.config._attn_implementation = attention
-        features = torch.cat(policy.features(pictures))
+        features = torch.cat(policy.run_vision_tower(pictures))
         policy.model.zero_grad()
         features.square().mean().backward()
         results.append([features, *(p.grad for p in tower.parameters())])
@@ -310,43 +364,42 @@ def test_windows_in_a_batch_are_those_one_by_one(many_sizes):
         assert (ours - theirs).abs().max() < 1e-5
 
 
-def test_greedy_tokens_are_those_of_generate(policy):
+def test_greedy_tokens_are_those_of_generate(policy, tiny_folder):
     """Guards sampling and stopping: temperature 0 must give what `generate` gives."""
-    (sequence,) = job = next(prompts(policy, 1, 1))
+    (sequence,) = group = next(prompts(policy, 1, 1))
     pictures = sequence.prompt.pictures
     ids = torch.tensor([sequence.prompt.ids])
-    out = policy.model.generate(
+    out = plain_model(tiny_folder).generate(
         input_ids=ids, pixel_values=pixel_values(policy, pictures), max_new_tokens=12,
         image_grid_thw=torch.tensor([pictures[0].grid]), do_sample=False,
         mm_token_type_ids=(ids == policy.image_token).int(),
         suppress_tokens=policy.forbidden.nonzero()[:, 0].tolist())
-    policy.model.model.rope_deltas = None
-    engine = Engine(policy, temperature=0, turn_tokens=12, response_tokens=60)
-    next(engine.run([job], lambda s, truncated: None))
+    roll(policy, [group], temperature=0, turn_tokens=12)
     assert sequence.ids == out[0, ids.shape[1]:].tolist()
 
 
-def test_the_mask_is_exactly_the_sampled_tokens(policy):
-    """Guards the mask: prompt, observations and forced beginnings are never trained on, end tokens
-    are."""
-    seen = []
-    original = Engine.sample
-    def spy(engine, rows, hidden, on_turn):
-        before = [len(r.sequence.ids) for r in rows]
-        over = original(engine, rows, hidden, on_turn)
-        seen.extend((id(r.sequence), n) for r, n in zip(rows, before, strict=True))
-        return over
-    engine = Engine(policy, turn_tokens=5, response_tokens=200)
-    engine.sample = lambda *args: spy(engine, *args)
-    done = list(engine.run(prompts(policy, 2, 3), converse(policy, 3)))
-    marked = {(id(s), i) for job in done for s in job
-              for i, sampled in enumerate(s.sampled) if sampled}
-    assert marked == set(seen) and len(seen) == len(marked)
-    for job in done:
-        for s in job:
-            assert len(s.ids) == len(s.sampled) == len(s.log_probs)
-            for log_prob, sampled in zip(s.log_probs, s.sampled, strict=True):
-                assert log_prob < 0 if sampled else log_prob == 0
+def test_the_mask_is_exactly_the_sampled_tokens(policy, monkeypatch):
+    """Guards the mask: observations are never trained on, what the policy chose is, end tokens
+    too."""
+    chosen, choose = [], policy.choose
+
+    def spy(*args):
+        tokens, log_probs = choose(*args)
+        chosen.extend(zip(tokens, log_probs, strict=True))
+        return tokens, log_probs
+    monkeypatch.setattr(policy, "choose", spy)
+    policy.end_tokens = set(range(0, policy.text_config.vocab_size, 3))
+    done = roll(policy, prompts(policy, 2, 3), 3, turn_tokens=5, response_tokens=200)
+    marked, ends = [], 0
+    for sequence in sum(done, []):
+        for values in zip(sequence.ids, sequence.log_probs, sequence.sampled, strict=True):
+            token, log_prob, sampled = values
+            assert log_prob < 0 if sampled else log_prob == 0
+            if sampled:
+                marked.append((token, log_prob))
+                ends += token in policy.end_tokens
+    assert sorted(marked) == sorted(chosen) and ends
+    assert len(marked) < sum(len(sequence.ids) for sequence in sum(done, []))
 
 
 def test_vision_tokens_cannot_be_sampled(policy):
@@ -355,16 +408,14 @@ def test_vision_tokens_cannot_be_sampled(policy):
     with torch.no_grad():
         policy.model.lm_head.weight[policy.image_token] *= 50
         policy.model.lm_head.weight[policy.image_token] += 5
-    engine = Engine(policy, turn_tokens=20, response_tokens=100)
-    done = list(engine.run(prompts(policy, 2, 4), lambda s, truncated: None))
-    assert not any(policy.forbidden[t] for job in done for s in job for t in s.ids)
+    done = roll(policy, prompts(policy, 2, 4), turn_tokens=20)
+    assert not any(policy.forbidden[t] for group in done for s in group for t in s.ids)
     assert torch.isfinite(policy.log_probs(done)).all()
 
 
 def test_log_probs_are_those_of_the_sampling_temperature(policy):
     """Guards against log-probabilities taken at temperature 1 whatever the sampling temperature."""
-    engine = Engine(policy, temperature=0.5, turn_tokens=9, response_tokens=60)
-    done = list(engine.run(prompts(policy, 1, 3), lambda s, truncated: None))
+    done = roll(policy, prompts(policy, 1, 3), temperature=0.5)
     with torch.no_grad():
         assert (policy.log_probs(done, 0.5) - recorded(done)).abs().max() < 1e-5
         assert (policy.log_probs(done, 1.0) - recorded(done)).abs().max() > 1e-2
@@ -420,31 +471,57 @@ def test_the_ends_of_the_unit_interval(policy):
 def test_same_seed_same_tokens(policy):
     """Guards determinism."""
     def tokens(seed):
-        engine = Engine(policy, turn_tokens=9, response_tokens=60)
-        jobs = engine.run(prompts(policy, 2, 2, seed), lambda s, truncated: None)
-        return [s.ids for job in jobs for s in job]
+        return [s.ids for s in sum(roll(policy, prompts(policy, 2, 2, seed)), [])]
     assert tokens(1) == tokens(1) != tokens(2)
 
 
+def test_response_tokens_bound_all_that_follows_the_prompt(policy):
+    """Guards the cache's width: an observation that does not fit ends the row, and a turn is cut at
+    turn_tokens or where the response is full."""
+    said, limit = [], 40
+
+    def on_turn(sequence, truncated):
+        said.append(truncated)
+        return Chunk(policy.encode("12345678"))
+    policy.end_tokens = set()
+    engine = Engine(policy, turn_tokens=9, response_tokens=limit)
+    (group,) = engine.run(list(prompts(policy, 1, 2)), on_turn)
+    assert all(said) and len(said) == 6
+    for sequence in group:
+        assert len(sequence.ids) == 9 + 8 + 9 + 8 + 6 and sum(sequence.sampled) == 9 + 9 + 6
+
+
 def test_a_longer_prompt_later_on(many_sizes, tiny_folder):
-    """Guards the cache that the first jobs sized: a longer prompt must still be computed right,
-    within the bound."""
+    """Guards a cache that the first prompts sized; and its bound."""
     policy = many_sizes
     def prompt(length):
         content = [{"type": "image"}, {"type": "text", "text": "x" * length}]
         return policy.prompt([{"role": "user", "content": content}], [noise(64, 64)])
     short, long = prompt(2), prompt(150)
-    jobs = [[Sequence(prompt, rng=random.Random(i)) for i in range(2)]
-            for prompt in (short, short, long, short, long)]
-    engine = Engine(policy, turn_tokens=5, response_tokens=20, cache_tokens=2 * (90 + 2 * 20))
-    for job in engine.run(iter(jobs), lambda s, truncated: None):
-        for sequence in job:
+    groups = [[Sequence(prompt, rng=random.Random(i)) for i in range(2)]
+              for prompt in (short, short, long, short, long)]
+    bound = 2 * (len(long.ids) + 2 * 20)
+    engine = Engine(policy, turn_tokens=5, response_tokens=20, cache_tokens=bound)
+    for group in engine.run(groups, lambda s, truncated: None):
+        for sequence in group:
             plain = plain_log_probs(tiny_folder, policy, sequence)
             assert (plain - recorded([[sequence]])).abs().max() < 1e-5
-        if engine.cache:
-            caches = engine.cache.prompt[0], engine.cache.own[0]
-            columns = sum(cache.shape[1] * cache.shape[3] for cache in caches)
-            assert engine.cache.groups == 1 or columns <= engine.cache_tokens
+        numbers = engine.cache.prompt[0].numel() + engine.cache.own[0].numel()
+        assert numbers == bound * 2 * math.prod(policy.kv_shape[1:])
+    assert list(engine.run([], None)) == []
+
+
+def test_max_pixels_only_lowers_the_checkpoints_bound(tiny_folder):
+    """Guards the size of the model's input: a family's bound must not blow up the images of a
+    checkpoint that was made for smaller ones."""
+    own = load(tiny_folder, device="cpu").image_processor.size
+    for most in (own["longest_edge"] * 100, 32 * 32):
+        policy = load(tiny_folder, device="cpu", max_pixels=most)
+        assert policy.image_processor.size["longest_edge"] == min(most, own["longest_edge"])
+    assert policy.picture(noise(400, 400)).image.size == (32, 32)
+    policy = load(tiny_folder, device="cpu", max_image_side=48)
+    policy.image_processor.size = {"shortest_edge": 1, "longest_edge": 2**20}
+    assert policy.input_size(96, 64) == (48, 32) and policy.input_size(96, 40, False) == (48, 20)
 
 
 def test_text_round_trip(policy):
@@ -471,7 +548,7 @@ def test_plain_transformers_loads_what_we_save(policy, tmp_path):
     """Guards the checkpoints: others must be able to use them."""
     with torch.no_grad():
         policy.model.model.language_model.norm.weight.mul_(1.5)
-    policy.save(tmp_path / "out", dialogue={"mode": "zoom"})
+    policy.save(tmp_path / "out", dialogue={"mode": "zöom"})
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     weights, others = plain.state_dict().values(), policy.model.state_dict().values()
     assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
@@ -479,41 +556,56 @@ def test_plain_transformers_loads_what_we_save(policy, tmp_path):
     assert template == policy.tokenizer.chat_template
     again = load(str(tmp_path / "out"), device="cpu")
     assert again.image_processor.size == policy.image_processor.size
-    assert json.loads((tmp_path / "out" / "dialogue.json").read_text()) == {"mode": "zoom"}
+    text = (tmp_path / "out" / "dialogue.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"mode": "zöom"} and "ö" in text
     assert not list(tmp_path.glob("*.part"))
     policy.save(tmp_path / "out")                       # over what is there
     assert not list(tmp_path.glob("*.old"))
 
 
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    """Guards a file that a killed or failed run left half written; and texts beyond ASCII."""
+    path = tmp_path / "file"
+    write_text(path, "Grüße\n")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "x" * 10**6 + "\ud800")
+    assert path.read_bytes() == "Grüße\n".encode()
+
+
 def test_what_cannot_be_loaded_says_so_in_a_line(tmp_path, tiny_folder):
-    """Guards against tracebacks for a missing folder, another family, a truncated checkpoint."""
-    with pytest.raises(UserError, match="nowhere"):
-        load(str(tmp_path / "nowhere"))
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UserError, match="llama"):
-        load(str(other))
-    cut = tmp_path / "cut"
-    cut.mkdir()
-    for file in Path(tiny_folder).iterdir():
-        data = file.read_bytes()
-        if file.suffix == ".safetensors":
-            data = data[:len(data) // 2]
-        (cut / file.name).write_bytes(data)
-    with pytest.raises(UserError, match="cut"):
-        load(str(cut))
+    """Guards against tracebacks, or random weights, where something of a checkpoint is missing,
+    foreign or truncated: the line names the part."""
+    def broken(name, file, change=None):
+        folder = tmp_path / name
+        shutil.copytree(tiny_folder, folder)
+        whole = (folder / file).read_bytes()
+        (folder / file).unlink() if change is None else (folder / file).write_bytes(change(whole))
+        return folder
+    def half(data):
+        return data[:len(data) // 2]
+    def wider(data):
+        return data.replace(b'"intermediate_size": 192', b'"intermediate_size": 224')
+    faults = {"nowhere.*config.json": tmp_path / "nowhere",
+              "other.*llama": broken("other", "config.json", lambda _: b'{"model_type": "llama"}'),
+              "cut/model.safetensors": broken("cut", "model.safetensors", half),
+              "no weights.*weights": broken("no weights", "model.safetensors"),
+              "wide.*another size": broken("wide", "config.json", wider),
+              "words.*tokenizer": broken("words", "tokenizer.json", half),
+              "images.*preprocessor": broken("images", "preprocessor_config.json", half),
+              "template.*chat template": broken("template", "chat_template.jinja")}
+    for words, folder in faults.items():
+        with pytest.raises(UserError, match=words) as error:
+            load(str(folder), device="cpu")
+        assert "\n" not in str(error.value)
 
 
 def test_the_cache_takes_half_of_the_free_memory(policy, monkeypatch):
-    """Guards --cache-tokens without a value: on a GPU the bytes of a column were miscounted, and
+    """Guards the number of slots: on a GPU the bytes of a column were miscounted, and
     rollouts ran out of memory or left it idle."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 10**6, 3 * 10**6))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     assert free_columns(policy) == 262_144
-    config, dtype = policy.text_config, policy.model.dtype
-    cache = Cache(policy, 1, 1, 1, 0)
-    column = sum(x.nbytes for x in cache.prompt)
-    gpu = SimpleNamespace(device=torch.device("cuda", 0), text_config=config,
-                          model=SimpleNamespace(dtype=dtype))
+    column = sum(kv.nbytes for kv in Cache(policy, 1, 1, 1, 0).prompt)
+    gpu = SimpleNamespace(device=torch.device("cuda", 0), kv_shape=policy.kv_shape,
+                          model=policy.model)
     assert free_columns(gpu) == 10**6 // column

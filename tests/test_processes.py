@@ -3,18 +3,20 @@ is at stake: with a wrong denominator, or a gradient that is not shared, trainin
 word and learns something else."""
 import json
 import os
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import in_processes
+from conftest import BASE, ROOT, in_processes, run_in
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import load_state_dict
 
 import model
+import train_sft
+from evaluate import open_file
 from model import (
-    UserError,
-    average_gradients,
     gather,
     gather_shares,
     is_sharded,
@@ -24,78 +26,82 @@ from model import (
     unsharded,
     world_size,
 )
-from rollout import Config, processes_to_start, read_command_line, rollout, toy
-from train_rl import restore, save_state, train_step
-from train_sft import TINY, fine_tune, make_optimizers
+from rollout import Dialogue, rollout
+from train_rl import restore, save_state, update
+from train_sft import fine_tune, make_optimizer
 
-KINDS = ("adamw", "muon")
-CONFIG = Config(micro_tokens=1, kl=0.1)
+pytestmark = pytest.mark.slow
+TASK = BASE.parent / "search-train.jsonl"
+ARGS = SimpleNamespace(micro_tokens=1, kl=0.1, clip_norm=0.5, temperature=1.0)
 
 
-def load_two(folder, kind):
-    """The policy, and a reference that differs from it; both sharded if they are large."""
+def sample(policy, numbers, group, turn_tokens):
+    """Groups of some of the task's questions; each has random numbers of its own."""
+    dialogue = Dialogue(**json.loads((BASE / "dialogue.json").read_text()))
+    questions = [open_file(TASK)[i] for i in numbers]
+    with unsharded(policy):
+        return rollout(policy, questions, dialogue, group, numbers, turn_tokens=turn_tokens,
+                       response_tokens=90)
+
+
+def load_two(folder):
+    """The policy, with gradient checkpointing, and a reference that differs from it; both sharded
+    if they are large."""
     policies = [load(folder, device="cpu") for _ in range(2)]
     with torch.no_grad():
-        for p in policies[1].model.parameters():
+        for p in policies[1].parameters():
             p.mul_(1.01)
-    for policy in policies:
-        policy.train_vision = kind == "muon"
-    if kind == "muon":
-        how = {"use_reentrant": False}
-        policies[0].model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    how = {"use_reentrant": False}
+    policies[0].model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     for policy in policies:
         shard_if_large(policy)
     return policies
 
 
-def some_groups(policy):
-    """Traces of five questions, with advantages; of one question there is nothing to learn."""
-    questions = [toy("toy-search", "train", 0, i) for i in range(5)]
-    with unsharded(policy):
-        groups = list(rollout(policy, questions, TINY, 3, range(5), turn_tokens=8,
-                              response_tokens=40))
-    groups.sort(key=lambda traces: traces[0].question.id)
-    for i, traces in enumerate(groups):
+def steady_optimizer(policy, lr):
+    """Biases of keys have next to no gradient but roundings, of which AdamW makes whole steps."""
+    optimizer = make_optimizer(policy, lr)
+    optimizer.param_groups[0]["eps"] = 1e-5
+    return optimizer
+
+
+def train(folder, start, end, replicated, per_node=None):
+    """GRPO and fine-tuning on the same traces in any number of processes. start: None, or the
+    folder of a state to go on from; replicated: whether each of several processes keeps all
+    weights; per_node: how many of them are on what counts as a node."""
+    model.REPLICATED = 10**9 if replicated else 0
+    if per_node:
+        os.environ["LOCAL_WORLD_SIZE"] = str(per_node)
+    policy, reference = load_two(folder)
+    for each in (policy, reference):
+        assert is_sharded(each) == (world_size() > 1 and not replicated)
+    groups = sample(policy, range(5), 3, 8)
+    for i, traces in enumerate(groups):          # of one question there is nothing to learn
         advantages = [1.0, 0.0, -0.5] if i != 3 else [0.0] * 3
         for trace, advantage in zip(traces, advantages, strict=True):
             trace.advantage = advantage
-    return groups
-
-
-def train(folder, start, end, replicated):
-    """GRPO and fine-tuning, by both optimizers. start: None, or the folder of a state to go on
-    from; replicated: whether each of several processes keeps all weights."""
-    model.REPLICATED = 10**9 if replicated else 0
-    for kind in KINDS:
-        policy, reference = load_two(folder, kind)
-        for each in (policy, reference):
-            assert is_sharded(each) == (world_size() > 1 and not replicated)
-        groups = some_groups(policy)
-        optimizers = make_optimizers(policy, kind, 1e-3, 1e-3)
-        for group in optimizers[-1].param_groups:
-            group["eps"] = 1e-5     # the biases of keys have next to no gradient, only roundings
-        if start:
-            restore(policy, optimizers, start / kind)
-        share = groups[rank()::world_size()]
-        logged = [train_step(policy, reference, share, optimizers, CONFIG, 1.0) for _ in range(2)]
-        lines, traces = [], sum(groups, [])
-        fine_tune(policy, traces, optimizers, steps=2, batch=3, seed=0, micro_tokens=1,
-                  log=lines.append)
-        out = end / kind
-        out.mkdir(parents=True, exist_ok=True)
-        save_state(policy, optimizers, out, 1)
-        policy.save(out / "rl")
-        if rank() == 0:
-            torch.save([logged, lines], out / "logged.pt")
-        if is_sharded(policy):
-            continue
-        share = groups[:1][rank()::world_size()]        # the second process has none
-        logged = [train_step(policy, reference, share, optimizers, CONFIG, 1.0)]
-        fine_tune(policy, traces, optimizers, steps=1, batch=1, seed=1, log=lines.append)
-        weights = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+    train_sft.make_optimizer = steady_optimizer
+    optimizer = steady_optimizer(policy, 1e-3)
+    if start:
+        assert restore(policy, optimizer, start) == 1
+    # two updates of all, one of a question that the first process has, one without the penalty
+    logged = []
+    for first, kl in ((5, True), (5, True), (1, True), (4, False)):
+        mine = range(rank(), first, world_size())
+        logged.append(update(policy, reference if kl else None, optimizer,
+                             [groups[i] for i in mine], 1e-3, ARGS))
+    # and one from which no process has anything to learn
+    mine = [groups[3]] if rank() == 0 else []
+    logged.append(update(policy, None, optimizer, mine, 1e-3, ARGS))
+    fine_tune(policy, sum(groups, []), steps=2, batch=3, lr=1e-3, seed=0, micro_tokens=1)
+    end.mkdir(parents=True, exist_ok=True)
+    save_state(policy, optimizer, end, 1)
+    policy.save(end / "rl")
+    if rank() == 0:
+        torch.save(logged, end / "logged.pt")
+    if not is_sharded(policy):
+        weights = torch.cat([p.detach().flatten() for p in policy.parameters()])
         assert all(torch.equal(copy, weights) for copy in gather(weights))
-        if rank() == 0:
-            torch.save([logged, lines, weights], out / "uneven.pt")
 
 
 def same(one, two):
@@ -109,119 +115,111 @@ def same(one, two):
     return all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in pairs)
 
 
-def figures(line):
-    """A line of fine-tuning without its times."""
-    return line.split("  ")[:3]
-
-
-def test_two_processes_equal_one(tiny_folder, tmp_path):
-    """Guards both ways to train in several processes, replicated weights and FSDP2: uneven
-    micro-batches, a process without a group to learn from, shared denominators, the norm that
-    gradients are clipped to, both optimizers, activation checkpointing, a trained vision tower; and
-    going on with what another number of processes kept."""
-    for number, start, end, replicated in ((1, None, "one", True), (2, None, "replicated", True),
-                                           (2, None, "sharded", False),
-                                           (2, "one", "one-sharded", False),
-                                           (1, "sharded", "sharded-one", True)):
+def test_several_processes_equal_one(tiny_folder, tmp_path):
+    """Guards both ways to train in several processes, replicated weights and FSDP2, the latter over
+    nodes, too: uneven micro-batches, a process without a group to learn from, shared denominators,
+    the norm that gradients are clipped to, activation checkpointing; and going on with what another
+    number of processes kept."""
+    runs = (("one", 1, None, True, None), ("replicated", 2, None, True, None),
+            ("sharded", 2, None, False, None), ("nodes", 4, None, False, 2),
+            ("one-sharded", 2, "one", False, None), ("sharded-one", 1, "sharded", True, None))
+    for name, number, start, replicated, per_node in runs:
         start = start and tmp_path / start
-        in_processes(number, train, tiny_folder, start, tmp_path / end, replicated)
-    for kind in KINDS:
-        for ours, theirs in (("one", "replicated"), ("one", "sharded"),
-                             ("one-sharded", "sharded-one")):
-            compare(tmp_path / ours / kind, tmp_path / theirs / kind)
-        first = torch.load(tmp_path / "one" / kind / "state.pt")
-        assert not same(first, torch.load(tmp_path / "one-sharded" / kind / "state.pt"))
-        uneven, other = (torch.load(tmp_path / name / kind / "uneven.pt")
-                         for name in ("one", "replicated"))
-        assert same(uneven, other) and uneven[0][0]["groups_used"] == 1
+        in_processes(number, train, tiny_folder, start, tmp_path / name, replicated, per_node)
+    for ours, theirs in (("one", "replicated"), ("one", "sharded"), ("one", "nodes"),
+                         ("one-sharded", "sharded-one")):
+        logged, other = (torch.load(tmp_path / run / "logged.pt") for run in (ours, theirs))
+        assert same(logged, other), (ours, theirs)
+        assert all(row["tokens"] > 0 for row in logged)
+        assert [row["grad_norm"] > 0 for row in logged] == [True] * 4 + [False]
+        state, other = (torch.load(tmp_path / run / "state.pt") for run in (ours, theirs))
+        assert state["policy"].keys() == other["policy"].keys()
+        assert same(state, other), (ours, theirs)
+        weights, other = (load_state_dict(tmp_path / run / "rl/model.safetensors")
+                          for run in (ours, theirs))
+        assert weights.keys() == other.keys() and same(weights, other)
+    first, later = (torch.load(tmp_path / run / "state.pt") for run in ("one", "one-sharded"))
+    assert not same(first, later)
 
 
-def compare(ours, theirs):
-    """Two runs have the same log, state and weights."""
-    logged, lines = torch.load(ours / "logged.pt")
-    other, other_lines = torch.load(theirs / "logged.pt")
-    assert same(logged, other)
-    assert all(step["tokens"] > 0 and step["groups_used"] == 4 for step in logged)
-    assert list(map(figures, lines)) == list(map(figures, other_lines))
-    state, other = (torch.load(run / "state.pt") for run in (ours, theirs))
-    assert state["model"].keys() == other["model"].keys() and same(state, other)
-    weights, other = (load_state_dict(run / "rl/model.safetensors") for run in (ours, theirs))
-    assert same(weights, other) and weights.keys() == other.keys()
-
-
-@pytest.mark.parametrize("flags, gpu, number", [
-    ([], False, "cores"), (["--processes", "3"], False, 3), (["--processes=1"], False, 1),
-    (["--image", "a.png", "--question", "?", "--processes", "3"], False, 1),
-    (["--image-root", "images", "--processes", "3"], False, 3),
-    ([], True, 1), (["--processes", "1"], True, 1)])
-def test_how_many_processes_are_started(monkeypatch, flags, gpu, number):
-    """Guards the start: one process a core, but never more for what is done at once, nor on a GPU,
-    nor inside of torchrun."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(12), raising=False)
-    given = read_command_line("evaluate", "")
-    assert processes_to_start(given) == (8 if number == "cores" else number)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert processes_to_start(given) == 1
-
-
-def test_a_dry_run_starts_no_processes(monkeypatch):
-    """Guards --dry-run: its estimate was printed after processes had been started for nothing."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(sys, "argv", ["train_rl.py", "--dry-run", "--processes", "3"])
-    assert processes_to_start(read_command_line("train_rl", "")) == 1
-
-
-@pytest.mark.parametrize("number, message", [("2", "on GPUs use torchrun"), ("0", "at least 1"),
-                                             ("two", "invalid int")])
-def test_processes_that_cannot_be_started(monkeypatch, number, message):
-    """Guards the messages; and a GPU that several processes would share without a word."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--processes", number])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match=message):
-        processes_to_start(read_command_line("evaluate", ""))
-
-
-def average():
-    parameters = [torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3)]
-    parameters[0].grad = torch.full((2, 3), 2.0 + rank())      # of both
-    if rank() == 1:
-        parameters[1].grad = torch.ones(2, 3)                  # of one; and the last one has none
-    average_gradients(parameters)
-    gradients = [None if p.grad is None else p.grad.unique().tolist() for p in parameters]
-    print(gradients, file=sys.stderr)
-
-
-def test_gradients_of_replicated_weights_are_averaged():
-    """Guards weights that are the same everywhere: a gradient of one process alone counts in all,
-    and where no process has one there is none, for along zeros, too, an optimizer takes a step: it
-    has momentum and weight decay."""
-    outputs = in_processes(2, average)
-    assert [told for _, told in outputs] == ["[[2.5], [0.5], None]\n"] * 2
-
-
-def sample(folder, out):
-    """The tokens and log-probabilities of this process's share of some questions, to a file."""
+def sample_share(folder, out):
+    """The tokens and log-probabilities of this process's share of five questions, to a file."""
     policy = load(folder, device="cpu")
-    questions = [toy("toy-search", "train", 0, i) for i in range(5)]
-    mine = slice(rank(), None, world_size())
-    groups = rollout(policy, questions[mine], TINY, 2, range(5)[mine], turn_tokens=12,
-                     response_tokens=90)
-    share = sorted(groups, key=lambda traces: traces[0].question.id)
-    found = gather_shares([[(t.ids, t.log_probs) for t in traces] for traces in share])
+    groups = sample(policy, range(rank(), 5, world_size()), 2, 12)
+    found = gather_shares([[(trace.ids, trace.log_probs) for trace in traces] for traces in groups])
     if rank() == 0:
         out.write_text(json.dumps(found))
 
 
 def test_a_trace_does_not_depend_on_the_number_of_processes(tiny_folder, tmp_path):
     """Guards random numbers that belong to questions: with one stream for all, a question would get
-    other traces as soon as another process, or none, took its neighbours."""
-    for number in (1, 2):
-        in_processes(number, sample, tiny_folder, tmp_path / f"{number}.json")
-    one, two = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (1, 2))
-    assert len(one) == len(two) == 5
-    for ours, theirs in zip(sum(one, []), sum(two, []), strict=True):
-        assert ours[0] == theirs[0] and ours[1] == pytest.approx(theirs[1], abs=1e-5)
+    other traces as soon as another process, or none, took its neighbours. The sixth of six
+    processes has no question at all."""
+    for number in (1, 2, 6):
+        in_processes(number, sample_share, tiny_folder, tmp_path / f"{number}.json")
+    one, *others = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (1, 2, 6))
+    for other in others:
+        assert len(one) == len(other) == 5
+        for ours, theirs in zip(sum(one, []), sum(other, []), strict=True):
+            assert ours[0] == theirs[0] and ours[1] == pytest.approx(theirs[1], abs=1e-5)
+
+
+# -------------------------------------------------------------------------------------- the scripts
+
+MINI = ["--search-questions", 6, "--simulations", 2, "--sft-steps", 2, "--sft-batch", 4, "--steps",
+        2, "--questions", 3, "--update-questions", 2, "--group", 4, "--n", 6]
+
+
+def numbers(row):
+    """Of a line of the log, without its times."""
+    return {name: value for name, value in row.items()
+            if "seconds" not in name and type(value) in (int, float)}
+
+
+def test_the_main_job_on_two_processes(script, tmp_path):
+    """Guards the whole way under torchrun: search, fine-tuning and GRPO on two processes, of which
+    the second has no question in each second update, find, sample and learn what one process does;
+    all is said and written once; and the run goes on in one process."""
+    (said, _), (silent, _) = in_processes(2, run_in, "train_rl", tmp_path, *MINI, "--out", "two")
+    alone, _ = script("train_rl", *MINI, "--out", "one", cwd=tmp_path)
+    assert said.count("step 2/2") == alone.count("step 2/2") == 1 and not silent
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert (one / "search.jsonl").read_bytes() == (two / "search.jsonl").read_bytes()
+    for name in ("sft", "rl"):
+        ours, theirs = (load_state_dict(run / name / "model.safetensors") for run in (one, two))
+        assert ours.keys() == theirs.keys()
+        for key, weight in ours.items():
+            assert (weight - theirs[key]).norm() <= 1e-3 * (1 + weight.norm()), (name, key)
+    ours, theirs = ([json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+                    for run in (one, two))
+    assert len(ours) == len(theirs) == 2
+    assert numbers(ours[0]) == pytest.approx(numbers(theirs[0]), rel=1e-2, abs=1e-3)
+    ours, theirs = ((run / "traces.jsonl").read_text().splitlines() for run in (one, two))
+    assert len(ours) == len(theirs) == 2 * 3 * 4
+    assert ([json.loads(row)["turns"] for row in ours[:12]]
+            == [json.loads(row)["turns"] for row in theirs[:12]])
+    resumed, _ = script("train_rl", *MINI, "--out", "two", "--resume", cwd=tmp_path)
+    assert "resuming after step 2" in resumed
+
+
+@pytest.mark.parametrize("n", [5, 200])
+def test_evaluation_on_two_processes(script, tmp_path, n):
+    """Guards torchrun: two processes give the figures of one and say everything once, also where
+    there are too few questions for both."""
+    flags = ["--n", n, "--turn-tokens", 8, "--response-tokens", 30, "--json"]
+    (said, _), (silent, _) = in_processes(2, run_in, "evaluate", tmp_path, *flags, "two.json")
+    alone, _ = script("evaluate", *flags, "one.json", cwd=tmp_path)
+    assert said.count("without tool:") == alone.count("without tool:") or n > 128
+    assert said.count("true thoughts") == 1 and not silent
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one | {"minutes": 0} == two | {"minutes": 0} and one["n"] == n
+
+
+def test_an_error_of_all_processes_is_said_once(tmp_path):
+    """Guards the output under torchrun itself: one line, and the exit code of an error."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    done = subprocess.run([sys.executable, *torchrun, ROOT / "train_rl.py", "--group", "1"],
+                          cwd=tmp_path, text=True, capture_output=True,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode and not done.stdout
+    assert done.stderr.count("error: argument --group") == 1

@@ -184,7 +184,7 @@ def test_a_lost_run_is_stopped(policy, tmp_path, monkeypatch):
     monkeypatch.setattr(train_rl, "report", lambda *_: None)
     parts = json.loads((BASE / "dialogue.json").read_text())
     with pytest.raises(UserError, match="step 4: 5 gradients in a row .* lower --lr"):
-        train_rl.train(policy, None, Dialogue(**parts), args, tmp_path)
+        train_rl.train(policy, policy, Dialogue(**parts), args, tmp_path)
     logged = [row["skipped"] for row in train_rl.read_rows(tmp_path / "log.jsonl")]
     assert logged == [1, 2, 2]
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_a_lost_run_is_stopped(policy, tmp_path, monkeypatch):
     assert not (tmp_path / "state.pt").exists()
 
 
-# ------------------------------------------------------------------------------ settings, run folder
+# ----------------------------------------------------------------------------- settings, run folder
 
 def arguments(monkeypatch, *words):
     """The parsed command line of train_rl.py."""

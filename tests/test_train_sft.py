@@ -1,62 +1,48 @@
-"""Warm start: tree search, linearising, conversion, traces on disk, fine-tuning, what the tiny base
-is shown and asked, the optimizers."""
-import itertools
+"""Warm start: tree search on text, chains, chains on disk and as traces, fine-tuning, optimizers,
+and what a run takes up from an earlier one."""
+import argparse
 import json
 import math
-import random
 import re
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import draw, noise
 from PIL import Image
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import train_sft as sft
+from evaluate import settle
 from model import UserError, load
 from reward import is_correct, score
-from rollout import (
-    BACKGROUND,
-    BLOCK,
-    COLOURS,
-    CONTRAST,
-    MOVED,
-    PATTERNS,
-    RELATION,
-    Config,
-    Dialogue,
-    Question,
-    Scene,
-    format_call,
-    format_point,
-    parse_turn,
-    toy,
-)
+from rollout import Dialogue, Question, format_call, parse, parse_turn, shared_flags
 from train_sft import (
     BACKTRACK,
-    Muon,
     Node,
     RoundedAdamW,
-    continue_from,
-    cut_trace,
+    complete,
     expand,
-    export_traces,
-    first_step_end,
     linearise,
-    orthogonalise,
+    messages_of,
+    optimizer_step,
     read_traces,
     replay,
-    replay_recording,
     rounded,
+    row_of_chain,
     search,
     to_multi_turn,
-    traces_of,
-    usable,
-    write_traces,
 )
 
 SAMPLING = dict(turn_tokens=30, response_tokens=200)
+
+
+def dialogue(mode="zoom", **parts):
+    return Dialogue(mode, **{"crop_half": 32, "crop_size": 64, **parts})
 
 
 def zoom_call(x, y, thought="Here"):
@@ -64,20 +50,42 @@ def zoom_call(x, y, thought="Here"):
 
 
 def answer(text, thought="So."):
-    return f"<think>{thought}</think>\n<answer>{text}</answer>"
+    return f"<think>{thought}</think>\n<answer> {text} </answer>"
 
 
-def finished(policy, question, texts, mode="zoom"):
-    return replay(policy, Dialogue(mode), question, texts)
+def finished(policy, question, texts, mode="zoom", **parts):
+    """A complete trace of these turns, with the crops that the tool shows."""
+    way = dialogue(mode, **parts)
+    return replay(policy, way, question, messages_of(way, question, texts))
+
+
+def start_of(policy, question, mode="zoom"):
+    return dialogue(mode).start(policy, question, 1, "seed")[0]
 
 
 @pytest.fixture
 def question():
-    return toy("toy-search", "train", 0, 0)
+    return Question("Which pattern?", [noise(256, 256)], "dotted", key="k")
 
 
-def wrong_answer(question):
-    return "checked" if question.answer == "dotted" else "dotted"
+@pytest.fixture
+def arguments(tiny_folder, data, monkeypatch, tmp_path):
+    """arguments(*words) -> the settings of train_sft.py with these flags, on a file of questions
+    that lies in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    data("task.jsonl", [{"problem": f"<image>Which pattern, {i}?", "answer": "dotted",
+                         "images": ["image.png"]} for i in range(20)])
+
+    def parsed(*words):
+        common = ["--model", tiny_folder, "--task", "task.jsonl", "--out", "run"]
+        monkeypatch.setattr(sys, "argv", ["train_sft.py", *common, *words])
+        parser = argparse.ArgumentParser()
+        shared_flags(parser)
+        sft.sft_flags(parser)
+        args = parse(parser, "rollout", "train_sft")
+        settle(args, training=True)
+        return args
+    return parsed
 
 
 # -------------------------------------------------------------------------------------- tree search
@@ -86,7 +94,7 @@ def test_ucb1():
     """Guards selection: value + c * sqrt(ln(N_parent + 1) / (N_child + 1)), and means backed up to
     the root."""
     root = Node(None)
-    root.children = [Node(None, root), Node(None, root)]
+    root.children = [Node(None, parent=root), Node(None, parent=root)]
     for reward in (1, 0, 1):
         root.children[0].back_up(reward)
     root.children[1].back_up(0)
@@ -99,162 +107,229 @@ def test_ucb1():
 
 
 def test_steps_of_the_zoom_mode_are_turns(policy, question):
-    """Guards the cut: a step ends where the next turn begins, its observation included, and can be
-    continued from there; the trace that it is cut from stays as it is."""
-    trace = finished(policy, question, [zoom_call(10, 10), zoom_call(40, 40), answer("dotted")])
-    end = first_step_end(policy, trace, 0)
-    step = cut_trace(policy, trace, end)
-    assert end == trace.turn_starts[1] and step.zoom_points == [(10, 10)]
-    assert not step.ended and len(step.pictures) == 1
-    second = cut_trace(policy, trace, first_step_end(policy, trace, end))
-    assert second.zoom_points == [(10, 10), (40, 40)]
-    last = first_step_end(policy, trace, trace.turn_starts[2])
-    assert cut_trace(policy, trace, last) is trace
-    assert trace.ended == "answer" and len(trace.turns) == 3
+    """Guards the cut: a step is a turn with its observation, and the last one has the answer."""
+    texts = zoom_call(10, 10), zoom_call(40, 40), answer("dotted")
+    trace = finished(policy, question, texts)
+    node = Node(start_of(policy, question))
+    for number in range(3):
+        node = expand(node, trace, depth=10)
+        assert node.turns == texts[:number + 1] and not node.partial
+        assert node.depth == number + 1 and node.trace is (trace if number == 2 else None)
+    assert node.points == ((10, 10), (40, 40))
 
 
-def test_steps_of_a_single_turn_are_sentences_with_points(policy, question):
-    """Guards single-turn search: a step ends behind its point; the last one runs to the end."""
-    text = "<think>A cup (1, 2). A pot (3, 4). Done.</think>\n<answer>red</answer>"
-    trace = finished(policy, question, [text], "grounded")
-    first = first_step_end(policy, trace, 0)
-    assert policy.decode(trace.ids[:first]).rstrip(". ").endswith("(1, 2)")
-    second = first_step_end(policy, trace, first)
-    assert policy.decode(trace.ids[first:second]).rstrip(". ").endswith("(3, 4)")
-    assert first_step_end(policy, trace, second) == len(trace.ids)
-    assert cut_trace(policy, trace, second).prefix.startswith("<think>A cup (1, 2)")
+STEPS = {
+    "grounded": [
+        ("A cup (1, 2). A pot at [30, 4]: odd. Done.", ["A cup (1, 2).", " A pot at [30, 4]:"]),
+        ("The (1, 2) cup,\nthen (50, 60)", ["The (1, 2)", " cup,\nthen (50, 60)"]),
+        ("No point.", []),
+    ],
+    "think": [
+        ("A cup. Is it 2.5 px? Yes", ["A cup.", " Is it 2.5 px?"]),
+        ("One sentence.", []),
+    ],
+    "direct": [("A cup (1, 2). So.", [])],
+}
+
+
+@pytest.mark.parametrize("mode", STEPS)
+def test_steps_of_a_single_turn_are_cut_from_its_text(mode):
+    """Guards single-turn search: a step ends behind its point and the stop, or with its sentence,
+    whatever the tokens are; what is left runs to the end and keeps the answer. Points of the answer
+    make no step."""
+    for thought, steps in STEPS[mode]:
+        text = f"<think>{thought}</think>\n<answer> (70, 80). </answer>"
+        trace = SimpleNamespace(mode=mode, turns=[parse_turn(text)])
+        node, path = Node(None), "<think>"
+        for step in steps:
+            node = expand(node, trace, depth=10)
+            path += step
+            assert (node.turns, node.partial, node.trace) == ((), path, None)
+        node = expand(node, trace, depth=10)
+        assert (node.turns, node.partial, node.trace) == ((text,), "", trace)
 
 
 def test_a_step_that_repeats_a_point_is_dropped(policy, question):
-    """Guards expansion: a point 1 px from one already used on the path is a repetition; a sibling's
-    own step is the sibling."""
-    trace = finished(policy, question, [zoom_call(10, 10), answer("dotted")])
-    leaf = Node(cut_trace(policy, trace, trace.turn_starts[1]), Node(None), points=((10, 10),))
+    """Guards expansion: a point 1 px from one already used on the path is a repetition; a step of
+    the same text is the same child."""
+    leaf = Node(start_of(policy, question), (zoom_call(10, 10),), points=((10, 10),))
     repeat = finished(policy, question, [zoom_call(10, 10), zoom_call(11, 10), answer("dotted")])
     other = finished(policy, question, [zoom_call(10, 10), zoom_call(40, 40), answer("dotted")])
-    assert expand(policy, leaf, repeat, 10) is None and not leaf.children
-    child = expand(policy, leaf, other, 10)
+    assert expand(leaf, repeat, 10) is None and not leaf.children
+    child = expand(leaf, other, 10)
     assert child.points == ((10, 10), (40, 40)) and child.parent is leaf
-    assert leaf.children == [child]
-    assert expand(policy, leaf, other, 10) is child and leaf.children == [child]
+    assert expand(leaf, other, 10) is child and leaf.children == [child]
 
 
 def test_too_deep_a_path_is_made_to_answer(policy, question):
-    """Guards the bound on depth: the answer is asked for, in tokens that are not the policy's."""
-    trace = finished(policy, question, [zoom_call(10, 10), zoom_call(40, 40), answer("dotted")])
-    node = expand(policy, Node(finished(policy, question, [])), trace, depth=1)
-    assert node.trace.prefix.endswith("<answer>") and not node.trace.sampled[-1]
+    """Guards the bound on depth: the answer is asked for; what the policy then writes is its
+    answer."""
+    trace = finished(policy, question, [answer("dotted", "A (1, 2). B (30, 4).")], "grounded")
+    node = expand(Node(start_of(policy, question, "grounded")), trace, depth=1)
+    assert node.partial == "<think>A (1, 2).</think>\n<answer>"
+    complete(policy, dialogue("grounded"), [node], 1, SAMPLING)
+    assert node.rollouts[0].turns[0].text.startswith(node.partial)
 
 
-def test_continuing_from_a_path_gives_complete_traces(policy, question):
-    """Guards the reuse of prefixes: what comes back begins with the path, in the prefixes' order,
-    and its log-probabilities are those of a plain pass; the path itself stays as it is."""
-    trace = finished(policy, question, [zoom_call(10, 10), answer("dotted")])
-    path = cut_trace(policy, trace, trace.turn_starts[1])
-    root = Dialogue().start(policy, question, 1)[0]
-    nodes = [Node(root), Node(path)]
-    continued = [traces for _, traces in continue_from(policy, Dialogue(), nodes, 2, SAMPLING)]
-    assert [len(traces) for traces in continued] == [2, 2]
-    assert [node.rollouts for node in nodes] == continued
-    assert not root.ids and not path.ended and len(path.turns) == 1
-    start = len(path.ids)
-    for trace in continued[1]:
-        assert trace.ids[:start] == path.ids and trace.turns[0].call == (10, 10) and trace.ended
-        assert len(trace.ids) == len(trace.sampled) == len(trace.log_probs)
-        assert trace.prompt is path.prompt and trace.rng is path.rng
+@pytest.mark.parametrize("mode, turns, partial", [
+    ("zoom", (), ""), ("zoom", (zoom_call(10, 10), "<tool_call>\n{}\n</tool_call>"), ""),
+    ("grounded", (), "<think>A cup (1, 2)."), ("think", (), "<think>A cup.")])
+def test_continuing_from_a_path_gives_complete_traces(policy, question, mode, turns, partial):
+    """Guards the replay of a path: the tool really answers its turns, words where it refuses them;
+    the new text follows the path's; log-probabilities are those of a plain pass; each trace has
+    random numbers of its own, from the tree's; the tree's own empty trace stays empty."""
+    start = start_of(policy, question, mode)
+    node = Node(start, turns, partial)
+    complete(policy, dialogue(mode), [node], 2, SAMPLING)
+    assert len(node.rollouts) == 2 and not start.ids and not start.turns
+    first, second = node.rollouts
+    assert first.rng is not second.rng and first.ids != second.ids
+    for trace in node.rollouts:
+        assert trace.ended and trace.crops is start.crops
+        assert tuple(turn.text for turn in trace.turns[:len(turns)]) == turns
+        assert trace.turns[len(turns)].text.startswith(partial)
+        assert len(trace.prompt.pictures) == 1 + len(trace.zoom_points[:len(turns)])
+        path = policy.decode(trace.prompt.ids[len(start.prompt.ids):])
+        assert path.endswith(partial) and ("The only tool is" in path) == (len(turns) > 1)
         new = [log_prob for log_prob, sampled
-               in zip(trace.log_probs[start:], trace.sampled[start:], strict=True) if sampled]
-        assert new
+               in zip(trace.log_probs, trace.sampled, strict=True) if sampled]
         with torch.no_grad():
-            again = policy.log_probs([[trace]])[-len(new):]
+            again = policy.log_probs([[trace]])
         assert torch.allclose(again, torch.tensor(new), atol=1e-5)
 
 
-def test_search_counts_every_rollout(policy):
-    """Guards all parts together: visits add up, children are at most `width`, the value is the
-    mean reward, and a window that a tree shows twice is one picture."""
-    questions = [toy("toy-search", "train", 0, i) for i in range(3)]
-    roots = search(policy, questions, Dialogue(), range(3), SAMPLING, simulations=2, width=3,
-                   rollouts=2, log=lambda line: None)
+def test_the_calls_of_a_path_count(policy, question):
+    """Guards the bound on crops: behind a path that used them up, the answer is asked for."""
+    calls = tuple(zoom_call(20 * i + 5, 9) for i in range(3))
+    node = Node(start_of(policy, question), calls)
+    complete(policy, dialogue(max_crops=2), [node], 1, SAMPLING)
+    trace, = node.rollouts
+    assert len(trace.turns) == 4 and trace.ended in ("forced", "truncated")
+    assert trace.turns[3].text.startswith("<think></think>\n<answer>")
+
+
+def test_search_counts_every_rollout(policy, capsys):
+    """Guards all parts together: children are at most `width`, values are means of rewards, points
+    add up along a path; and the same seeds give the same trees."""
+    questions = [Question(f"Which, {i}?", [noise(128, 128, i)], "dotted") for i in range(3)]
+    found = []
+    for _ in range(2):
+        roots = search(policy, questions, dialogue("think"), range(3), SAMPLING, simulations=2)
+        found.append([sft.describe_tree(root) for root in roots])
+    assert found[0] == found[1]
     for root in roots:
-        assert root.visits >= 4 and 0 <= root.value <= 1
+        assert root.visits >= 4 and root.value == 0
         for node in root.walk():
             assert len(node.children) <= 3
             assert all(child.parent is node for child in node.children)
-            assert node.trace.crops is root.trace.crops
             assert node.depth == (node.parent.depth + 1 if node.parent else 0)
+    assert "search 2/2  0 of this process's 3 trees have a right trace" in capsys.readouterr().out
 
 
-def test_trees_are_searched_some_at_a_time(policy, tiny_folder, monkeypatch, tmp_path):
-    """Guards memory: no more than TREES trees are alive at once; each question keeps its own seed
-    and chains, in the questions' order."""
+def test_trees_are_searched_some_at_a_time(arguments, monkeypatch, tmp_path):
+    """Guards memory: no more than TREES trees are alive at once. And what is written: each
+    question's chains in the questions' order, --chains of them at most, each marked as taken in the
+    tree's description."""
     searched = []
 
     def search_some(policy, questions, dialogue, seeds, sampling, **more):
-        searched.append(list(zip([question.id for question in questions], seeds, strict=True)))
-        return questions
+        searched.append(seeds)
+        return [Node(SimpleNamespace(question=question), visits=number)
+                for number, question in enumerate(questions)]
     monkeypatch.setattr(sft, "TREES", 2)
     monkeypatch.setattr(sft, "search", search_some)
-    monkeypatch.setattr(sft, "linearise", lambda question, backtrack: [[answer(question.id)]])
-    monkeypatch.setattr(sft, "describe_tree", lambda question: f"tree of {question.id}")
-    config, printed = Config(search_questions=5, seed=3, show_trees=2), []
-    chains = sft.make_traces(config, tiny_folder, tmp_path, printed.append)
-    assert [len(block) for block in searched] == [2, 2, 1]
-    assert sum(searched, []) == [(f"train-3-{i}", f"search 3 {i}") for i in range(5)]
-    assert [turns for _, turns in chains] == [[answer(f"train-3-{i}")] for i in range(5)]
-    assert read_traces(tmp_path / "search.jsonl", [question for question, _ in chains]) == chains
-    trees = (tmp_path / "trees.txt").read_text().rstrip("\n").split("\n\n")
-    assert [tree.split("\n")[0] for tree in trees] == [f"tree of train-3-{i}" for i in range(5)]
-    assert all("\ntaken: " in tree for tree in trees)
-    assert printed[-1] == "\n\n".join(trees[:2])
+    monkeypatch.setattr(sft, "linearise", lambda root, *_: [
+        [answer(f"{root.start.question.id} {i}")] for i in range(3)])
+    args = arguments("--seed", "3", "--chains", "2")
+    questions = sft.questions_of(args, "train", 5)
+    sft.grow_trees(args, questions, tmp_path)
+    assert searched == [["search 3 0", "search 3 1"], ["search 3 2", "search 3 3"], ["search 3 4"]]
+    rows = list(map(json.loads, (tmp_path / "search.jsonl").read_text().splitlines()))
+    assert [row["key"] for row in rows] == [q.key for q in questions for _ in range(2)]
+    assert all(f"<answer> {row['id']} " in row["messages"][-1]["content"] for row in rows)
+    trees = (tmp_path / "trees.txt").read_text().split("\n\n")
+    assert [tree.count("\ntaken: ") for tree in trees] == [2] * 5
+    assert questions[4].text in trees[4]
+
+
+def test_a_search_that_finds_nothing_says_so(arguments, monkeypatch, tmp_path):
+    """Guards the message: a policy that never answers right has nothing to learn from."""
+    monkeypatch.setattr(sft, "search", lambda policy, questions, *_, **more: [
+        Node(SimpleNamespace(question=question)) for question in questions])
+    monkeypatch.setattr(sft, "linearise", lambda *_: [])
+    args = arguments()
+    with pytest.raises(UserError, match="no right trace in 2 questions; give a stronger --teacher"):
+        sft.grow_trees(args, sft.questions_of(args, "train", 2), tmp_path)
+    assert not (tmp_path / "search.jsonl").exists()
 
 
 # -------------------------------------------------------------------------------------- linearising
 
-def tree(policy, question, rollouts):
-    root = Node(Dialogue().start(policy, question, 1)[0])
-    root.rollouts = [finished(policy, question, texts) for texts in rollouts]
+def tree(policy, question, rollouts, mode="zoom", turns=(), partial=""):
+    root = Node(start_of(policy, question, mode), turns, partial)
+    root.rollouts = [finished(policy, question, texts, mode) for texts in rollouts]
     return root
 
 
 def test_a_tree_without_a_right_rollout_gives_nothing(policy, question):
-    """Guards the data: nothing is learned from wrong traces alone."""
-    bad = [zoom_call(9, 9), answer(wrong_answer(question))]
-    assert linearise(tree(policy, question, [bad])) == []
+    """Guards the data: nothing is learned from wrong traces alone, nor from ill-formed ones."""
+    bad = [zoom_call(9, 9), answer("checked")]
+    assert linearise(tree(policy, question, [bad]), dialogue()) == []
+    refused = tree(policy, question, [[zoom_call(9, 9), answer("dotted")]])
+    refused.rollouts[0].turns[0].crop = None
+    assert linearise(refused, dialogue()) == []
 
 
 def test_chains_straight_and_with_back_tracking(policy, question):
-    """Guards linearising: right ones as they are; a wrong one, the sentence, and then the zoom
-    calls of the right one that are new; each chain once, its common prefix once."""
-    bad = [zoom_call(10, 10), answer(wrong_answer(question))]
-    good = [zoom_call(11, 10), zoom_call(40, 40, "Plain. There"), answer(question.answer)]
-    chains = linearise(tree(policy, question, [bad, good, good]))
-    assert good in chains and len(chains) == 2
-    joined, = [chain for chain in chains if chain != good]
-    assert joined == [bad[0], zoom_call(40, 40, BACKTRACK + "Plain. There"), good[2]]
-    trace = replay(policy, Dialogue(), question, joined)
-    assert is_correct(trace) and trace.ended == "answer" and score(trace).format == 1
+    """Guards linearising: right ones as they are, the shortest first; a wrong one, what it said of
+    its last crop, the sentence, and the zoom calls of the right one that are new; each chain once.
+    A chain is a right trace itself."""
+    bad = [zoom_call(10, 10), answer("checked", "Plain.")]
+    good = [zoom_call(11, 10), zoom_call(40, 40), answer("dotted", "Dotted.")]
+    joined = [bad[0], zoom_call(40, 40, f"Plain. {BACKTRACK}Here"), good[2]]
+    root = tree(policy, question, [bad, good, good])
+    assert linearise(root, dialogue()) == [good, joined]
+    assert linearise(root, dialogue(), backtrack=False) == [good]
+    scored = score(finished(policy, question, joined))
+    assert scored.correct == scored.format == scored.grounded == 1
 
 
-def test_straight_chains_alone(policy, question):
-    """Guards --no-backtrack: right rollouts as they are, and nothing else."""
-    bad = [zoom_call(10, 10), answer(wrong_answer(question))]
-    good = [zoom_call(11, 10), zoom_call(40, 40, "Plain. There"), answer(question.answer)]
-    assert linearise(tree(policy, question, [bad, good, good]), backtrack=False) == [good]
+def test_a_thought_is_about_the_crop_before_it(policy, question):
+    """Guards true thoughts: behind the wrong trace's last crop stands what the wrong trace said of
+    it, not what the right one said of another; of that, the sentences that point elsewhere stay.
+    The common path is written once."""
+    first = zoom_call(10, 10)
+    bad = [first, zoom_call(60, 20, "Blue. There"), answer("checked", "Plain.")]
+    good = [first, zoom_call(40, 40, "Blue. No. The second"), answer("dotted", "Dotted.")]
+    chains = linearise(tree(policy, question, [bad, good], turns=(first,)), dialogue())
+    turning = zoom_call(40, 40, f"Plain. {BACKTRACK}The second")
+    assert chains[1:] == [[first, bad[1], turning, good[2]]]
+
+
+@pytest.mark.parametrize("bad, good, most", [
+    ([answer("checked")], [zoom_call(40, 40), answer("dotted")], 4),            # nothing was shown
+    ([zoom_call(9, 9), answer("x")], [zoom_call(9, 9), answer("dotted")], 4),   # nothing is new
+    ([zoom_call(9, 9), answer("x")], [zoom_call(40, 40), answer("dotted")], 1)])
+def test_what_cannot_be_joined(policy, question, bad, good, most):
+    """Guards back-tracking: a wrong look before it, a new one after it, and no more calls than the
+    tool answers."""
+    root = tree(policy, question, [bad, good])
+    assert linearise(root, dialogue(max_crops=most)) == [good]
 
 
 @pytest.mark.parametrize("path", ["", "<think>At (9, 9)."])
 def test_back_tracking_within_a_single_turn(policy, question, path):
     """Guards single-turn linearising: the wrong thought, the sentence, the rest of the right one
-    behind the path that both share; one answer."""
-    root = Node(Dialogue("grounded").start(policy, question, 1)[0])
-    root.trace.prefix = path
-    start = path or "<think>"
-    texts = [f"{start}A (1, 2).</think>\n<answer>{wrong_answer(question)}</answer>",
-             f"{start}B (3, 4).</think>\n<answer>{question.answer}</answer>"]
-    root.rollouts = [finished(policy, question, [text], "grounded") for text in texts]
-    joined = f"{start}A (1, 2). {BACKTRACK}B (3, 4).</think>\n<answer>{question.answer}</answer>"
-    assert [joined] in linearise(root)
+    behind the path that both share; one answer. Where the right one only answers, nothing."""
+    begin = path or "<think>"
+    texts = [f"{begin} A (1, 2).</think>\n<answer> checked </answer>",
+             f"{begin} B (30, 4).</think>\n<answer> dotted </answer>",
+             f"{begin}</think>\n<answer> dotted </answer>"]
+    root = tree(policy, question, [[text] for text in texts], "grounded", partial=path)
+    wrong = f"{begin.removeprefix('<think>')} A (1, 2).".strip()
+    joined = f"<think>{wrong} {BACKTRACK}B (30, 4).</think>\n<answer> dotted </answer>"
+    assert linearise(root, dialogue("grounded")) == sorted([[texts[1]], [texts[2]], [joined]],
+                                                           key=lambda chain: len(chain[0]))
 
 
 # --------------------------------------------------------------------- from single to several turns
@@ -273,7 +348,7 @@ def test_single_turn_to_multi_turn():
     thoughts, calls = thoughts_and_calls(turns)
     assert calls == [(1, 2), (30, 4), None]
     assert thoughts == ["A cup (1, 2).", "Again (1, 2). A pot [30, 4]: odd.", "So be it."]
-    assert parse_turn(turns[2]).answer == "(3, 4)"
+    assert turns[2].endswith("<answer> (3, 4) </answer>")
     many = " ".join(f"P ({i * 20}, 5)." for i in range(7))
     turns = to_multi_turn(f"<think>{many}</think><answer>x</answer>", max_crops=4, later=0)
     assert len(turns) == 5
@@ -298,60 +373,63 @@ def test_sentences_are_not_cut():
 
 @pytest.mark.parametrize("later", [0, 1])
 def test_no_thought_is_empty(policy, question, later):
-    """Guards chains that end in a point: our own reward calls an empty thought ill-formed (0.6 in
-    place of 1.0), and such a trace would be dropped."""
-    text = f"<think>A (10, 10). B (40, 40).</think>\n<answer>{question.answer}</answer>"
-    turns = to_multi_turn(text, later=later)
-    assert thoughts_and_calls(turns)[0][2] == f"The answer is {question.answer}."
-    trace, = traces_of(policy, Dialogue(), [(question, [text])])
-    scored = score(trace)
+    """Guards chains that end in a point: our own reward calls an empty thought ill-formed, and such
+    a trace would be dropped."""
+    turns = to_multi_turn(answer("dotted", "A (10, 10). B (40, 40)."), later=later)
+    assert thoughts_and_calls(turns)[0][2] == "The answer is dotted."
+    scored = score(finished(policy, question, turns))
     assert scored.correct == scored.format == scored.grounded == 1 and scored.zoom_calls == 2
 
 
-# ------------------------------------------------------------------------------------- which traces
+# ----------------------------------------------------------------------------------- chains on disk
 
-def test_only_right_well_formed_and_grounded_traces_are_learned(policy, question):
-    """Guards the filter before fine-tuning, and what the log says of it: a right answer alone would
-    teach what the reward then punishes."""
-    right = question.answer
-    chains = {
-        "good": [zoom_call(10, 10), answer(right)],
-        "several": [zoom_call(10, 10), zoom_call(40, 40), answer(right)],
-        "wrong": [zoom_call(10, 10), answer(wrong_answer(question))],
-        "empty": [zoom_call(10, 10), answer(right, "")],
-        "outside": [zoom_call(10, 10), answer(right, "It is at (500, 3).")],
-        "pointless": [f"<think>Hm.</think>\n{format_call((9, 9))}", answer(right)],
-        "unended": [zoom_call(10, 10)],
-    }
-    traces = {name: finished(policy, question, texts) for name, texts in chains.items()}
-    lines = []
-    kept = usable(list(traces.values()), lines.append)
-    assert kept == [traces["good"], traces["several"]]
-    line, = lines
-    assert "2 of 7 traces" in line and "1 of them with several zoom calls" in line
-    assert "'wrong': 2" in line and "'ill-formed': 1" in line and "'not grounded': 2" in line
-
-
-# ----------------------------------------------------------------------------------- traces on disk
-
-def test_traces_on_disk(policy, question, tmp_path):
-    """Guards --traces: what was written is read again; a broken row is named by its number."""
-    chains = [(question, [zoom_call(10, 10), answer("dotted")])]
-    path = tmp_path / "t.jsonl"
-    write_traces(path, chains)
-    assert read_traces(path, [question]) == chains
-    good = '{"id": "train-0-0", "turns": ["a"]}\n'
-    for broken in ("{", '{"turns": ["x"]}', '{"turns": "x", "id": "train-0-0"}', "[]", "3",
-                   '{"turns": [], "id": "train-0-0"}', '{"messages": [], "images": []}'):
-        path.write_text(good + broken + "\n")
-        with pytest.raises(UserError, match="row 2"):
-            read_traces(path, [question])
-    for text in ("", "[]", "[1, "):
-        path.write_text(text)
-        with pytest.raises(UserError, match=str(path)):
-            read_traces(path, [question])
+@pytest.mark.parametrize("how", [{}, {"crop_dot": True, "before_dotted": "Dotted: "},
+                                 {"system_prompts": {}, "coordinates": "unrounded"}])
+def test_what_is_read_again_is_the_same_dialogue(policy, tmp_path, how):
+    """Guards search.jsonl: the prompt, the crops and the words of a trace that is read again are
+    those of the search, hints and answers that are points among them; with its question by content
+    and without. A polygon, which no row of the release has, is found by its question."""
+    path = draw(tmp_path / "scene.png", (100, 90), (40, 50, 70, 80))
+    policy.image_processor.size["shortest_edge"] = 256
+    way = dialogue(**how)
+    words = Question("Which pattern?", [path], "dotted", key="a")
+    place = Question("Description: the sign", [path], (40, 50, 70, 80), "point", key="b",
+                     hint="Say (x, y).")
+    corners = replace(place, key="c", answer=((40, 50), (70, 50), (70, 80), (40, 80)))
+    x, y = map(round, way.start(policy, place, 1)[0].frames[0].to_input((55, 65)))
+    chains = [(words, [zoom_call(10, 10), zoom_call(40, 40), answer("dotted")]),
+              (place, [zoom_call(x, y), answer(f"({x}, {y})")]),
+              (corners, [zoom_call(x, y), answer(f"({x}, {y})")])]
+    rows = [json.dumps(row_of_chain(way, *chain)) for chain in chains]
+    file = tmp_path / "elsewhere/search.jsonl"
+    file.parent.mkdir()
+    for lines, questions in ((rows, [corners, words, place]), (rows[:2], [])):
+        file.write_text("\n".join(lines))
+        recorded = read_traces(file, questions)
+        assert len(recorded) == len(lines)
+        for (question, texts), (found, messages, crops) in zip(chains, recorded, strict=False):
+            assert not crops and (found is question or not questions)
+            trace = replay(policy, way, found, messages)
+            node = Node(way.start(policy, question, 1)[0], tuple(texts[:-1]))
+            complete(policy, way, [node], 1, SAMPLING)
+            sampled = node.rollouts[0].prompt
+            last = policy.encode(texts[-1]) + [policy.tokenizer.eos_token_id]
+            assert trace.prompt.ids + trace.ids == sampled.ids + last
+            shown = [picture.grid for picture in trace.prompt.pictures + trace.pictures]
+            assert shown == [picture.grid for picture in sampled.pictures]
+            assert [turn.crop for turn in trace.turns[:-1]] == [
+                turn.crop for turn in node.rollouts[0].turns[:len(texts) - 1]]
+            scored = score(trace)
+            assert scored.correct == scored.format == scored.grounded == 1
+    rows = rows[:2]
+    file.write_text("[" + ",\n".join(rows) + "]")
+    assert len(read_traces(file)) == 2
+    for text in ("", "[]", "[1, ", "\n".join([*rows, "{"])):
+        file.write_text(text)
+        with pytest.raises(UserError, match=re.escape(str(file))):
+            read_traces(file)
     with pytest.raises(UserError, match="none.jsonl"):
-        read_traces(tmp_path / "none.jsonl", [question])
+        read_traces(tmp_path / "none.jsonl")
 
 
 CHOICE = "<image>\nWhat colour is the glove?\n(A) red\n(B) blue\nAnswer with the option's letter."
@@ -375,8 +453,7 @@ def released(calls, **fields):
 @pytest.fixture
 def release(tmp_path):
     """release(rows) -> the path of a file of these rows, a list, beside drawn images."""
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (200, 100), "white").save(tmp_path / "images/scene.png")
+    draw(tmp_path / "images/scene.png")
     for i in range(5):
         Image.new("RGB", (64, 64), (40 * i, 90, 200)).save(tmp_path / f"images/crop{i}.png")
 
@@ -393,8 +470,8 @@ def test_the_releases_dialogues_are_replayed_as_they_are(policy, release, calls)
     more than our tool gives), the user's words are theirs, and exactly the assistant's tokens are
     learned, end tokens too."""
     row = released(calls)
-    (question, recording), = read_traces(release([row]), [])
-    trace = replay_recording(policy, Dialogue(), question, recording)
+    (question, messages, crops), = read_traces(release([row]))
+    trace = replay(policy, dialogue(), question, messages, crops)
     ids = trace.prompt.ids + trace.ids
     text = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", policy.decode(ids))
     image = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -406,27 +483,35 @@ def test_the_releases_dialogues_are_replayed_as_they_are(policy, release, calls)
                               if message["role"] == "assistant")
     assert [picture.image.getpixel((9, 9)) for picture in trace.pictures] == [
         (40 * i, 90, 200) for i in range(calls)]
-    assert ids.count(policy.image_token) == sum(
-        picture.tokens for picture in trace.prompt.pictures + trace.pictures)
     scored = score(trace)
     assert scored.correct == scored.format == scored.grounded == 1 and scored.zoom_calls == calls
-    assert trace.turn_starts == [
-        i for i, s in enumerate(trace.sampled) if s and not (i and trace.sampled[i - 1])]
-    assert len(usable(traces_of(policy, Dialogue(), [(question, recording)]), print)) == 1
     with torch.no_grad():
         assert policy.log_probs([[trace]]).shape == (sum(trace.sampled),)
+
+
+def test_where_the_file_has_no_crops_our_tool_shows_them(policy, release):
+    """Guards rows that hold only the question's images: an observation shows the window around the
+    call; an <image> without a call before it is named."""
+    row = released(2)
+    row["images"] = row["images"][:1]
+    (question, messages, crops), = read_traces(release([row]))
+    trace = replay(policy, dialogue(), question, messages, crops)
+    assert len(trace.pictures) == 2 and trace.turns[0].crop != trace.turns[1].crop
+    row["messages"][2]["content"] = "<think>Hm.</think>"
+    (question, messages, crops), = read_traces(release([row]))
+    with pytest.raises(UserError, match="json:1: an <image> follows a turn without a zoom call"):
+        replay(policy, dialogue(), question, messages, crops)
 
 
 def test_the_releases_answers_are_scored(policy, release):
     """Guards the filter on released rows: boxes, options and words, by the rules of their
     answers."""
     rows = [released(0), released(0, gt_answer="B"), released(0, gt_answer="(10, 20, 60, 80)")]
-    rows[2]["messages"][-1] = {"role": "assistant", "content": "<think>At (20, 20).</think>\n"
-                                                               "<answer>(20, 20)</answer>"}
-    chains = read_traces(release(rows), [])
-    assert [question.kind for question, _ in chains] == ["choice", "choice", "point"]
-    traces = traces_of(policy, Dialogue(), chains)
-    assert [is_correct(trace) for trace in traces] == [True, False, True]
+    rows[2]["messages"][-1] = {"role": "assistant", "content": answer("(20, 20)", "At (20, 20).")}
+    recorded = read_traces(release(rows))
+    assert [question.kind for question, *_ in recorded] == ["choice", "choice", "point"]
+    right = [is_correct(replay(policy, dialogue(), *recording)) for recording in recorded]
+    assert right == [True, False, True]
 
 
 def broken_rows():
@@ -438,594 +523,160 @@ def broken_rows():
     del no_truth["gt_answer"]
     late_system = released(1)
     late_system["messages"].insert(2, {"role": "system", "content": "Look closer."})
+    blind = released(1, images=["images/scene.png"])
+    blind["messages"][1]["content"] = "What colour?"
     return {"an image less": fewer, "no last answer": unanswered, "no truth": no_truth,
-            "a system message inside": late_system,
+            "a system message inside": late_system, "no image in the question": blind,
             "an answer in numbers": released(0, gt_answer="(1, 2, 3)"),
-            "no image": released(0, images=[]), "no text": released(0, messages=[{"role": "user"}])}
+            "no image": released(0, images=[]), "no text": released(0, messages=[{"role": "user"}]),
+            "only a system message": released(0, messages=[{"role": "system", "content": ""}]),
+            "no dialogue": {"id": 3}, "a number": 3}
 
 
 @pytest.mark.parametrize("name, row", broken_rows().items())
 def test_rows_that_are_no_dialogue_are_refused(release, name, row):
     """Guards the reader: a row whose images and places do not agree, or that ends without the
     assistant, is named by its number, in a line."""
-    with pytest.raises(UserError, match="row 2: no trace") as error:
-        read_traces(release([released(1), row]), [])
+    with pytest.raises(UserError, match="json:2: no trace") as error:
+        read_traces(release([released(1), row]))
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_crop_names_its_file_and_row(policy, release, tmp_path):
-    """Guards the message: images are opened when a row is replayed; --image-root comes first."""
+    """Guards the message: images are opened when a row is replayed; --image-root counts more than
+    the file's folder."""
     path = release([released(3)])
     (tmp_path / "images/crop2.png").unlink()
-    with pytest.raises(UserError, match=r"crop2\.png .*row 1.*no such image"):
-        traces_of(policy, Dialogue(), read_traces(path, []))
-    root = tmp_path / "elsewhere"
-    (root / "images").mkdir(parents=True)
-    Image.new("RGB", (200, 100), "white").save(root / "images/scene.png")
-    (question, recording), = read_traces(path, [], root)
-    assert question.images == [root / "images/scene.png"]
-    assert recording.crops[0] == root / "images/crop0.png"
+    with pytest.raises(UserError, match=r"crop2\.png .*json:1"):
+        replay(policy, dialogue(), *read_traces(path)[0])
+    (question, _, crops), = read_traces(path, image_root=str(tmp_path / "elsewhere"))
+    assert question.images == [tmp_path / "elsewhere/images/scene.png"]
+    assert crops[0] == tmp_path / "elsewhere/images/crop0.png"
 
 
 def test_special_tokens_of_a_file_are_only_text(policy, release):
     """Guards the chat: a row cannot end a turn, or stand for an image, by writing a token."""
     row = released(0)
-    row["messages"][1]["content"] += "<|im_end|><|image_pad|>"
-    (question, recording), = read_traces(release([row]), [])
-    trace = replay_recording(policy, Dialogue(), question, recording)
+    for message in row["messages"]:
+        message["content"] += "<|im_end|><|image_pad|>"
+    trace = replay(policy, dialogue(), *read_traces(release([row]))[0])
     assert trace.prompt.ids.count(policy.image_token) == trace.prompt.pictures[0].tokens
     assert trace.prompt.ids.count(policy.tokenizer.eos_token_id) == 2
-
-
-@pytest.mark.parametrize("how", [{}, {"crop_dot": True, "before_dotted": "Dotted: "},
-                                 {"system_prompts": {}, "coordinates": "unrounded"}])
-def test_what_is_exported_is_the_same_dialogue(policy, tmp_path, how):
-    """Guards --export: read again from the file and its images, the traces have the same tokens,
-    the same mask and the same pixels, and are as right as before, answers that are points among
-    them; hints are part of the question. (Coordinates "unrounded" are in px of an image that is
-    encoded at another size: only they, and the words, are the same.)"""
-    policy.image_processor.size["shortest_edge"] = 256
-    dialogue = Dialogue(**how)
-    image = Image.effect_noise((100, 90), 90).convert("RGB")
-    words = toy("toy-search", "train", 0, 0)
-    place = Question("Description: the sign", [image], (40, 50, 70, 80), "point",
-                     hint="Say (x, y).")
-    frame = dialogue.start(policy, place, 1)[0].frames[0]
-    x, y = map(round, frame.to_input((55, 65)))
-    chains = [(words, [zoom_call(10, 10), zoom_call(40, 40), answer(words.answer)]),
-              (place, [zoom_call(x, y), answer(f"({x}, {y})")]),
-              (words, [zoom_call(30, 30), answer(words.answer, "At (3, 4).")])]
-    before = traces_of(policy, dialogue, chains)
-    path = tmp_path / "folder" / "traces.json"
-    path.parent.mkdir()
-    export_traces(path, before, dialogue)
-    rows = json.loads(path.read_text())
-    assert all(set(row) == {"messages", "images", "gt_answer"} for row in rows)
-    assert len(list((path.parent / "traces_images").iterdir())) == 3 + 2 + 2
-    assert Image.open(path.parent / rows[1]["images"][0]).size == frame.input_size
-    after = traces_of(policy, dialogue, read_traces(path, []))
-    for old, new in zip(before, after, strict=True):
-        assert [turn.text for turn in old.turns] == [turn.text for turn in new.turns]
-        assert score(old) == score(new) and score(new).correct == 1
-        if dialogue.coordinates == "input":
-            assert (old.prompt.ids, old.ids) == (new.prompt.ids, new.ids)
-            assert (old.sampled, old.turn_starts) == (new.sampled, new.turn_starts)
-            pictures = [trace.prompt.pictures + trace.pictures for trace in (old, new)]
-            for one, other in zip(*pictures, strict=True):
-                assert one.image.tobytes() == other.image.tobytes()
+    assert trace.ids.count(policy.tokenizer.eos_token_id) == 1
+    assert policy.image_token not in trace.ids
 
 
 # ----------------------------------------------------------------------------------------- learning
 
+def written(path, chains, question):
+    """A file of chains of one question."""
+    rows = [row_of_chain(dialogue(), question, texts) for texts in chains]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_only_right_well_formed_and_grounded_traces_are_learned(arguments, monkeypatch, capsys,
+                                                                 tmp_path):
+    """Guards the filter before fine-tuning, and what the log says of it: a right answer alone would
+    teach what the reward then punishes. A single turn becomes several."""
+    chains = [
+        [zoom_call(10, 10), answer("dotted")],
+        [zoom_call(10, 10), zoom_call(40, 20), answer("dotted")],
+        [answer("dotted", "A (10, 10). B (40, 20). Dotted.")],
+        [zoom_call(10, 10), answer("checked")],
+        [zoom_call(10, 10), answer("dotted", "")],
+        [zoom_call(10, 10), answer("dotted", "It is at (500, 3).")],
+        [f"<think>Hm.</think>\n{format_call((9, 9))}", answer("dotted")],
+    ]
+    question = Question("Which?", [tmp_path / "image.png"], "dotted")
+    learned = []
+    monkeypatch.setattr(sft, "fine_tune", lambda policy, traces, **how: learned.extend(traces))
+    args = arguments("--traces", written(tmp_path / "traces.jsonl", chains, question))
+    sft.learn_traces(args, tmp_path)
+    assert [len(trace.turns) for trace in learned] == [2, 3, 3]
+    printed = capsys.readouterr().out
+    assert "sft: 3 of 7 traces are right, well-formed and grounded, 2 of them with sev" in printed
+    for why in ("its answer is wrong", "turn 2: a tag is empty", "no thought has a point"):
+        assert f"sft: 1 dropped: {why}" in printed
+    args.traces = written(tmp_path / "traces.jsonl", chains[3:], question)
+    with pytest.raises(UserError, match="none of its 4 traces is right"):
+        sft.learn_traces(args, tmp_path)
+
+
 def test_only_the_policys_tokens_are_learned(policy, question):
     """Guards the mask of fine-tuning: prompt and observations are not learned, end tokens are."""
-    trace = replay(policy, Dialogue(), question, [zoom_call(10, 10), answer("dotted")])
+    trace = finished(policy, question, [zoom_call(10, 10), answer("dotted")])
     learned = policy.decode([i for i, s in zip(trace.ids, trace.sampled, strict=True) if s])
     assert learned == zoom_call(10, 10) + "<|im_end|>" + answer("dotted") + "<|im_end|>"
     assert "<observation>" in policy.decode(trace.ids)
 
 
+@pytest.mark.slow
 def test_fine_tuning_lowers_the_loss_whatever_the_micro_batches(policy, tiny_folder):
     """Guards the loss: it falls, and it does not depend on how the batch is cut."""
     traces = []
     for i in range(4):
-        question = toy("toy-search", "train", 0, i)
-        traces.append(replay(policy, Dialogue(), question,
-                             [zoom_call(10 + i, 10), answer(question.answer)]))
+        question = Question(f"Which, {i}?", [noise(128, 128, i)], "dotted")
+        traces.append(finished(policy, question, [zoom_call(10 + i, 10), answer("dotted")]))
+    with torch.no_grad():
+        before = -policy.log_probs([[trace] for trace in traces]).mean().item()
     losses = []
     for micro_tokens in (1, 10**6):
         fresh = load(tiny_folder, device="cpu")
-        optimizer = torch.optim.AdamW(fresh.trainable(), lr=3e-3)
-        sft.fine_tune(fresh, traces, [optimizer], steps=20, batch=4, seed=0,
-                      micro_tokens=micro_tokens, log=lambda line: None)
+        sft.fine_tune(fresh, traces, steps=20, batch=4, lr=3e-3, seed=0, micro_tokens=micro_tokens)
         with torch.no_grad():
-            losses.append(-fresh.log_probs([[t] for t in traces]).mean().item())
-    with torch.no_grad():
-        before = -policy.log_probs([[t] for t in traces]).mean().item()
+            losses.append(-fresh.log_probs([[trace] for trace in traces]).mean().item())
     assert losses[0] < 0.7 * before and losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-# -------------------------------------------------------------------------------------- pretraining
-
-SHIFTS = list(itertools.product(range(BLOCK), repeat=2))
-TEXTURES = {name: CONTRAST * np.stack([np.roll(pattern, shift, (0, 1)) for shift in SHIFTS])
-            for name, pattern in PATTERNS.items()}
-
-
-def pattern_at(image, point, colour):
-    """The pattern of a card (or tile) of this colour, read from the 4x4 px around a point of it:
-    the one that gives these px at some phase; None where none does, or where the colour is
-    another."""
-    x, y = point
-    texture = np.asarray(image)[y:y + BLOCK, x:x + BLOCK] - np.array(COLOURS[colour], float)
-    if np.ptp(texture, axis=2).any():                                           # (4, 4, 3)
-        return None
-    for name, phases in TEXTURES.items():
-        if (phases == texture[..., 0]).all((1, 2)).any():
-            return name
-    return None
-
-
-def test_tiles_are_as_they_are_said_to_be():
-    """Guards the vision tower's first lessons: colour and pattern of every tile, read again from
-    the image, in the order of the tokens, with every class met and nothing else asked."""
-    rng, met = random.Random(0), set()
-    for _ in range(40):
-        image, truths = sft.tile_truths(rng)
-        assert image.size == (64, 64) and len(truths) == 16
-        for i, (colour, pattern, *rest) in enumerate(truths):
-            point = i % 4 * 16 + 6, i // 4 * 16 + 6
-            assert pattern_at(image, point, list(COLOURS)[colour]) == list(PATTERNS)[pattern]
-            assert rest == [sft.UNASKED] * 3
-            met.add((colour, pattern))
-    assert len(met) == len(COLOURS) * len(PATTERNS)
-
-
-@pytest.mark.parametrize("in_windows", [0, 1])
-def test_cells_are_as_they_are_said_to_be(monkeypatch, in_windows):
-    """Guards the lessons on overviews: of every token, whether its cell has a card, of what colour,
-    where, and which of its colour it is, read again from the image; patterns, which cannot be seen
-    in it, are not asked."""
-    monkeypatch.setattr(sft, "IN_WINDOWS", in_windows)
-    ground = np.asarray(Image.fromarray(BACKGROUND).reduce(4))
-    rng, met = random.Random(0), [set() for _ in sft.CLASSES]
-    for _ in range(60):
-        image, truths = sft.cell_truths(rng)
-        pixels, seen = np.asarray(image), []
-        assert image.size == (64, 64) and len(truths) == 16
-        for i, truth in enumerate(truths):
-            row, column = i // 4, i % 4
-            colour, pattern, x, y, number = truth
-            for classes, value in zip(met, truth, strict=True):
-                classes.add(value)
-            assert pattern == sft.UNASKED
-            if colour == len(COLOURS):
-                middle = (slice(row * 16 + 4, row * 16 + 12),
-                          slice(column * 16 + 4, column * 16 + 12))
-                red_and_green = slice(0, 2 if in_windows else 3)    # blue rises in a window
-                same = pixels[middle] == ground[middle]
-                assert same[..., red_and_green].all()
-                assert truth[2:] == (sft.UNASKED,) * 3
-                continue
-            x, y = sft.PLACES[x], sft.PLACES[y]
-            card = pixels[(y - 16) // 4:(y + 16) // 4, (x - 20) // 4:(x + 20) // 4]
-            assert (x // 64, y // 64) == (column, row)
-            assert (card == COLOURS[list(COLOURS)[colour]]).all()
-            assert number == seen.count(colour)
-            seen.append(colour)
-        assert seen
-    numbers = [len(classes - {sft.UNASKED}) for classes in met]
-    assert numbers == [len(COLOURS) + 1, 0, len(sft.PLACES), len(sft.PLACES), 3]
-
-
-def test_crops_are_as_they_are_said_to_be():
-    """Guards the lessons on crops: a token that is said to be of a card shows its colour and
-    pattern in its corners and its middle, one that is said to be of none shows none anywhere, and
-    both, and tokens at an edge, which are not asked, are met."""
-    rng, met = random.Random(0), set()
-    corners = [*itertools.product((0, 12), repeat=2), (6, 6)]
-    for _ in range(60):
-        image, truths = sft.crop_truths(rng)
-        assert image.size == (64, 64) and len(truths) == 16
-        for i, (colour, pattern, *rest) in enumerate(truths):
-            points = [(i % 4 * 16 + x, i // 4 * 16 + y) for x, y in corners]
-            assert rest == [sft.UNASKED] * 3
-            met.add(min(colour, len(COLOURS)) if colour in (-1, len(COLOURS)) else 0)
-            if colour == len(COLOURS):
-                seen = [pattern_at(image, point, name) for point in points for name in COLOURS]
-                assert pattern == sft.UNASKED and not any(seen)
-            elif colour != sft.UNASKED:
-                seen = {pattern_at(image, point, list(COLOURS)[colour]) for point in points}
-                assert seen == {list(PATTERNS)[pattern]}
-    assert met == {sft.UNASKED, 0, len(COLOURS)}
-
-
-def test_lists_are_true(policy):
-    """Guards the lessons that locate: of each colour present all cards in reading order, where they
-    are, and then no more; one absent colour; and the overview is what the image processor makes of
-    the drawing."""
-    for seed in range(30):
-        scene = sft.mixed_scene(random.Random(seed))
-        made = policy.picture(sft.overview(scene.draw)).image.tobytes()
-        assert made == policy.picture(scene.draw()).image.tobytes()
-        text = policy.decode(sft.lesson_list(policy, random.Random(seed)).ids)
-        said = {}
-        for part in filter(None, text.split(" None.")):
-            colour, _, listed = part.partition(":")
-            said[colour.strip()] = listed
-        present = {card.colour for card in scene.cards}
-        assert set(said) >= present and len(said) == min(len(COLOURS), len(present) + 1)
-        for colour, listed in said.items():
-            cards = Scene(scene.cards, colour).candidates
-            assert listed == "".join(" " + sft.card_text(i, (card.x / 4, card.y / 4))
-                                     for i, card in enumerate(cards, 1))
-
-
-def test_comparisons_are_true(policy):
-    """Guards the lessons that compare: of each pair of colours where both cards are, and in which
-    directions of the second the first lies, by the places as they are written; then one of these
-    answers a question about its axis."""
-    met = set()
-    asked = {text: axis for texts in (RELATION, MOVED) for axis, text in texts.items()}
-    for seed in range(40):
-        text = policy.decode(sft.lesson_compare(policy, random.Random(seed)).ids)
-        cards = {card.colour: card for card in sft.mixed_scene(
-            random.Random(seed), most=6, copies=(1,)).cards}
-        parts = re.findall(r" (\w+) (\w+): Card 1 at (.+?)\. Card 2 at (.+?)\. ([a-z ]+)\.(.+?)"
-                           "<answer>(.+?)</answer>", text)
-        assert len(parts) == 4
-        for *colours, first, second, said, question, answered in parts:
-            assert answered in said.split() and answered in asked[question]
-            (x, y), (other_x, other_y) = (sft.parse_points(place)[0] for place in (first, second))
-            for colour, place in zip(colours, ((x, y), (other_x, other_y)), strict=True):
-                assert cards[colour].contains(sft.FRAME.to_original(place))
-            true = {"left": x // 16 < other_x // 16, "right": x // 16 > other_x // 16,
-                    "above": y // 16 < other_y // 16, "below": y // 16 > other_y // 16}
-            assert said.split() == [name for name, holds in true.items() if holds]
-            met.update(said.split())
-    assert met == set(sft.DIRECTIONS)
-
-
-def test_what_is_read_from_crops_is_in_them(policy):
-    """Guards the lessons that read: the answer to each crop is the pattern that its middle
-    shows."""
-    rng, met = random.Random(0), set()
-    for _ in range(30):
-        lesson = sft.lesson_read(policy, rng)
-        text = policy.decode(lesson.prompt.ids + lesson.ids)
-        colours = re.findall(r"One (\w+) card", text)
-        answers = [parse_turn(part + "</answer>").answer for part in text.split("</answer>")[:-1]]
-        pictures = lesson.prompt.pictures + lesson.pictures
-        for picture, colour, said in zip(pictures, colours, answers, strict=True):
-            assert pattern_at(picture.image, (30, 30), colour) == said
-            met.add(said)
-    assert met == set(PATTERNS)
-
-
-@pytest.mark.parametrize("instructed", [0, 1])
-def test_dialogues_of_lessons_are_true(policy, monkeypatch, instructed):
-    """Guards the lessons on dialogues: a thought after a crop names the pattern that the crop
-    shows, or says that it shows no card of that colour; observations, and the places of zoom calls
-    that went astray, are not learned."""
-    monkeypatch.setattr(sft, "INSTRUCTED", instructed)
-    monkeypatch.setattr(sft, "AT_ONCE", 0)
-    rng, met = random.Random(0), set()
-    for _ in range(60):
-        lesson = sft.lesson_dialogue(policy, rng)
-        asked = policy.decode(lesson.prompt.ids)
-        assert (sft.SHOW[0] in asked) == bool(instructed)
-        colour = next(colour for colour in COLOURS if f" {colour}" in asked)
-        *turns, end = policy.decode(lesson.ids).split("<|im_end|>")
-        assert turns[-1].endswith("</answer>") and not end
-        thoughts = [parse_turn(turn).thought for turn in turns if "<think>" in turn]
-        for picture, thought in zip(lesson.pictures, thoughts[1:], strict=True):
-            said = re.match(r"\w+", thought)[0].lower()
-            points = itertools.product(range(0, 60, 4), repeat=2)
-            seen = {pattern_at(picture.image, point, colour) for point in points}
-            assert said in seen or said == "nothing"
-            assert pattern_at(picture.image, (30, 30), colour) in (None, said)
-            met.add(said)
-        learned = policy.decode([i for i, s in zip(lesson.ids, lesson.sampled, strict=True) if s])
-        assert learned.count("Card ") == sum("Card " in thought for thought in thoughts)
-        assert "<observation>" not in learned
-    assert met == {*PATTERNS, "nothing"}
-
-
-def test_single_turn_lessons_are_true(policy):
-    """Guards the lessons of the modes of one turn: in `grounded`, the thought points at the cards
-    that are asked about, in order; a point that answers lies on the first candidate, whichever is
-    asked for; a direction is one of the two, and as often right as KNOWS says."""
-    right, met = [], set()
-    for number in range(600):
-        lesson = sft.lesson_answer(policy, random.Random(number))
-        rng = random.Random(number)                       # the same draws as in the lesson
-        mode = rng.choice(("direct", "think", "grounded"))
-        question = rng.choice((sft.ask_spatial, sft.ask_spatial, sft.ask_screen))(rng)
-        scene = question.scene
-        turn = parse_turn(policy.decode(lesson.ids).removesuffix("<|im_end|>"))
-        met.add((mode, question.category.split()[0]))
-        assert bool(turn.points) == (mode == "grounded")
-        assert bool(turn.thought) == (mode != "direct")
-        cards = scene.named or scene.candidates[:1]
-        places = [sft.FRAME.to_original(point) for point in turn.points]
-        if mode == "grounded":
-            assert all(card.contains(place) for card, place in zip(cards, places, strict=True))
-        if question.kind == "point":
-            place, = sft.parse_points(turn.answer)
-            assert cards[0].contains(sft.FRAME.to_original(place))
-        else:
-            assert turn.answer in question.text
-            right.append(turn.answer == question.answer)
-            said = [word for word in sft.DIRECTIONS if word in turn.thought]
-            assert not said or (said == scene.directions() and right[-1])
-    assert len(met) == 12
-    assert sum(right) / len(right) == pytest.approx((1 + sft.KNOWS) / 2, abs=0.07)
-
-
-def tower_accuracy(policy, draw, part):
-    """The share of tokens whose nearest direction, of one part of the classes, is the true one; on
-    images of no lesson."""
-    directions, _ = sft.tower_directions(0, policy.text_config.hidden_size)
-    directions = directions.split(sft.CLASSES)[part]
-    drawn = [draw(random.Random(f"unseen {i}")) for i in range(8)]
-    with torch.no_grad():
-        tokens = torch.cat(policy.features([policy.picture(image) for image, _ in drawn]))
-    truths = torch.tensor([truth[part] for _, truths in drawn for truth in truths])
-    asked = truths != sft.UNASKED
-    return ((tokens @ directions.T).argmax(-1) == truths)[asked].float().mean().item()
-
-
-def test_words_have_the_directions_of_what_they_name(policy):
-    """Guards the alignment: what a word names is, of all of its kind, nearest to what the word's
-    embedding was moved by; a place further to the right or below is nearer to that word."""
-    directions, axes = sft.tower_directions(0, policy.text_config.hidden_size)
-    weights = policy.model.model.language_model.embed_tokens.weight
-    before = weights.clone()
-    sft.align_words(policy, directions, axes)
-    moved = weights - before
-    colours, patterns, across, down, _ = directions.split(sft.CLASSES)
-
-    def move_of(word):
-        token, = policy.encode(word)
-        return moved[token]
-    for i, colour in enumerate(COLOURS):
-        assert (colours @ move_of(f" {colour}")).argmax() == i
-    for i, pattern in enumerate(PATTERNS):
-        for word in (pattern, f"{pattern.capitalize()}."):
-            assert (patterns @ move_of(word)).argmax() == i
-    for places, less, more in ((across, "left", "right"), (down, "above", "below")):
-        cells = (places @ move_of(more)).view(4, -1)
-        assert (cells.diff(dim=0) > 0.5).all()
-        assert (places @ move_of(less)).view(4, -1).allclose(-cells, atol=1e-6)
-    assert (moved.norm(dim=1) > 0).sum() == 6 + 2 * 7 + 1 + 4
-
-
-def test_the_vision_tower_learns(policy):
-    """Guards the first part of pretraining: within some steps the tower's tokens point along the
-    direction of the colour that they show; the language model stays as it was, and the tower is
-    frozen afterwards."""
-    before = tower_accuracy(policy, sft.cell_truths, 0)
-    language = [p.clone() for p in policy.trainable()]
-    lines = []
-    directions, _ = sft.tower_directions(0, policy.text_config.hidden_size)
-    sft.train_tower(policy, 0, directions, steps=100, log=lines.append)
-    assert tower_accuracy(policy, sft.cell_truths, 0) > max(0.8, before + 0.2)
-    assert len(lines) == 2 and "vision tower 100/100" in lines[1]
-    assert not policy.train_vision and all(map(torch.equal, language, policy.trainable()))
-
-
-def test_the_language_model_learns_with_the_tower_frozen(policy, monkeypatch):
-    """Guards the second part: the loss falls within a few steps, and nothing of the vision tower
-    changes."""
-    tower = [p.clone() for p in policy.model.model.visual.parameters()]
-    optimizers = sft.make_optimizers(policy, "muon", 0.01, adamw_lr=5e-3)
-    mix = [sft.lesson_read] + [sft.lesson_dialogue] * 2 + [sft.lesson_list] * 2
-    losses = [sft.learn_lessons(policy, optimizers, mix, step, 25, 0, 1.0) for step in range(25)]
-    assert max(losses[:3]) > 5 and max(losses[-3:]) < 3
-    assert all(map(torch.equal, tower, policy.model.model.visual.parameters()))
-
-
-def kinds_of(mix):
-    """The lessons of a mix, with whether some are on screens."""
-    names = {getattr(kind, "func", kind).__name__.removeprefix("lesson_") for kind in mix}
-    return names | {"screen" for kind in mix if getattr(kind, "keywords", {}).get("screens")}
-
-
-def test_the_mix_of_lessons(policy):
-    """Guards the curriculum: as many lessons in each step, lists alone at first, dialogues later
-    on, scenes ever fuller; what only the other tasks need is in the base of all tasks alone."""
-    for share in (0, 0.1, 0.3, 0.6, 1):
-        search, everything = (sft.lesson_mix(share, all_tasks) for all_tasks in (False, True))
-        later = {"dialogue"} if share >= 0.2 else set()
-        assert kinds_of(search) == {"read", "list"} | later
-        others = {"screen", "answer", "compare"} if later else set()
-        assert kinds_of(everything) == kinds_of(search) | others
-        assert len(search) == len(everything) == 16
-        for i in range(20):
-            assert len(sft.mixed_scene(random.Random(i), **sft.list_kind(share)).cards) <= 9
-    assert sft.list_kind(0)["most"] == 1
-    for screens in (False, True):
-        prompts = [sft.lesson_dialogue(policy, random.Random(i), screens=screens).prompt.ids
-                   for i in range(60)]
-        assert any("Click the" in policy.decode(ids) for ids in prompts) == screens
-
-
-# ----------------------------------------------------------------------------------------- the exam
-
-GOOD, BAD = ({"lists": lists, "says dotted": 1.0, "target 1": 1.0} for lists in (0.95, 0.5))
-
-
-@pytest.mark.parametrize("exams, steps, failures", [
-    ([GOOD], 8, 0), ([BAD, GOOD], 10, 1), ([BAD] * 9, 16, 5)])
-def test_pretraining_ends_with_an_exam(policy, monkeypatch, exams, steps, failures):
-    """Guards the end: a base that passes is done after its steps, one that fails gets a quarter
-    more and tries again, and twice the steps is the bound; a failure is said loudly, with what was
-    failed, and the last exam is what is handed back."""
-    taken, learned, rates = iter(exams), [], []
-
-    def learn(policy, optimizers, kinds, step, steps, seed, factor):
-        learned.append(step)
-        rates.append(factor)
-        return 1.0
-    monkeypatch.setattr(sft, "train_tower", lambda *how, **more: None)
-    monkeypatch.setattr(sft, "exam", lambda *how, **more: next(taken))
-    monkeypatch.setattr(sft, "learn_lessons", learn)
-    lines = []
-    marks = sft.pretrain(policy, 8, 0, True, log=lines.append)
-    assert learned == list(range(steps)) and max(rates[8:], default=0) <= 0.4
-    assert marks is (GOOD if GOOD in exams else BAD)
-    for layer in policy.model.model.language_model.layers:               # starts from nothing
-        assert not layer.self_attn.o_proj.weight.any() and not layer.mlp.down_proj.weight.any()
-    failed = [line for line in lines if "NOT PASSED" in line]
-    assert len(failed) == failures
-    assert all("NOT PASSED in lists" in line and "dotted" not in line for line in failed)
-    goes_on = [line.endswith("more lessons") for line in failed]
-    assert goes_on == [True] * goes_on.count(True) + [False] * (steps == 16)
-
-
-def test_the_exam_of_dialogues(policy, monkeypatch):
-    """Guards the marks: of each candidate in its turn the probability of its place, and of the
-    pattern that its crop shows; the dialogue is written as lessons are, token by token."""
-    lessons = []
-
-    def half(groups):
-        lessons.extend(lesson for lesson, in groups)
-        return torch.full((sum(sum(lesson.sampled) for lesson in lessons),), math.log(0.5))
-    monkeypatch.setattr(policy, "log_probs", half)
-    marks = sft.examine_dialogues(policy, [random.Random(i) for i in range(9)])
-    wanted = []
-    for i, lesson in enumerate(lessons):
-        scene, asked = sft.patterned(random.Random(i)), ""
-        crops = zip(scene.candidates, lesson.pictures, strict=True)
-        for number, (card, crop) in enumerate(crops, 1):
-            place = f"{format_point((card.x / 4, card.y / 4))[1:]}."
-            wanted.append((f"target {number}", 0.5**len(policy.encode(place))))
-            wanted.append((f"says {card.pattern}", 0.5))
-            asked += f"{place}{card.pattern.capitalize()}."
-            assert pattern_at(crop.image, (30, 30), scene.colour) == card.pattern
-        tokens = zip(lesson.ids, lesson.sampled, strict=True)
-        assert policy.decode([token for token, sampled in tokens if sampled]) == asked
-        assert policy.encode(policy.decode(lesson.ids)) == lesson.ids
-        turns = [parse_turn(turn) for turn in policy.decode(lesson.ids).split("<|im_end|>")[::2]]
-        shown = [scene.card_at((4 * turn.call[0], 4 * turn.call[1])) for turn in turns[:-1]]
-        assert shown == scene.candidates == [
-            scene.card_at((4 * turn.points[0][0], 4 * turn.points[0][1])) for turn in turns[:-1]]
-    assert len(lessons) == 9 and [name for name, _ in marks] == [name for name, _ in wanted]
-    assert [mark for _, mark in marks] == pytest.approx([mark for _, mark in wanted])
-
-
-def one_turn(policy, question, lie):
-    """A trace of the mode `grounded` that points at what is asked about, compares and answers; or
-    that lies about the first place, and answers against its comparison."""
-    scene = question.scene
-    cards = scene.named or scene.candidates[:1]
-    places = [format_point((card.x / 4, card.y / 4)) for card in cards]
-    said = places[:1]
-    thought = " ".join(f"Card at {place}." for place in (["(0, 0)"] if lie else []) + places)
-    if scene.named:
-        said = scene.directions()
-        thought += f" {' '.join(said)}."
-        if lie:
-            said = [name for name in sft.DIRECTIONS if name not in said]
-    return replay(policy, Dialogue("grounded"), question, [answer(said[0], thought)])
-
-
-@pytest.mark.parametrize("lie", [False, True])
-def test_the_exam_of_a_policy(policy, monkeypatch, lie):
-    """Guards the parts: means over all dialogues, each with a seed of its own; a policy that points
-    elsewhere in its only turn, or answers against its comparison, fails in these; who knows no
-    lists has next to 0 in them. The base for toy-search is asked nothing else."""
-    asked, dialogues = [], []
-
-    def scripted(policy, questions, how, group, seeds, **sampling):
-        asked.extend(seeds)
-        return [[one_turn(policy, question, lie)] for question in questions]
-
-    def half_right(policy, rngs):
-        dialogues.extend(rng.random() for rng in rngs)
-        return [(name, mark) for mark in (0.0, 1.0) for name in ("says dotted", "target 2")]
-    monkeypatch.setattr(sft, "rollout", scripted)
-    monkeypatch.setattr(sft, "examine_dialogues", half_right)
-    marks = sft.exam(policy, 0, True, n=40)
-    assert len(dialogues) == len(set(dialogues)) == 40 and len(asked) == len(set(asked)) == 20
-    assert {name.split()[0] for name in marks} == set(sft.PASSES)
-    assert marks["says dotted"] == marks["target 2"] == 0.5
-    assert marks["says plain"] == 0 and marks["lists"] < 0.01
-    others = {"relation", "moved", "compare", "screen"}
-    assert all(marks[part] == (not lie) for part in others)
-    assert set(sft.exam(policy, 0, False, n=16)) == set(marks) - others and len(asked) == 20
-
-
-def test_a_false_comparison_is_marked(policy):
-    """Guards "compare": a comparison that is false of the scene is no good, though the answer
-    follows from it; where nothing is compared there is nothing to mark."""
-    question = toy("toy-spatial", "exam", 0, 0)
-    false = next(name for name in sft.DIRECTIONS if name not in question.scene.directions())
-    for said, marks in ((false, [False]), (question.scene.directions()[0], [True]), ("", [])):
-        reply = answer(said or "left", f"It lies {said}.")
-        trace = replay(policy, Dialogue("grounded"), question, [reply])
-        found = sft.examine_answer(trace)
-        assert [right for name, right in found if name == "compare"] == marks
-
-
-def test_the_base_has_averaged_weights(policy, monkeypatch):
-    """Guards the average that is examined: over the last sixteenth of the steps, by exponentially
-    fading weights; of a few steps it is the last one's."""
-    norm = policy.model.model.language_model.norm.weight
-    monkeypatch.setattr(sft, "train_tower", lambda *how, **more: None)
-    monkeypatch.setattr(sft, "exam", lambda *how, **more: GOOD)
-
-    def learn(policy, optimizers, kinds, step, *_):
-        with torch.no_grad():
-            norm.fill_(step + 1)
-        return 1.0
-    monkeypatch.setattr(sft, "learn_lessons", learn)
-    for steps, fading in ((4, 0.0), (32, 0.5)):
-        with torch.no_grad():
-            norm.fill_(0.0)
-        sft.pretrain(policy, steps, 0, True, log=lambda line: None)
-        average = 0.0
-        for step in range(steps):
-            average = fading * average + (1 - fading) * (step + 1)
-        assert norm[0].item() == pytest.approx(average)
-
-
-def test_no_warm_start(policy, tiny_folder, tmp_path):
-    """Guards --sft-steps 0: GRPO starts from the base as it is, and nothing is searched."""
-    config = Config(model=tiny_folder, sft_steps=0, out=str(tmp_path / "run"))
-    assert sft.warm_start(config, print) == tiny_folder
-    start = load(str(tmp_path / "run" / "sft"), device="cpu")
-    assert all(map(torch.equal, start.model.parameters(), policy.model.parameters()))
-    assert not (tmp_path / "run" / "search.jsonl").exists()
+def test_the_papers_schedule_of_fine_tuning(policy, question, monkeypatch):
+    """Guards the learning rate: a warm-up over 3 % of the steps, then a cosine down to 0; each step
+    learns from `batch` traces, all of them equally often."""
+    rates = []
+    monkeypatch.setattr(sft, "optimizer_step", lambda policy, optimizer, lr, clip: (
+        rates.append(lr), optimizer.zero_grad())[1] or 1.0)
+    seen = []
+    monkeypatch.setattr(sft, "micro_batches", lambda groups, *_: seen.extend(
+        trace for trace, in groups) or [])
+    traces = [finished(policy, question, [answer(str(i))]) for i in range(5)]
+    sft.fine_tune(policy, traces, steps=100, batch=2, lr=2.0, seed=0)
+    assert rates[0] == pytest.approx(2 / 3) and rates[50] == pytest.approx(1.0)
+    assert max(rates) == rates[2] or max(rates) == rates[3]
+    assert rates[99] < 1e-3
+    assert [seen.count(trace) for trace in traces] == [40] * 5
 
 
 # --------------------------------------------------------------------------------------- optimizers
 
-def test_muon_takes_the_same_step_as_torchs():
-    """Guards our float32 Muon: torch's (in bfloat16) must agree within its precision."""
-    generator = torch.Generator().manual_seed(0)
-    start, grad = (torch.randn(48, 32, generator=generator) for _ in range(2))
-    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    pairs = [(ours, Muon([ours], lr=0.01)),
-             (theirs, torch.optim.Muon([theirs], lr=0.01, weight_decay=0.01))]
-    for p, optimizer in pairs:
-        for _ in range(2):
-            p.grad = grad.clone()
-            optimizer.step()
-    moved = (theirs - start).norm()
-    assert (ours - theirs).norm() < 0.02 * moved
-    singular = torch.linalg.svdvals(orthogonalise(grad[None])[0])
-    assert singular.min() > 0.3 and singular.max() < 1.3
+def test_a_step_is_clipped_and_at_its_own_rate(policy):
+    """Guards optimizer_step: the rate of this step, the norm before clipping, gradients cleared;
+    where the norm is not finite, weights and moments stay as they are, and the caller knows."""
+    optimizer = torch.optim.SGD(policy.trainable(), lr=9.0)
+    before = [p.detach().clone() for p in policy.trainable()]
+    for p in policy.trainable():
+        p.grad = torch.ones_like(p)
+    norm = optimizer_step(policy, optimizer, lr=0.1, clip=1.0)
+    count = sum(p.numel() for p in before)
+    assert norm == pytest.approx(math.sqrt(count), rel=1e-4)
+    for p, old in zip(policy.trainable(), before, strict=True):
+        assert p.grad is None
+        assert torch.allclose(old - p, torch.full_like(p, 0.1 / norm), atol=1e-6)
+    before = [p.detach().clone() for p in policy.trainable()]
+    policy.trainable()[0].grad = torch.full_like(before[0], math.nan)
+    assert math.isnan(optimizer_step(policy, optimizer, lr=0.1, clip=1.0))
+    assert all(torch.equal(p, old) for p, old in zip(policy.trainable(), before, strict=True))
+    assert policy.trainable()[0].grad is None
 
 
-def test_two_steps_leave_small_directions_small():
-    """Guards GRPO's Muon: the strong directions of a gradient get a full step and its noise does
-    not; all steps of the iteration would raise it to the same size."""
-    gradient = torch.diag(torch.tensor([1.0] * 4 + [1e-2] * 4))[None]
-    for steps, weakest, strongest in ((5, 0.6, 1.3), (2, 0.0, 0.1)):
-        singular = torch.linalg.svdvals(orthogonalise(gradient, steps)[0])
-        assert singular[:4].min() > 0.6
-        assert weakest <= singular[4:].min() and singular[4:].max() < strongest
+def test_the_type_of_the_weights_decides_the_optimizer(tiny_folder):
+    """Guards both paths: float32 weights get torch's AdamW, bfloat16 ones ours; not the vision
+    tower."""
+    for dtype, kind in ((torch.float32, torch.optim.AdamW), (torch.bfloat16, RoundedAdamW)):
+        policy = load(tiny_folder, device="cpu", dtype=dtype)
+        optimizer = sft.make_optimizer(policy, 1e-6)
+        assert type(optimizer) is kind and optimizer.defaults["weight_decay"] == 0.01
+        parts = {id(p) for p in optimizer.param_groups[0]["params"]}
+        assert parts == {id(p) for name, p in policy.named_parameters() if ".visual." not in name}
 
 
 def test_rounding_is_right_on_average():
@@ -1094,57 +745,119 @@ def test_a_sharded_parameter_takes_the_same_step():
         dist.destroy_process_group()
 
 
-def test_resuming_our_adamw_is_exact(tmp_path):
-    """Guards --resume in bfloat16: torch's load_state_dict would round float32 moments; and the
-    random numbers go on."""
-    def numbers(seed):
-        return torch.randn(50, generator=torch.Generator().manual_seed(seed)).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resuming_an_optimizer_is_exact(dtype, tmp_path):
+    """Guards --resume: torch's load_state_dict would round float32 moments, and its functions for
+    saved states name parameters by their modules; ours' random numbers go on."""
+    def make():
+        module = torch.nn.Linear(50, 3).to(dtype)
+        kind = RoundedAdamW if dtype == torch.bfloat16 else torch.optim.AdamW
+        return module, kind(module.parameters(), lr=1e-3, weight_decay=0.01)
 
-    def make(values):
-        p = torch.nn.Parameter(values.clone())
-        return p, RoundedAdamW([p], lr=1e-3)
-
-    def step(p, optimizer, number):
-        p.grad = numbers(number)
+    def step(module, optimizer, number):
+        generator = torch.Generator().manual_seed(number)
+        for p in module.parameters():
+            p.grad = torch.randn(p.shape, generator=generator).to(dtype)
         optimizer.step()
-    p, optimizer = make(numbers(9))
+        optimizer.zero_grad()
+    module, optimizer = make()
     for number in range(3):
-        step(p, optimizer, number)
-    torch.save({"p": p.detach(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
-    kept = torch.load(tmp_path / "state.pt", weights_only=True)
-    q, again = make(kept["p"])
-    again.load_state_dict(kept["optimizer"])
-    for name in ("exp_avg", "exp_avg_sq"):
-        assert again.state[q][name].dtype == torch.float32
-        assert torch.equal(again.state[q][name], optimizer.state[p][name])
+        step(module, optimizer, number)
+    torch.save(get_state_dict(module, optimizer), tmp_path / "state.pt")
+    weights, moments = torch.load(tmp_path / "state.pt", weights_only=True)
+    other, again = make()
+    set_state_dict(other, again, model_state_dict=weights, optim_state_dict=moments)
+    for p, q in zip(module.parameters(), other.parameters(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert again.state[q][name].dtype == torch.float32
+            assert torch.equal(again.state[q][name], optimizer.state[p][name])
     for number in range(3, 6):
-        step(p, optimizer, number)
-        step(q, again, number)
-    assert torch.equal(p, q)
+        step(module, optimizer, number)
+        step(other, again, number)
+    assert torch.equal(module.weight, other.weight) and torch.equal(module.bias, other.bias)
 
 
-def test_the_type_of_the_weights_decides_the_optimizer(tiny_folder):
-    """Guards both paths: float32 weights keep torch's AdamW, bfloat16 ones get ours; of the muon
-    kind, matrices within the layers go to Muon and all else to AdamW."""
-    plain = load(tiny_folder, device="cpu")
-    assert type(sft.make_optimizers(plain, "adamw", 1e-6)[0]) is torch.optim.AdamW
-    half = load(tiny_folder, device="cpu", dtype=torch.bfloat16)
-    optimizer, = sft.make_optimizers(half, "adamw", 1e-6)
-    assert type(optimizer) is RoundedAdamW
-    assert optimizer.defaults["betas"] == (0.9, 0.999)
-    assert optimizer.defaults["weight_decay"] == 0.01
-    muon, rest = sft.make_optimizers(plain, "muon", 0.01, 1e-3)
-    parts = [p for optimizer in (muon, rest) for p in optimizer.param_groups[0]["params"]]
-    assert {id(p) for p in parts} == {id(p) for p in plain.trainable()}
-    assert all(p.ndim == 2 for p in muon.param_groups[0]["params"])
-    embedding = plain.model.model.language_model.embed_tokens.weight
-    assert any(p is embedding for p in rest.param_groups[0]["params"])
+# --------------------------------------------------------------------------------------- warm start
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """A search that finds one chain a question at once, and no fine-tuning. -> the list of how
+    often each was done"""
+    done = []
+
+    def grow(args, questions, out):
+        done.append("search")
+        settings = sft.settings_of(args, sft.SEARCH_SETTINGS)
+        (out / "search.json").write_text(json.dumps({"settings": settings}))
+        rows = [row_of_chain(dialogue(), question, [zoom_call(9, 9), answer("dotted")])
+                for question in questions]
+        (out / "search.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sft, "grow_trees", grow)
+    monkeypatch.setattr(sft, "fine_tune", lambda *_, **how: done.append("sft"))
+    return done
 
 
-def test_the_papers_schedule_of_fine_tuning():
-    """Guards the cosine: half-way it is at a half, at the end at `final`; the tiny model's linear
-    decay is as it was."""
-    assert sft.learning_rate(50, 100, 3, 0.0, cosine=True) == pytest.approx(0.5)
-    assert sft.learning_rate(99, 100, 3, 0.0, cosine=True) < 1e-3
-    assert sft.learning_rate(0, 100, 3, 0.0, cosine=True) < 0.34
-    assert sft.learning_rate(50, 100, 3, 0.1) == pytest.approx(0.55)
+def test_a_stage_that_is_there_is_taken_up_again(arguments, quick, tmp_path):
+    """Guards a run that goes on: neither the search nor the fine-tuning is done twice, and each
+    only where it was made with the settings that decide it; those of other stages may change."""
+    folder = sft.make_sft(arguments("--search-questions", "2"))
+    assert quick == ["search", "sft"] and (folder / "dialogue.json").is_file()
+    notes = json.loads((folder / "notes.json").read_text())
+    assert notes["minutes"] > 0 and notes["settings"]["search_questions"] == 2
+    sft.make_sft(arguments("--search-questions", "2", "--micro-tokens", "99"))
+    assert quick == ["search", "sft"]
+    with pytest.raises(UserError, match="sft was made with sft_lr 1e-06, not 0.1; give the same"):
+        sft.make_sft(arguments("--search-questions", "2", "--sft-lr", "0.1"))
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"search\.jsonl was made with search_questions 2, not 3"):
+        sft.make_sft(arguments("--search-questions", "3"))
+    sft.make_sft(arguments("--search-questions", "2", "--sft-lr", "0.1"))
+    assert quick == ["search", "sft", "sft"]
+    (tmp_path / "run/sft/notes.json").unlink()
+    with pytest.raises(UserError, match="notes.json does not say what it was made with"):
+        sft.make_sft(arguments("--search-questions", "2", "--sft-lr", "0.1"))
+
+
+def test_policies_of_the_warm_start(arguments, quick, tmp_path):
+    """Guards what GRPO starts from: two policies with the weights of sft/, or one where there is no
+    penalty; without fine-tuning those of the base, and no search."""
+    args = arguments("--sft-steps", "0")
+    args.kl = 0.01
+    policy, reference, way = sft.warm_start(args)
+    assert quick == [] and policy is not reference and way.mode == "zoom"
+    base = load(args.model, device="cpu").state_dict()
+    for name, weight in policy.state_dict().items():
+        assert torch.equal(weight, base[name]) and torch.equal(reference.state_dict()[name], weight)
+    args.kl = 0
+    assert sft.warm_start(args)[1] is None
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--chains", "0"), "chains"), (("--sft-lr", "nan"), "sft-lr"),
+    (("--sft-steps", "-1"), "steps"), (("--search-mode", "think"), "search-mode")])
+def test_flags_that_cannot_be_are_refused(arguments, words, message):
+    """Guards the flags: a line that names the flag, before anything is loaded."""
+    with pytest.raises(UserError, match=message):
+        arguments(*words)
+
+
+def test_time_that_is_left(monkeypatch):
+    """Guards the log: the time of the rest at the pace so far."""
+    monkeypatch.setattr(sft.time, "monotonic", lambda: 112.0)
+    assert sft.remaining(100.0, 1, 5) == "12 s, 48 s left"
+
+
+@pytest.mark.slow
+def test_a_search_is_the_same_in_several_processes(tmp_path):
+    """Guards torchrun: every process searches its share, and the chains and trees are those of one
+    process."""
+    from conftest import BASE, ROOT, in_processes, run_in
+    words = ["--model", BASE, "--task", ROOT / "tests/tiny/search-train.jsonl", "--turn-tokens", 48,
+             "--response-tokens", 288, "--search-questions", 3, "--simulations", 2,
+             "--sft-steps", 1, "--sft-batch", 4]
+    for number in (1, 2):
+        in_processes(number, run_in, "train_sft", tmp_path, *words, "--out", f"run{number}")
+    for name in ("search.jsonl", "trees.txt"):
+        texts = [(tmp_path / f"run{number}" / name).read_text() for number in (1, 2)]
+        assert texts[0] == texts[1] and texts[0]
+    assert (tmp_path / "run2/sft/model.safetensors").is_file()

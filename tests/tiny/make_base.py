@@ -88,6 +88,7 @@ DIALOGUE = {
     "after_crop": "\n</observation>",
     "no_calls_left": "There are no looks left.",
     "forced_answer": "<think></think>\n<answer>",
+    "hints": False,                    # questions are asked as the lessons have them
     "coordinates": "input",
     "crop_half": 32,
     "crop_size": 64,
@@ -618,17 +619,15 @@ def train(policy, steps, seed):
     directions, axes = tower_directions(seed, policy.text_config.hidden_size)
     train_tower(policy, seed, directions, min(TOWER_STEPS, steps))
     align_words(policy, directions, axes)
-    return train_language(policy, steps, seed)
-
-
-def train_language(policy, steps, seed, done=0):
     more = max(1, 2 * steps // 5)
+    done = 0
     while True:
-        if done:
-            learn(policy, done, more, steps, 0.4, seed)
-        else:
+        if done == 0:
             learn(policy, 0, steps, steps, 1.0, seed)
-        done += more if done else steps
+            done = steps
+        else:
+            learn(policy, done, more, steps, 0.4, seed)
+            done += more
         marks = exam(policy, f"{seed}", n=min(1024, 8 * steps))
         print("exam: " + "  ".join(f"{name} {mark:.3f}" for name, mark in marks.items()))
         failed = [name for name, mark in marks.items() if mark < PASSES[name.split()[0]]]

@@ -273,15 +273,19 @@ class Asked:
             images.append(self.scene.draw_later())
         return images
 
+    @property
+    def regions(self):
+        """What the question is about, and where."""
+        if self.scene.named:
+            return [{"box": card.box, "name": card.colour} for card in self.scene.named]
+        return [{"box": card.box, "name": card.pattern} for card in self.scene.candidates]
+
     def row(self, name):
         """As a row of a file."""
         images = self.draw()
-        regions = [{"box": card.box, "name": card.pattern} for card in self.scene.candidates]
-        if self.scene.named:
-            regions = [{"box": card.box, "name": card.colour} for card in self.scene.named]
         return {"id": name, "problem": "<image>" * len(images) + self.text,
                 "answer": str(self.answer), "images": [data_uri(image) for image in images],
-                "regions": regions, "category": self.category}
+                "regions": self.regions, "category": self.category}
 
 
 def data_uri(image):
