@@ -255,6 +255,8 @@ class Policy(nn.Module):
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         state = {name.removeprefix("model."): weight for name, weight in state.items()}
+        if self.model.config.tie_word_embeddings:
+            state.pop("lm_head.weight", None)        # of sharded weights both names are there
         self.model.save_pretrained(part, state_dict=state)
         self.tokenizer.save_pretrained(part)
         self.image_processor.save_pretrained(part)

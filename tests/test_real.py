@@ -42,6 +42,7 @@ from transformers.modeling_utils import load_state_dict, safe_save_file
 from evaluate import FORMATS, open_file
 from model import Engine, load
 from rollout import SYSTEM_PROMPTS, Dialogue, Question, format_call, make_dialogue
+from train_sft import messages_of
 
 # ----------------------------------------------------------------------- the hub's folder, in small
 
@@ -426,17 +427,20 @@ def call(script):
     return lambda *arguments, code=0: script(*arguments, code=code)[code > 0]
 
 
-def write_task(data, name, **parts):
-    """A file of a format; small.json, with small crops and these parts of a dialogue; and
+def write_task(data, name, own=False, **parts):
+    """A file of a format; small.json, with small crops and these parts of the dialogue; and
     traces.jsonl, in the release's form, with right, well-formed and grounded traces for each
     question to train on. Rewards of a policy that learnt them have to differ: in the mode zoom,
-    there is one with a zoom call and one with two; in others, sampling is warmer.
-    -> the flags of the task"""
+    there is one with a zoom call and one with two; in others, sampling is warmer. own: the
+    checkpoint has a system message of its own. -> the flags of the task"""
     file, mode, rows, answers = EVERY_FORMAT[name]
     task = data(file, [numbered(rows[i % len(rows)], i) for i in range(ROWS)])
     if "/" in file:
         task = task.parent.parent
     write_json(data("small.json", []), {"crop_size": 56} | parts)
+    dialogue = Dialogue(mode, **parts)
+    if own:
+        dialogue.system_prompts = {}
     pointing = f"<think>See {SPOT}.</think>\n"
     thought = {"direct": "", "grounded": pointing}.get(mode, "<think>So.</think>\n")
     calls = [pointing + format_call(point) for point in ((17, 20), (40, 30))]
@@ -444,17 +448,14 @@ def write_task(data, name, **parts):
     for i, question in enumerate(open_file(task)):
         last = f"{thought}<answer> {answers[i % len(answers)]} </answer>"
         for number in ((1, 2) if mode == "zoom" else (0,)):
-            messages = [{"role": "user", "content": f"<image>{question.text}"}]
-            for call in calls[:number]:
-                messages.append({"role": "assistant", "content": call})
-                messages.append({"role": "user", "content": "<observation><image></observation>"})
-            messages.append({"role": "assistant", "content": last})
+            messages = messages_of(dialogue, question, [*calls[:number], last])
             truth = answers[i % len(answers)]
             if question.kind == "point":
                 truth = "(10, 20, 60, 80)"
             elif len(truth) == 1:
                 truth = f"({truth})"         # a letter, even where an option's text is a letter
-            traces.append({"messages": messages, "images": ["image.png"], "gt_answer": truth})
+            images = list(map(str, question.images))
+            traces.append({"messages": messages, "images": images, "gt_answer": truth})
     data("traces.jsonl", traces)
     return ["--task", task, "--mode", mode, "--temperature", 1.0 if mode == "zoom" else 1.3]
 
@@ -512,7 +513,7 @@ def test_from_fine_tuning_to_evaluation_as_the_checkpoint_speaks(
     its coordinates, said once by --dialogue, are those of every prompt and of what is saved; ours
     came in at the first saved checkpoint."""
     folder = speak(shutil.copytree(hub[0], tmp_path / "own"), OWN)
-    task = write_task(data, "ScreenSpot-Pro", coordinates=coordinates)
+    task = write_task(data, "ScreenSpot-Pro", own=True, coordinates=coordinates)
     start, prompts_said, sizes = Dialogue.start, [], set()
 
     def noted(dialogue, policy, question, *rest):
