@@ -926,9 +926,10 @@ class WebAgent:
         parser = make_parser()
         if mode != "zoom":
             parser.set_defaults(**SINGLE_TURN)
-        words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-        self.args = parser.parse_args([f"--mode={mode}", *words])
-        self.args.training, self.args.family = False, "web"
+        self.args = parser.parse_args([f"--mode={mode}"])
+        if unknown := settings.keys() - vars(self.args).keys():
+            raise TypeError(f"no such settings: {', '.join(sorted(unknown))}")
+        vars(self.args).update(settings, training=False, family="web")
         settle(self.args, training=False)
         checkpoint = "" if isinstance(policy, Policy) else str(policy)
         if checkpoint:

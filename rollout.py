@@ -757,7 +757,8 @@ def make_dialogue(args, checkpoint, policy):
     UserError."""
     settings = family_settings(args.family, args.training)
     parts = {name: value for name, value in settings.items() if name.startswith("crop")}
-    own = cached_file(checkpoint, "dialogue.json", _raise_exceptions_for_missing_entries=False)
+    own = checkpoint and cached_file(checkpoint, "dialogue.json",
+                                     _raise_exceptions_for_missing_entries=False)
     if own:
         parts |= read_parts(own)
     elif policy.default_system_message():

@@ -21,8 +21,6 @@ The vision tower is frozen, and each run encodes its images itself.
     zoom_trl  the same with three turns of 40 to 80 tokens: the first two end in a zoom call, which
               is answered by a crop of 64 tokens. Theirs: the trainer's own loop over tool calls,
               with an `environment_factory` whose tool returns an image.
-    outside   share of a GRPO step of the default job that is not model or optimizer; it needs a run
-              of `python train_rl.py`.
     memory    peak of an update on 1, 4 and 8 groups, one group a micro-batch: it grows with the
               longest group only.
 
@@ -54,11 +52,13 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent / "tiny"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
 import transformers
+from make_base import make_tiny, strings
 from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
@@ -69,10 +69,7 @@ from transformers import (
 
 from evaluate import table
 from model import Chunk, Engine, Policy, Sequence, load, micro_batches
-from reward import score
-from rollout import Config, make_dialogue, rollout, toy
-from train_rl import grpo_loss, set_advantages, train_step
-from train_sft import make_optimizers, make_tiny, tiny_strings
+from train_rl import grpo_loss, update
 
 GROUP, TURNS = 8, 3
 MICRO_TOKENS = {"cpu": 1024, "cuda": 16_384}                 # a group at a time; about a dozen
@@ -95,7 +92,7 @@ def build(name, device):
     """A Policy with random weights. name: of MODELS, or "3B": the sizes of Qwen2.5-VL-3B in
     bfloat16, with the tiny tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
-        make_tiny(Path(folder) / "model", tiny_strings(), **MODELS.get(name, {}))
+        make_tiny(Path(folder) / "model", strings(), **MODELS.get(name, {}))
         policy = load(f"{folder}/model", device=device, dtype=torch.float32)
     if name == "3B":
         policy = enlarge(policy, device)
@@ -129,7 +126,7 @@ def noise(policy, size, rng):
 
 
 def in_pixels(policy, size):
-    return [tokens * policy.factor for tokens in size]
+    return [tokens * policy.token_px for tokens in size]
 
 
 def random_chunk(policy, size, length, rng):
@@ -556,12 +553,13 @@ def time_step(policy, case, args, rng):
     plans = rng.integers(shortest, longest + 1, (args.step_questions * GROUP, turns)).tolist()
     images = [noise(policy, IMAGES[image_tokens], rng) for _ in range(args.step_questions)]
     optimizer = torch.optim.AdamW(policy.trainable(), lr=1e-6, fused=True)
-    config = Config(kl=0.0, micro_tokens=MICRO_TOKENS[args.device])
+    settings = argparse.Namespace(kl=0.0, temperature=1.0, clip_norm=1.0,
+                                  micro_tokens=MICRO_TOKENS[args.device])
 
     def ours():
         groups = plan_step(policy, images, plans)
         roll_out(policy, groups)
-        train_step(policy, None, groups, [optimizer], config, 1.0)
+        update(policy, None, optimizer, groups, 1e-6, settings)
 
     planned = sum(plan_step(policy, images, plans), [])
     lengths = [sequence.planned_length() for sequence in planned]
@@ -591,47 +589,6 @@ def update_memory(policy, _, args, rng):
     return {"peaks": peaks}
 
 
-def share_outside(_, folder, args, rng):
-    """Shares of some GRPO steps of the default job that are spent outside of model and optimizer:
-    drawing, dialogue, crops, image processing, rewards, book-keeping. Counted as model: its passes
-    and choices while sampling, and the update."""
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(folder)
-    policy, reference = (load(folder, device=args.device) for _ in range(2))
-    config = Config()
-    dialogue = make_dialogue(config, folder, policy)
-    optimizers = make_optimizers(policy, config.optimizer, config.lr, config.adamw_lr)
-    inside, shares = [], []
-
-    def timed(function):
-        def run(*inputs, **named):
-            started = time.perf_counter()
-            out = function(*inputs, **named)
-            wait(args.device)
-            inside.append(time.perf_counter() - started)
-            return out
-        return run
-
-    for step in range(args.pairs + 1):
-        inside.clear()
-        started = time.perf_counter()
-        for name in ("hidden", "choose", "features"):
-            setattr(policy, name, timed(getattr(policy, name)))
-        questions = [toy("toy-search", "train", args.seed, step * 16 + i) for i in range(16)]
-        seeds = [question.id for question in questions]
-        groups = list(rollout(policy, questions, dialogue, GROUP, seeds, **config.sampling()))
-        for name in ("hidden", "choose", "features"):
-            delattr(policy, name)
-        for traces in groups:
-            for trace in traces:
-                trace.score = score(trace)
-            set_advantages(traces, config)
-        timed(train_step)(policy, reference, groups, optimizers, config, 1.0)
-        shares.append(1 - sum(inside) / (time.perf_counter() - started))
-    shares = shares[1:]                                      # the first step warms up
-    return {"share": statistics.median(shares), "range": [min(shares), max(shares)]}
-
-
 # ---------------------------------------------------------------------------------------- the table
 
 BENCHMARKS = {"rollout_tiny": (time_rollout, "tiny", 16),
@@ -646,9 +603,8 @@ BENCHMARKS = {"rollout_tiny": (time_rollout, "tiny", 16),
               "step_trl_400": (time_step, "medium", (400, 1)),
               "zoom_trl_100": (time_step, "medium", (100, TURNS)),
               "zoom_trl_400": (time_step, "medium", (400, TURNS)),
-              "outside": (share_outside, "tiny", "runs/toy-search-zoom/sft"),
               "memory": (update_memory, "medium", None)}
-OF_TINY = ("rollout_tiny", "update_tiny", "outside")
+OF_TINY = ("rollout_tiny", "update_tiny")
 HEADS = ["", "model", "ratio", "range", "tokens/s", "theirs", "peak MiB", "theirs"]
 
 
@@ -689,8 +645,6 @@ def run_benchmark(name, policy, args):
         return function(policy, case, args, np.random.default_rng(args.seed))
     except ModuleNotFoundError as error:
         return f"left out: no {error.name} (pip install trl)"
-    except FileNotFoundError as error:
-        return f"left out: no {error} (python train_rl.py)"
     except torch.OutOfMemoryError:
         policy.model.zero_grad(set_to_none=True)
         return "out of memory"
@@ -728,10 +682,6 @@ def main():
             spread = "{:.2f} to {:.2f}".format(*result["range"])
             rows.append([name, model, f"{result['ratio']:.2f}", spread,
                          *(f"{number:,.0f}" for number in numbers)])
-        if "share" in result:
-            spread = "{:.1%} to {:.1%}".format(*result["range"])
-            notes.append(f"a GRPO step of the default job outside of model and optimizer: "
-                         f"{result['share']:.1%} ({spread})")
         for case, mib in result.get("peaks", {}).items():
             notes.append(f"peak of an update on {case} tokens: {mib:,.0f} MiB")
     print(f"\n{table(rows)}\nmedians of {args.pairs} pairs; {GROUP} rollouts of each of "

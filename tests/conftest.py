@@ -20,22 +20,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from weakref import WeakKeyDictionary
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/tiny")]
+sys.path.insert(0, str(Path(__file__).parent / "tiny"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1",
                "PYTHONPATH": os.pathsep.join(sys.path[:2])}    # of the processes that tests start
 
 import numpy as np
 import pytest
 import torch
+from make_base import make_tiny, strings
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText
 
 import evaluate as evaluation
-from make_base import make_tiny, strings
 from model import Sequence, load
 from rollout import start
 
+ROOT = Path(__file__).parent.parent
 BASE = ROOT / "tests/tiny/base"
 torch.set_num_threads(1)    # the tests' matrices are too small for more
 

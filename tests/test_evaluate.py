@@ -86,7 +86,8 @@ def test_names_within_names():
 def test_what_a_crop_shows():
     """Guards what thoughts are measured by: the most central region counts, of those of which 0.3
     is seen in x and in y."""
-    near = [{"box": [24, 12, 64, 52], "name": "dotted"}, {"box": [64, 12, 104, 52], "name": "plain"}]
+    near = [{"box": [24, 12, 64, 52], "name": "dotted"},
+            {"box": [64, 12, 104, 52], "name": "plain"}]
 
     def shown(x, y, regions):
         names = [name for name in ("dotted", "plain")
@@ -513,7 +514,7 @@ def test_two_processes_equal_one(policy, tiny_folder, small_blocks, tmp_path):
     assert lines == ["10 of 10 questions were answered before"]
 
 
-# ---------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 TINY = ["--n", 3, "--turn-tokens", 8, "--response-tokens", 40]
 TASK = ["--task", ROOT / "tests/tiny/search-test.jsonl"]

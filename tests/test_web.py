@@ -40,7 +40,7 @@ class Scripted:
         text = f"<think>The button (3, 4).</think>\n<answer>{answer}</answer>"
         trace.turns.append(parse_turn(text))
         trace.ended = "answer"
-        yield [trace]
+        return [[trace]]
 
 
 @pytest.fixture
@@ -150,9 +150,10 @@ def test_the_interface(policy, tiny_folder):
     assert list(inspect.signature(WebAgent.next_action).parameters) == names
     with pytest.raises(TypeError, match="temprature"):
         WebAgent(policy, temprature=1)
-    agent = WebAgent(policy, "grounded", crop_half=20)
+    agent = WebAgent(policy, "grounded", turn_tokens=20)
     dialogue = agent.dialogue
-    assert (dialogue.mode, dialogue.crop_half, dialogue.crop_dot) == ("grounded", 20, True)
+    assert (dialogue.mode, dialogue.crop_half, dialogue.crop_dot) == ("grounded", 100, True)
+    assert agent.args.turn_tokens == 20
     assert WebAgent(tiny_folder, max_pixels=4096).policy.device.type
 
 
