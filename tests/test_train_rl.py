@@ -217,7 +217,7 @@ def test_the_papers_settings(monkeypatch):
         assert {name: found[name] for name in common | expected} == common | expected
     tiny = arguments(monkeypatch)
     assert (tiny.task, tiny.model) == (str(TASK), str(BASE))
-    assert (tiny.steps, tiny.lr, tiny.kl, tiny.group, tiny.top_p) == (40, 5e-4, 0.01, 8, 1.0)
+    assert (tiny.steps, tiny.lr, tiny.kl, tiny.group, tiny.top_p) == (40, 4e-4, 0.01, 8, 1.0)
 
 
 @pytest.mark.parametrize("words, message", [
