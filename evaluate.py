@@ -642,7 +642,9 @@ def evaluate(policy, questions, dialogue, seed, *, samples=1, done=(), path=None
     done: what `read_answers` found. path: file that answers are added to, a line a question. log:
     called with a line a round of blocks. keep: of so many questions, the first ones, the first
     Trace is returned (by the first process). sampling: see `model.Engine`."""
-    answers = {rows[0]["key"]: rows for rows in done if rows[0]["tool"] == dialogue.tool}
+    asked = {question.key for question in questions}
+    answers = {rows[0]["key"]: rows for rows in done
+               if rows[0]["tool"] == dialogue.tool and rows[0]["key"] in asked}
     before = sum(question.key in answers for question in questions)
     if log and before:
         log(f"{before} of {len(questions)} questions were answered before")
@@ -1131,7 +1133,8 @@ def check_output(flag, path, endings):
     path = Path(path)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix not in endings or path.is_dir() or not os.access(path.parent, os.W_OK):
+    writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    if path.suffix not in endings or path.is_dir() or not writable:
         raise UserError(f"{flag} {path}: give a name that ends in {' or '.join(endings)}, in a "
                         "folder that can be written to")
 

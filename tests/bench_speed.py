@@ -1,7 +1,7 @@
 """How fast: rollouts, updates and GRPO steps, each against what one would write without this
 repository.
 
-    python tests/bench_speed.py [--json FILE] [--device cuda] [--only NAME ...]
+    python tests/bench_speed.py [--json FILE] [--device cuda] [--only NAME ...] [--pairs N]
 
 Every figure is a ratio measured in one run: ours and theirs take turns on the same model, questions
 and lengths, and the table has the median of the pairs and their range. 2 means that ours takes half
@@ -21,8 +21,6 @@ The vision tower is frozen, and each run encodes its images itself.
     zoom_trl  the same with three turns of 40 to 80 tokens: the first two end in a zoom call, which
               is answered by a crop of 64 tokens. Theirs: the trainer's own loop over tool calls,
               with an `environment_factory` whose tool returns an image.
-    memory    peak of an update on 1, 4 and 8 groups, one group a micro-batch: it grows with the
-              longest group only.
 
 TRL 1.16 runs both steps by itself. It is given a chat template that renders tool calls (it refuses
 that of Qwen2.5-VL, which drops them) and the way to parse them. One of its methods is wrapped: what
@@ -32,13 +30,10 @@ the same length. On a CPU both sides learn from a group at a time: more at once 
 """
 import argparse
 import copy
-import ctypes
 import gc
 import json
 import os
-import platform
 import random
-import re
 import statistics
 import sys
 import tempfile
@@ -46,18 +41,17 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-sys.path.insert(0, str(Path(__file__).parent / "tiny"))
-sys.path.insert(0, str(Path(__file__).parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "tiny"))
+sys.path.insert(0, str(HERE.parent))
 
 import numpy as np
 import torch
-import transformers
 from make_base import make_tiny, strings
 from PIL import Image
 from transformers import (
@@ -68,7 +62,7 @@ from transformers import (
 )
 
 from evaluate import table
-from model import Chunk, Engine, Policy, Sequence, load, micro_batches
+from model import Chunk, Engine, Policy, Sequence, load
 from train_rl import grpo_loss, update
 
 GROUP, TURNS = 8, 3
@@ -110,23 +104,19 @@ def enlarge(policy, device):
     config = Qwen2_5_VLConfig(text_config=TEXT_3B, vision_config=VISION_3B,
                               tie_word_embeddings=True, **ids)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     model.model.language_model.config._attn_implementation = "layout"
     model.model.visual.config._attn_implementation = "flash_by_length"
     processor = type(policy.image_processor)(patch_size=config.vision_config.patch_size)
-    large = Policy(model, policy.tokenizer, processor)
+    large = Policy(model, policy.tokenizer, processor).eval()
     large.forbidden[len(policy.tokenizer):] = False          # any row of the vocabulary is sampled
     return large
 
 
 def noise(policy, size, rng):
     """A random image of `size` tokens, across and down."""
-    width, height = in_pixels(policy, size)
+    width, height = (tokens * policy.token_px for tokens in size)
     return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
-
-
-def in_pixels(policy, size):
-    return [tokens * policy.token_px for tokens in size]
 
 
 def random_chunk(policy, size, length, rng):
@@ -316,7 +306,7 @@ ZOOM_CALL = '<tool_call>{"name":"zoom","arguments":{}}</tool_call><|im_end|>'
 
 def crop_of(policy, image):
     box = (0, 0, image.width / 2, image.height / 2)
-    return image.resize(in_pixels(policy, CROP), box=box)
+    return image.resize([tokens * policy.token_px for tokens in CROP], box=box)
 
 
 def plan_step(policy, images, plans):
@@ -400,74 +390,27 @@ def make_trainer(policy, images, plans, lengths, folder, args):
 
 
 class Alternate(TrainerCallback):
-    """Times each step of TRL's trainer and a step of ours behind it; of the first of both, which
-    warm up, it measures the memory."""
+    """Times each step of TRL's trainer and a step of ours behind it; the first of both warms up."""
 
     def __init__(self, ours, device):
         self.ours, self.device = ours, device
-        self.times, self.memory = ([], []), []               # of ours and theirs
+        self.times = ([], [])                                # of ours and theirs
 
-    def on_step_begin(self, args, state, control, **_):
+    def on_step_begin(self, *_, **__):
         gc.collect()
-        if state.global_step == 0:
-            self.before = mark_memory(self.device)
         self.started = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, *_, **__):
         wait(self.device)
-        spent = time.perf_counter() - self.started
-        if state.global_step == 1:
-            theirs = peak_memory(self.device) - self.before
-            self.memory = [memory_of(self.ours, self.device), theirs]
-        else:
-            self.times[1].append(spent)
-            self.times[0].append(seconds(self.ours, self.device))
+        self.times[1].append(time.perf_counter() - self.started)
+        self.times[0].append(seconds(self.ours, self.device))
 
 
-# ---------------------------------------------------------------------------------------- measuring
+# ----------------------------------------------------------------------------------- the benchmarks
 
 def wait(device):
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def process_memory(key):
-    """MiB, by the name that Linux gives it; nan elsewhere."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return float("nan")
-    return int(re.search(rf"{key}:\s+(\d+)", status)[1]) / 1024
-
-
-def mark_memory(device):
-    """Frees what is free and forgets earlier peaks. -> MiB in use: the GPU's, or the resident
-    memory of the process"""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")        # 5: the peak of the resident memory
-    except (OSError, AttributeError):
-        return float("nan")
-    return process_memory("VmRSS")
-
-
-def peak_memory(device):
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return process_memory("VmHWM")
-
-
-def memory_of(function, device):
-    """MiB at the peak of `function`, above what was in use before."""
-    before = mark_memory(device)
-    function()
-    wait(device)
-    return peak_memory(device) - before
 
 
 def seconds(function, device):
@@ -479,28 +422,16 @@ def seconds(function, device):
     return time.perf_counter() - started
 
 
-def compare(ours, theirs, tokens, args):
-    """Times two functions in alternating pairs, after a first run of each in which memory is
-    measured. tokens: sampled in a run"""
+def compare(ours, theirs, args):
+    """-> seconds of two functions, of each a list, in alternating pairs after a first run of
+    each"""
     functions, times = (ours, theirs), ([], [])
-    memory = [memory_of(function, args.device) for function in functions]
-    for pair in range(args.pairs):
-        order = (0, 1) if pair % 2 == 0 else (1, 0)
+    for pair in range(args.pairs + 1):
+        order = (0, 1) if pair % 2 else (1, 0)
         for side in order:
             times[side].append(seconds(functions[side], args.device))
-    return summary(times, tokens, memory)
+    return [side[1:] for side in times]
 
-
-def summary(times, tokens, memory):
-    """times, memory: of ours and theirs."""
-    ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
-    medians = [statistics.median(side) for side in times]
-    return {"ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)],
-            "seconds": medians, "tokens_per_second": [tokens / spent for spent in medians],
-            "peak_mib": memory}
-
-
-# ----------------------------------------------------------------------------------- the benchmarks
 
 def time_rollout(policy, image_tokens, args, rng):
     questions = args.questions
@@ -508,24 +439,19 @@ def time_rollout(policy, image_tokens, args, rng):
         questions = max(1, questions // 2)
     groups = plan_groups(policy, image_tokens, questions, rng)
     tokens = sum(sum(sequence.plan) for sequence in sum(groups, []))
-    return compare(lambda: roll_out(policy, restart(groups)),
-                   lambda: generate(policy, restart(groups)), tokens, args)
+    times = compare(lambda: roll_out(policy, restart(groups)),
+                    lambda: generate(policy, restart(groups)), args)
+    return times, tokens
 
 
-def responses(policy, shape, rng):
-    """A group with random responses, as if sampled. shape: tokens of the prompt, of the longest
-    response"""
+def time_update(policy, shape, args, rng):
+    """shape: tokens of the prompt, of the longest response; the responses are random."""
     prompt_length, longest = shape
     prompt = random_chunk(policy, UPDATE_IMAGES[prompt_length], prompt_length, rng)
     group = []
     for i in range(GROUP):
         ids = rng.integers(0, 256, longest * (i + 1) // GROUP).tolist()
         group.append(Sequence(prompt).add(Chunk(ids), sampled=True))
-    return group
-
-
-def time_update(policy, shape, args, rng):
-    group = responses(policy, shape, rng)
 
     def unencoded_group():
         prompt = unencoded(group[0].prompt)
@@ -541,8 +467,9 @@ def time_update(policy, shape, args, rng):
         (loss / len(old)).backward()
         policy.model.zero_grad(set_to_none=True)
 
-    return compare(lambda: learn(policy.log_probs([unencoded_group()])),
-                   lambda: learn(padded_log_probs(policy, group)), len(old), args)
+    times = compare(lambda: learn(policy.log_probs([unencoded_group()])),
+                    lambda: learn(padded_log_probs(policy, group)), args)
+    return times, len(old)
 
 
 def time_step(policy, case, args, rng):
@@ -553,8 +480,8 @@ def time_step(policy, case, args, rng):
     plans = rng.integers(shortest, longest + 1, (args.step_questions * GROUP, turns)).tolist()
     images = [noise(policy, IMAGES[image_tokens], rng) for _ in range(args.step_questions)]
     optimizer = torch.optim.AdamW(policy.trainable(), lr=1e-6, fused=True)
-    settings = argparse.Namespace(kl=0.0, temperature=1.0, clip_norm=1.0,
-                                  micro_tokens=MICRO_TOKENS[args.device])
+    settings = argparse.Namespace(kl=0.0, micro_tokens=MICRO_TOKENS[args.device], temperature=1.0,
+                                  clip_norm=1.0)
 
     def ours():
         groups = plan_step(policy, images, plans)
@@ -568,25 +495,7 @@ def time_step(policy, case, args, rng):
         trainer = make_trainer(policy, images, plans, lengths, folder, args)
         trainer.add_callback(timer)
         trainer.train()
-    return summary(timer.times, sum(map(sum, plans)), timer.memory)
-
-
-def update_memory(policy, _, args, rng):
-    """Peak MiB of updates on 1, 4 and 8 groups of 64:100 tokens and on one of 400:150; the
-    gradients are there before."""
-    short = [responses(policy, (64, 100), rng) for _ in range(8)]
-    cases = {"1 x 64:100": short[:1], "4 x 64:100": short[:4], "8 x 64:100": short,
-             "1 x 400:150": [responses(policy, (400, 150), rng)]}
-
-    def run(groups):
-        for batch in micro_batches(groups, 1):               # one group each
-            policy.log_probs(batch.groups).sum().backward()
-        policy.model.zero_grad(set_to_none=False)
-
-    run(short[:1])
-    peaks = {name: memory_of(partial(run, groups), args.device) for name, groups in cases.items()}
-    policy.model.zero_grad(set_to_none=True)
-    return {"peaks": peaks}
+    return [side[1:] for side in timer.times], sum(map(sum, plans))
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -595,29 +504,14 @@ BENCHMARKS = {"rollout_tiny": (time_rollout, "tiny", 16),
               "rollout_100": (time_rollout, "medium", 100),
               "rollout_400": (time_rollout, "medium", 400),
               "rollout_1500": (time_rollout, "medium", 1500),
-              "update_tiny": (time_update, "tiny", (64, 100)),
               "update_64_100": (time_update, "medium", (64, 100)),
               "update_400_150": (time_update, "medium", (400, 150)),
               "update_1500_300": (time_update, "medium", (1500, 300)),
               "step_trl_100": (time_step, "medium", (100, 1)),
               "step_trl_400": (time_step, "medium", (400, 1)),
               "zoom_trl_100": (time_step, "medium", (100, TURNS)),
-              "zoom_trl_400": (time_step, "medium", (400, TURNS)),
-              "memory": (update_memory, "medium", None)}
-OF_TINY = ("rollout_tiny", "update_tiny")
-HEADS = ["", "model", "ratio", "range", "tokens/s", "theirs", "peak MiB", "theirs"]
-
-
-def machine(args):
-    """What was measured on, in a line."""
-    name = platform.processor() or platform.machine()
-    if args.device == "cuda":
-        name = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text() + f"\nmodel name\t: {name}"
-        name = re.search(r"model name\s*: (.*)", lines)[1]
-    return (f"{name}; {torch.get_num_threads()} thread(s); Python {platform.python_version()}, "
-            f"torch {torch.__version__}, transformers {transformers.__version__}")
+              "zoom_trl_400": (time_step, "medium", (400, TURNS))}
+HEADS = ["", "model", "ratio", "range", "tokens/s", "theirs"]
 
 
 def read_arguments():
@@ -626,28 +520,16 @@ def read_arguments():
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu",
         help="cuda: sizes of Qwen2.5-VL-3B, bfloat16 (%(default)s)")
-    add("--json", metavar="FILE", help="write the ratios there by name, the rest under `details`")
+    add("--json", metavar="FILE", help="write ratios and seconds there, by name")
     add("--pairs", type=int, default=5, help="alternating pairs of runs (%(default)s)")
     add("--questions", type=int, default=8,
         help="questions of a rollout, half as many with 1500 image tokens (%(default)s)")
     add("--step-questions", type=int, default=16, help="questions of a GRPO step (%(default)s)")
-    add("--only", nargs="+", metavar="NAME", choices=BENCHMARKS,
+    add("--only", nargs="+", metavar="NAME", choices=BENCHMARKS, default=list(BENCHMARKS),
         help="some of: " + ", ".join(BENCHMARKS))
     add("--threads", type=int, default=1, help="threads of torch (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, images and lengths (%(default)s)")
     return parser.parse_args()
-
-
-def run_benchmark(name, policy, args):
-    """-> what the benchmark measured, or why it did not, in words"""
-    function, _, case = BENCHMARKS[name]
-    try:
-        return function(policy, case, args, np.random.default_rng(args.seed))
-    except ModuleNotFoundError as error:
-        return f"left out: no {error.name} (pip install trl)"
-    except torch.OutOfMemoryError:
-        policy.model.zero_grad(set_to_none=True)
-        return "out of memory"
 
 
 def main():
@@ -655,42 +537,37 @@ def main():
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    print(machine(args))
     policies = {"medium": build("medium", args.device)}
     difference = largest_difference(policies["medium"], np.random.default_rng(args.seed))
-    print("rollout, update and padded batch agree on log-probabilities to "
-          f"{difference:.1e} (float32)")
+    print(f"torch {torch.__version__}, {args.device}, {args.threads} thread(s); rollout, update "
+          f"and padded batch agree on log-probabilities to {difference:.1e} (float32)")
     if difference > 1e-4:
         sys.exit("they should agree to 1e-4: the ratios would compare different things")
 
-    names = args.only or list(BENCHMARKS)
-    if args.device == "cuda":
-        names = [name for name in names if name not in OF_TINY]
     measured, rows, notes = {}, [HEADS], []
-    for name in names:
-        print(f"... {name}", file=sys.stderr)
-        model = "3B" if args.device == "cuda" else BENCHMARKS[name][1]
+    for name in args.only:
+        function, model, case = BENCHMARKS[name]
+        if args.device == "cuda":
+            model = "3B"
         if model not in policies:
             policies = {model: build(model, args.device)}    # one at a time
-        result = run_benchmark(name, policies[model], args)
-        if isinstance(result, str):
-            notes.append(f"{name}: {result}")
+        print(f"... {name}", file=sys.stderr)
+        try:
+            times, tokens = function(policies[model], case, args, np.random.default_rng(args.seed))
+        except ModuleNotFoundError as error:
+            notes.append(f"{name}: left out, no {error.name} (pip install trl)")
             continue
-        measured[name] = result
-        if "ratio" in result:
-            numbers = result["tokens_per_second"] + result["peak_mib"]
-            spread = "{:.2f} to {:.2f}".format(*result["range"])
-            rows.append([name, model, f"{result['ratio']:.2f}", spread,
-                         *(f"{number:,.0f}" for number in numbers)])
-        for case, mib in result.get("peaks", {}).items():
-            notes.append(f"peak of an update on {case} tokens: {mib:,.0f} MiB")
+        ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
+        ratio = statistics.median(ratios)
+        measured[name] = {"ratio": ratio, "ours": times[0], "theirs": times[1]}
+        speeds = [f"{tokens / statistics.median(side):,.0f}" for side in times]
+        rows.append([name, model, f"{ratio:.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}",
+                     *speeds])
     print(f"\n{table(rows)}\nmedians of {args.pairs} pairs; {GROUP} rollouts of each of "
           f"{args.questions} question(s) (rollout_1500: half), in a step of {args.step_questions}; "
-          "tokens/s: sampled ones; memory: above what was in use before", *notes, sep="\n")
+          "tokens/s: sampled ones", *notes, sep="\n")
     if args.json:
-        ratios = {name: one["ratio"] for name, one in measured.items() if "ratio" in one}
-        text = json.dumps({**ratios, "machine": machine(args), "details": measured}, indent=1)
-        Path(args.json).write_text(text + "\n")
+        Path(args.json).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
