@@ -456,45 +456,31 @@ class Policy(nn.Module):
             tokens = invert(log_probs, [rng.getrandbits(32) / 2**32 for rng in rngs])
         return tokens[:, 0].tolist(), log_probs.gather(1, tokens)[:, 0].tolist()
 
-    def token_log_probs(self, hidden, targets, temperature):
-        """Log-probabilities (N,) of `targets` (N,) after hidden states (N, hidden), with MAX_LOGITS
-        logits in memory at most."""
-        def log_probs_of(h, t):
-            return self.log_softmax(h, temperature).gather(1, t[:, None])[:, 0]
-        size = max(1, MAX_LOGITS // self.text_config.vocab_size)
-        if len(targets) <= size:
-            return log_probs_of(hidden, targets)
-        parts = []
-        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
-            parts.append(checkpoint(log_probs_of, h, t, use_reentrant=False))
-        return torch.cat(parts)
-
     def log_probs(self, groups, temperature=1.0):
         """Log-probabilities, with gradients, of every sampled token: each prompt is run once.
 
         groups: lists of Sequences, those of a list sharing one prompt. -> (N,), ordered by group,
         sequence and token"""
-        batch = pack(self, groups)
-        hidden = self.hidden_of(batch, TrainLayout(batch.lengths))               # (tokens, hidden)
-        targets = torch.tensor(batch.ids, device=self.device)[batch.targets]     # (N,)
-        return self.token_log_probs(hidden[batch.predicted_from], targets, temperature)
+        batch, lengths, targets, predicted_from = pack(self, groups)
+        hidden = self.hidden_of(batch, TrainLayout(lengths))[predicted_from]     # (N, hidden)
+        tokens = torch.tensor(batch.ids, device=self.device)[targets]            # (N,)
+
+        def log_probs_of(h, t):
+            return self.log_softmax(h, temperature).gather(1, t[:, None])[:, 0]
+        # In parts, whose logits are computed again for the gradients: few are in memory at a time.
+        size = max(1, MAX_LOGITS // self.text_config.vocab_size)
+        parts = zip(hidden.split(size), tokens.split(size), strict=True)
+        return torch.cat([checkpoint(log_probs_of, *part, use_reentrant=False) for part in parts])
 
     forward = log_probs
 
 
 @dataclass
 class PackedBatch:
-    """Chunks end to end, as one row of N tokens; ids, pictures and positions (3, length) of all.
-
-    Of training batches also: lengths, of each group: [prompt, response 1, ..., response G];
-    targets: places of the sampled tokens; predicted_from: of each the place of the token before
-    it."""
+    """Chunks end to end, as one row of N tokens; ids, pictures and positions (3, length) of all."""
     ids: list = field(default_factory=list)
     pictures: list = field(default_factory=list)
     positions: list = field(default_factory=list)
-    lengths: list = field(default_factory=list)
-    targets: list = field(default_factory=list)
-    predicted_from: list = field(default_factory=list)
 
     def add(self, policy, chunk, start):
         """Appends a Chunk, or a Sequence without its prompt, from position `start` on. -> the
@@ -507,22 +493,24 @@ class PackedBatch:
 
 
 def pack(policy, groups):
-    """Groups of Sequences -> the PackedBatch [prompt | response 1 | ... | response G] of each."""
-    batch = PackedBatch()
+    """Groups of Sequences -> the PackedBatch [prompt | response 1 | ... | response G] of each; the
+    lengths of these, a list a group; the places of the sampled tokens; and of each of these the
+    place of the token before it."""
+    batch, lengths, targets, predicted_from = PackedBatch(), [], [], []
     for group in groups:
         prompt = group[0].prompt
         after = batch.add(policy, prompt, 0)
         prompt_end = len(batch.ids) - 1
-        lengths = [len(prompt.ids)]
+        lengths.append([len(prompt.ids)])
         for sequence in group:
             first = len(batch.ids)
             batch.add(policy, sequence, after)
             places = range(first, len(batch.ids))
-            batch.targets += compress(places, sequence.sampled)
-            batch.predicted_from += compress([prompt_end, *places], sequence.sampled)
-            lengths.append(len(places))
-        batch.lengths.append(lengths)
-    return batch
+            # The first token is predicted by the prompt's last one, which all responses share.
+            targets += compress(places, sequence.sampled)
+            predicted_from += compress([prompt_end, *places], sequence.sampled)
+            lengths[-1].append(len(places))
+    return batch, lengths, targets, predicted_from
 
 
 def invert(log_probs, uniforms):
@@ -580,8 +568,8 @@ def causal_attention(q, k, v, scale):
 
 class TrainLayout:
     """Tokens (1, N), of each group [prompt | response 1 | ... | response G]. Each response is
-    computed with a copy of its prompt's K/V, a single one as its prompt's end. lengths: see
-    PackedBatch."""
+    computed with a copy of its prompt's K/V, a single one as its prompt's end. lengths:
+    see pack."""
 
     def __init__(self, lengths):
         self.lengths = [[sum(group)] if len(group) == 2 else group for group in lengths]
@@ -634,10 +622,11 @@ class ReadLayout:
             out.append(causal_attention(q, kv[:1], kv[1:], scale))
         for row in self.rows:
             q, kv = next(parts)
+            seat = own[:, row.slot, :, row.number]                               # (2, Hk, T, D)
             end = row.read + row.unread
-            own[:, row.slot, :, row.number, row.read:end] = kv
+            seat[:, :, row.read:end] = kv
             of_prompt = prompt[:, row.slot, :, :row.prompt_length]
-            kv = torch.cat([of_prompt, own[:, row.slot, :, row.number, :end]], 2)
+            kv = torch.cat([of_prompt, seat[:, :, :end]], 2)
             out.append(causal_attention(q, kv[:1], kv[1:], scale))
         return torch.cat(out, 2)
 

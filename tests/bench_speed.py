@@ -46,9 +46,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "tiny"))
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).parent / "tiny"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
@@ -504,6 +503,7 @@ BENCHMARKS = {"rollout_tiny": (time_rollout, "tiny", 16),
               "rollout_100": (time_rollout, "medium", 100),
               "rollout_400": (time_rollout, "medium", 400),
               "rollout_1500": (time_rollout, "medium", 1500),
+              "update_tiny": (time_update, "tiny", (64, 100)),
               "update_64_100": (time_update, "medium", (64, 100)),
               "update_400_150": (time_update, "medium", (400, 150)),
               "update_1500_300": (time_update, "medium", (1500, 300)),
@@ -520,7 +520,8 @@ def read_arguments():
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu",
         help="cuda: sizes of Qwen2.5-VL-3B, bfloat16 (%(default)s)")
-    add("--json", metavar="FILE", help="write ratios and seconds there, by name")
+    add("--json", metavar="FILE", 
+        help="write the ratios there, the seconds as `details`")
     add("--pairs", type=int, default=5, help="alternating pairs of runs (%(default)s)")
     add("--questions", type=int, default=8,
         help="questions of a rollout, half as many with 1500 image tokens (%(default)s)")
@@ -559,15 +560,17 @@ def main():
             continue
         ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
         ratio = statistics.median(ratios)
-        measured[name] = {"ratio": ratio, "ours": times[0], "theirs": times[1]}
-        speeds = [f"{tokens / statistics.median(side):,.0f}" for side in times]
+        medians = [statistics.median(side) for side in times]
+        measured[name] = {"ratio": ratio, "seconds": medians}
+        speeds = [f"{tokens / median:,.0f}" for median in medians]
         rows.append([name, model, f"{ratio:.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}",
                      *speeds])
     print(f"\n{table(rows)}\nmedians of {args.pairs} pairs; {GROUP} rollouts of each of "
           f"{args.questions} question(s) (rollout_1500: half), in a step of {args.step_questions}; "
           "tokens/s: sampled ones", *notes, sep="\n")
     if args.json:
-        Path(args.json).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        found = {name: one["ratio"] for name, one in measured.items()} | {"details": measured}
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
