@@ -520,7 +520,7 @@ def read_arguments():
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu",
         help="cuda: sizes of Qwen2.5-VL-3B, bfloat16 (%(default)s)")
-    add("--json", metavar="FILE", 
+    add("--json", metavar="FILE",
         help="write the ratios there, the seconds as `details`")
     add("--pairs", type=int, default=5, help="alternating pairs of runs (%(default)s)")
     add("--questions", type=int, default=8,
