@@ -352,20 +352,10 @@ class Policy(nn.Module):
 
     def pixel_values(self, pictures):
         """What the vision tower gets of some pictures: their patches, in the pictures' order,
-        (patches, channels * 2 * patch * patch) float32.
-
-        The image processor would loop over a list. Its patches run from top to bottom, so
-        neighbours of equal width are given to it as one tall image: the patches are the same."""
-        values = []
-        for width, neighbours in groupby(pictures, lambda picture: picture.image.width):
-            images = [picture.image for picture in neighbours]
-            tall, top = Image.new("RGB", (width, sum(image.height for image in images))), 0
-            for image in images:
-                tall.paste(image, (0, top))
-                top += image.height
-            out = self.image_processor(images=[tall], do_resize=False, return_tensors="pt")
-            values.append(out["pixel_values"])
-        return torch.cat(values)
+        (patches, channels * 2 * patch * patch) float32."""
+        images = [picture.image for picture in pictures]
+        out = self.image_processor(images=images, do_resize=False, return_tensors="pt")
+        return out["pixel_values"]
 
     def features(self, pictures):
         """Vision features of several pictures, each (tokens, hidden). They are computed once,
@@ -384,9 +374,8 @@ class Policy(nn.Module):
         pixels = self.pixel_values(pictures).to(self.device, self.model.dtype)
         # Those of one size are given to it as the frames of one film: it encodes each frame by
         # itself, and works out positions and windows once for all of them.
-        grids = []
-        for (_, height, width), same in groupby(picture.grid for picture in pictures):
-            grids.append((len(list(same)), height, width))
+        frames = groupby(picture.grid for picture in pictures)
+        grids = [(len(list(same)), height, width) for (_, height, width), same in frames]
         grids = torch.tensor(grids, device=self.device)
         out = self.model.model.get_image_features(pixels, grids).pooler_output
         return torch.cat(out).split([picture.tokens for picture in pictures])

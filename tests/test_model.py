@@ -308,7 +308,7 @@ SIZES = [(64, 64), (64, 64), (64, 96), (96, 64), (64, 64), (33, 47), (300, 40), 
 
 
 def test_pictures_together_are_what_the_image_processor_makes_of_each(many_sizes):
-    """Guards the one tall image: each picture's patches must be its own, bit by bit, and where the
+    """Guards the batch of images: each picture's patches must be its own, bit by bit, and where the
     text expects them; of the size that the image processor chooses, and resized in its way."""
     policy = many_sizes
     for resample in (policy.image_processor.resample, 3):
