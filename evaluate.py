@@ -432,7 +432,7 @@ def fault_of(question):
     try:
         size = question.load()[0].size
     except UserError as error:
-        return re.sub(" <_io.*?>", "", str(error))       # an address, another one each time
+        return str(error)
     if callable(question.answer):
         question.answer = question.answer(size)
     if question.kind == "point" and type(question.answer[0]) in (int, float):

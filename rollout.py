@@ -129,7 +129,7 @@ def parse(parser, *sections):
     training = "train_sft" in sections
     if training and args.model and not (args.task or args.config):
         raise UserError("--model without --task: give the file of questions to train it on")
-    alone = [name for name in ("task", "image", "serve") if vars(args).get(name)]
+    alone = [name for name in ("task", "image") if vars(args).get(name)]
     if args.config or not alone:
         # of a flag that stands twice the last one counts
         words = config_words(parser, args.config or RECIPE, sections) + words
@@ -349,7 +349,8 @@ def read_image(source, where=""):
     except UserError:
         raise
     except Exception as error:           # of many kinds: a foreign file may hold anything
-        raise UserError(f"{name}: cannot be read as an image ({error}); replace the file (formats: "
+        why = re.sub(" <_io.*?>", "", str(error))            # an address, another one each time
+        raise UserError(f"{name}: cannot be read as an image ({why}); replace the file (formats: "
                         f"{', '.join(IMAGE_FORMATS)}) or remove the row") from None
 
 
