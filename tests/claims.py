@@ -50,10 +50,19 @@ ARMS = {                                                 # name: mode, updates, 
     "zoom-no-bonus": ("zoom", WARM, "--diversity 0"),
     "zoom": ("zoom", WARM, ""),
 }
-# What keeps a policy looking when the learning rate is too high? {(bonus, KL): arm}
-COLLAPSE = {(bonus, kl): f"collapse-{bonus}-{kl}" for bonus in (0, 0.2) for kl in (0.01, 0.05)}
-ARMS |= {arm: ("zoom", WARM, f"--lr 2e-3 --diversity {bonus} --kl {kl}")
-         for (bonus, kl), arm in COLLAPSE.items()}
+# A policy that was shown no thought that points and no zoom call; the base teaches it both.
+TEACHER = "--model {novice} --teacher {base}"
+for mode in ("grounded", "zoom"):
+    ARMS |= {f"novice-{mode}-cold": (mode, COLD, "--model {novice}"),
+             f"novice-{mode}-straight": (mode, WARM, f"{TEACHER} --simulations 1 --no-backtrack"),
+             f"novice-{mode}": (mode, WARM, TEACHER)}
+# A warm start whose traces zoom once has stopped looking. What brings it back?
+# {(learning rate, bonus, KL): arm}
+COLLAPSE = {(4e-4, 0.2, 0.01): "one-look-recipe"}
+COLLAPSE |= {(1e-3, bonus, kl): f"one-look-{bonus}-{kl}"
+             for bonus in (0, 0.2) for kl in (0.01, 0.05)}
+ARMS |= {arm: ("zoom", WARM, f"--traces {{one_look}} --lr {lr} --diversity {bonus} --kl {kl}")
+         for (lr, bonus, kl), arm in COLLAPSE.items()}
 # {panel: {abscissa: arm}}; the recipe has 8 traces a question and searches 128 questions
 SCALING = {"traces a question": {2: "group-2", 4: "group-4", 8: "zoom", 16: "group-16"},
            "questions searched": {8: "searched-8", 32: "searched-32", 128: "zoom"}}
@@ -71,16 +80,27 @@ CLAIMS = (
     ("grounded over the same without points", "spatial", "accuracy", "grounded", "think-warm"),
     ("the warm start is needed", "spatial", "accuracy", "grounded", "grounded-cold"),
     ("the warm start is needed", "search", "accuracy", "zoom", "zoom-cold"),
+    ("the warm start is needed (novice)", "spatial", "accuracy", "novice-grounded",
+     "novice-grounded-cold"),
+    ("the warm start is needed (novice)", "search", "accuracy", "novice-zoom", "novice-zoom-cold"),
     ("tree search over straight traces", "spatial", "accuracy", "grounded", "straight"),
     ("tree search over straight traces", "gui", "accuracy", "grounded", "straight"),
+    ("tree search over straight traces (novice)", "spatial", "accuracy", "novice-grounded",
+     "novice-grounded-straight"),
+    ("tree search over straight traces (novice)", "search", "accuracy", "novice-zoom",
+     "novice-zoom-straight"),
     ("zoom helps where targets are alike (small)", "gui", "accuracy alike", "zoom", "grounded"),
     ("zoom helps where a target is alone (large)", "gui", "accuracy alone", "zoom", "grounded"),
     ("the bonus keeps zoom calls alive", "search", "several_crops", "zoom", "zoom-no-bonus"),
     ("the bonus makes answers right", "search", "accuracy", "zoom", "zoom-no-bonus"),
     ("GRPO amplifies regions", "search", "regions", "zoom", "zoom:sft"),
     ("SFT amplifies regions", "search", "regions", "zoom:sft", "zoom:base"),
-    ("GRPO amplifies back-tracks", "search", "backtracks", "zoom", "zoom:sft"),
-    ("SFT amplifies back-tracks", "search", "backtracks", "zoom:sft", "zoom:base"),
+    ("GRPO amplifies back-tracks (said)", "search", "backtracks", "zoom", "zoom:sft"),
+    ("SFT amplifies back-tracks (said)", "search", "backtracks", "zoom:sft", "zoom:base"),
+    ("GRPO amplifies back-tracks (done)", "search", "turns_back", "zoom", "zoom:sft"),
+    ("SFT amplifies back-tracks (done)", "search", "turns_back", "zoom:sft", "zoom:base"),
+    ("grounded back-tracks more than without points (said)", "spatial", "backtracks", "grounded",
+     "think-warm"),
     ("GRPO amplifies verifications", "search", "verifications", "zoom", "zoom:sft"),
     ("points lie on target", "spatial", "on_target", "grounded", 0.9),
     ("points lie on target", "search", "on_target", "zoom", 0.9),
@@ -114,30 +134,52 @@ class Job:
     def folder(self):
         return self.runs / self.task / self.arm / f"seed-{self.seed}"
 
-    def commands(self):
-        """-> (the training script's command line, the one that evaluates its last stage)"""
-        mode, (sft, rl), flags = ARMS[self.arm]
-        n = 512                          # held-out questions
+    @property
+    def common(self):
+        """Words of both scripts' command lines."""
+        mode = ARMS[self.arm][0]
+        return ["--config", TINY / "recipe.json", "--mode", mode, "--seed", self.seed]
+
+    def data(self, split):
+        return self.runs / "data" / f"{self.task}-{split}.jsonl"
+
+    def command(self):
+        """The training script's command line."""
+        _, (sft, rl), flags = ARMS[self.arm]
         if self.short:
-            sft, rl, n = round(sft / 35), round(rl / 35), 16
+            sft, rl = round(sft / 35), round(rl / 35)
             flags += " --search-questions 16"
             flags += " --questions 4 --update-questions 4 --group 4" if rl else ""
-        train_file, test_file = (self.runs / "data" / f"{self.task}-{split}.jsonl"
-                                 for split in ("train", "test"))
-        common = ["--config", TINY / "recipe.json", "--mode", mode, "--seed", self.seed]
-        train = ["train_rl.py" if rl else "train_sft.py", *common, "--task", train_file,
-                 "--out", self.folder, "--sft-steps", sft, *flags.split()]
+        flags = flags.format(novice=self.runs / "novice", base=TINY / "base",
+                             one_look=self.folder / "one-look.jsonl")
+        words = ["train_rl.py" if rl else "train_sft.py", *self.common, "--out", self.folder,
+                 "--task", self.data("train"), "--sft-steps", sft, *flags.split()]
         if rl:
-            train += ["--steps", rl, "--eval-task", test_file, "--n", n]
-        evaluate = ["evaluate.py", *common, "--model", self.folder / ("rl" if rl else "sft"),
-                    "--task", test_file, "--n", n, "--json", self.folder / "figures.json"]
-        return list(map(str, train)), list(map(str, evaluate))
+            words += ["--steps", rl, "--eval-task", self.data("test"), "--n", self.n]
+        return list(map(str, words))
+
+    @property
+    def n(self):
+        """Held-out questions."""
+        return 16 if self.short else 512
+
+    def evaluate(self, stage):
+        """-> the figures of a stage's policy, and the rows of its traces, with the tool"""
+        model = TINY / "base" if stage == "base" else self.folder / stage
+        path = self.folder / f"{stage}.json"
+        call("evaluate.py", *self.common, "--model", model, "--task", self.data("test"),
+             "--n", self.n, "--json", path)
+        _, *lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
+        rows = sum(map(json.loads, lines), [])       # the first line has the settings
+        return json.loads(path.read_text(encoding="utf-8")), [row for row in rows if row["tool"]]
 
     def key(self):
         """What decides the result: the command, and the files that all arms start from."""
-        files = ("recipe.json", "make_data.py", "base/model.safetensors", "base/dialogue.json")
+        files = ["recipe.json", "make_data.py", "base/model.safetensors", "base/dialogue.json"]
+        if "novice" in self.arm:
+            files.append("make_base.py")
         content = b"".join((TINY / file).read_bytes() for file in files)
-        return [*self.commands()[0], hashlib.sha1(content).hexdigest()]
+        return [*self.command(), hashlib.sha1(content).hexdigest()]
 
     def result(self):
         """What an earlier run found, or None."""
@@ -148,7 +190,8 @@ class Job:
 
 def call(script, *words):
     """Runs a script of the repository with one thread. Raises RuntimeError with its last lines."""
-    command = [sys.executable, str(REPOSITORY / script), *words]
+    command = [sys.executable, REPOSITORY / script, *words]
+    command = list(map(str, command))
     done = subprocess.run(command, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -168,27 +211,58 @@ def comparisons_true(rows):
     return mean(right) if right else None
 
 
+def turns_back(rows):
+    """Back-tracks a trace, by what it does: a zoom call to another place after a thought that says
+    the crop does not show the pattern. rows: as above"""
+    count = 0
+    for row in rows:
+        places = []
+        for turn in row["turns"]:
+            missed = re.match(r"<think>(plain|nothing)\b", turn.lower())
+            call = re.search(r'"coordinate": \[(\d+), (\d+)\]', turn)
+            place = call and tuple(map(int, call.groups()))
+            if missed and place and all(math.dist(place, other) >= 10 for other in places):
+                count += 1
+            places += [place] if place else []
+    return count / len(rows)
+
+
+def one_look(job):
+    """Writes the traces that a search finds for an arm, those alone that zoom once."""
+    folder = job.folder / "one-look"
+    call("train_sft.py", *job.common, "--task", job.data("train"), "--out", folder,
+         "--sft-steps", 1, *(["--search-questions", 16] if job.short else []))
+    lines = (folder / "search.jsonl").read_text(encoding="utf-8").splitlines()
+    spoken = [sum(message["role"] == "assistant" for message in json.loads(line)["messages"])
+              for line in lines]
+    kept = [f"{line}\n" for line, turns in zip(lines, spoken, strict=True) if turns == 2]
+    (job.folder / "one-look.jsonl").write_text("".join(kept), encoding="utf-8")
+
+
 def train(job):
     """Trains an arm from the start and keeps its result, {"stages": {stage: figures}, ...}."""
-    def read(name):
-        return (job.folder / name).read_text(encoding="utf-8")
-
     started = time.monotonic()
     shutil.rmtree(job.folder, ignore_errors=True)
-    command, evaluate = job.commands()
+    job.folder.mkdir(parents=True)
+    if "{one_look}" in ARMS[job.arm][2]:
+        one_look(job)
+    command = job.command()
     call(*command)
-    stages, accuracies = {}, []
-    last = "rl" if command[0] == "train_rl.py" else "sft"
-    if last == "rl":
-        stages = json.loads(read("summary.json"))
-        accuracies = [json.loads(line)["accuracy"] for line in read("log.jsonl").splitlines()]
+    stages, log, last = {}, [], "sft"
+    if command[0] == "train_rl.py":
+        last = "rl"
+        stages = json.loads((job.folder / "summary.json").read_text(encoding="utf-8"))
+        log = (job.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        log = [json.loads(line) for line in log]
     if last == "sft" or job.task == "spatial":
-        call(*evaluate)
-        stages[last] = json.loads(read("figures.json"))
-    if job.task == "spatial":            # of a comparison, no crop shows whether it is true
-        _, *samples = map(json.loads, read("figures.jsonl").splitlines())    # behind the settings
-        stages[last]["true_thoughts"] = comparisons_true(sum(samples, []))
-    result = {"key": job.key(), "stages": stages, "accuracies": accuracies,
+        stages[last], rows = job.evaluate(last)
+        if job.task == "spatial":        # of a comparison, no crop shows whether it is true
+            stages[last]["true_thoughts"] = comparisons_true(rows)
+    if (job.task, job.arm) == ("search", "zoom"):
+        for stage in stages:
+            stages[stage]["turns_back"] = turns_back(job.evaluate(stage)[1])
+    curves = {name: [line[name] for line in log] for name in ("accuracy", "zoom_calls")}
+    result = {"key": job.key(), "stages": stages, "curves": curves,
               "seconds": time.monotonic() - started}
     for weights in (*job.folder.rglob("*.safetensors"), *job.folder.rglob("state.pt")):
         weights.unlink()                 # results are kept, not the policies
@@ -203,7 +277,12 @@ def train_all(jobs, parallel):
     print(f"{len(jobs)} arms and seeds, {len(left)} of them to be trained", flush=True)
     for task in sorted({job.task for job in left}):
         n = "100" if left[0].short else "1200"
-        call(TINY / "make_data.py", "--task", task, "--n", n, "--out", f"{left[0].runs}/data")
+        call(TINY / "make_data.py", "--task", task, "--n", n, "--out", left[0].runs / "data")
+    novice = next((job.runs / "novice" for job in left if "novice" in job.arm), None)
+    if novice and not novice.is_dir():
+        print("making the base that was shown no dialogues", flush=True)
+        call(TINY / "make_base.py", "--no-dialogues", "--out", novice,
+             *(["--steps", 2] if left[0].short else []))
     started = time.monotonic()
     threads = ThreadPoolExecutor(parallel)
     waiting = {threads.submit(train, job): job for job in left}
@@ -267,6 +346,12 @@ def spread(figures):
     return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "-"
 
 
+def looks_again(zoom_calls):
+    """The first GRPO step at which the mean of five steps' zoom calls is above 1.3, or "never"."""
+    steps = range(5, len(zoom_calls) + 1)
+    return next((str(step) for step in steps if mean(zoom_calls[step - 5:step]) > 1.3), "never")
+
+
 def tables(results):
     """-> {title: rows of cells, the heads first}; without those of which there is nothing"""
     claims = [["claim", "task", "figure", "arm", "against", "difference", "95 %", "seeds",
@@ -278,12 +363,14 @@ def tables(results):
             other = f"{against} {theirs:.3f}" if isinstance(against, str) else f"{against}"
             claims.append([text, task, figure, f"{arm} {mine:.3f}", other, f"{middle:+.3f}",
                            f"{low:+.3f} to {high:+.3f}", n, verdict((low, high))])
-    collapse = [["bonus", "KL", "zoom calls: SFT", "GRPO", "accuracy: SFT", "GRPO"]]
-    for (bonus, kl), arm in COLLAPSE.items():
-        if ("search", arm) in results:
+    collapse = [["learning rate", "bonus", "KL", "looks again, by step", "zoom calls: SFT", "GRPO",
+                 "accuracy: SFT", "GRPO"]]
+    for settings, arm in COLLAPSE.items():
+        if by_seed := results.get(("search", arm)):
+            steps = [looks_again(result["curves"]["zoom_calls"]) for result in by_seed.values()]
             cells = [spread(figures_of(results, "search", arm + stage, figure))
                      for figure in ("zoom_calls", "accuracy") for stage in (":sft", ":rl")]
-            collapse.append([bonus, kl, *cells])
+            collapse.append([*settings, ", ".join(steps), *cells])
     sizes = [["element asked for", "px in the overview", "grounded", "zoom"]]
     for category, size in (("button | alone", "14 x 8"), ("button | alike", "14 x 8"),
                            ("icon | alone", "10 x 10"), ("icon | alike", "10 x 10")):
@@ -298,7 +385,7 @@ def tables(results):
         cells = [accuracy, *(cell.split()[0] for cell in others)]
         seconds = mean(result["seconds"] for result in by_seed.values())
         arms.append([arm, task, len(by_seed), *cells, f"{seconds:.0f}"])
-    found = {"Claims": claims, "Collapse (search, learning rate 2e-3)": collapse,
+    found = {"Claims": claims, "After a warm start that looks once (search)": collapse,
              "Accuracy by what is asked for (gui)": sizes, "Arms, after their last stage": arms}
     return {title: rows for title, rows in found.items() if len(rows) > 1}
 
@@ -333,7 +420,7 @@ def draw_scaling(path, results):
     """Accuracy against GRPO steps (training, means of 5), group size and questions searched.
 
     results: {(task, arm): {seed: result}}, of which seed 0 is drawn."""
-    steps = results["search", "zoom"][0]["accuracies"]
+    steps = results["search", "zoom"][0]["curves"]["accuracy"]
     panels = {"GRPO steps": {i + 5: mean(steps[i:i + 5]) for i in range(0, len(steps), 5)}}
     for title, arms in SCALING.items():
         panels[title] = {n: results["search", arm][0]["stages"]["rl"]["accuracy"]

@@ -79,6 +79,27 @@ def test_comparisons_are_true_of_the_thought_alone():
     assert claims.comparisons_true([row("Red.")]) is None
 
 
+def test_back_tracks_are_counted_by_what_is_done():
+    """Guards the figure from words: a zoom call to another place counts after a thought that the
+    crop shows nothing; one to the same place does not, nor a sentence that is not acted upon."""
+    def turn(thought, x, y):
+        call = f'{{"name": "search_coordinate", "arguments": {{"coordinate": [{x}, {y}]}}}}'
+        return f"<think>{thought}</think>\n<tool_call>\n{call}\n</tool_call>"
+    first, answer = turn("Card 1 at (5, 5).", 5, 5), "<think>Dotted.</think>\n<answer> dotted"
+    rows = [{"turns": [first, turn("Plain. Card 2 at (40, 9).", 40, 9), answer]},
+            {"turns": [first, turn("Nothing. That was not it. Card 1 at (6, 5).", 6, 5), answer]},
+            {"turns": [first, turn("Dotted. That was not it.", 40, 9), answer]},
+            {"turns": [first, "<think>Plain. That was not it.</think>\n<answer> dotted"]}]
+    assert claims.turns_back(rows) == 0.25
+
+
+def test_a_policy_looks_again_when_five_steps_say_so():
+    """Guards the table of what follows a warm start that looks once from a single lucky step."""
+    assert claims.looks_again([1.0] * 9 + [2.0, 1.0, 1.0]) == "never"
+    assert claims.looks_again([1.0] * 9 + [2.0] * 3) == "11"
+    assert claims.looks_again([]) == "never"
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """An empty folder of results, and files that all arms start from."""
@@ -120,14 +141,15 @@ def test_tables_are_written_and_a_reading_is_kept(tmp_path, capsys):
     assert "python tests/claims.py" in text and "Old" not in text and "It works." in text
     row, = (line for line in text.splitlines() if line.startswith("| GRPO over SFT"))
     assert "zoom 0.867" in row and "sft-answers 0.467" in row and row.count("supported") == 1
-    assert "grounded over" not in text and "Collapse" not in text
+    assert "grounded over" not in text and "looks once" not in text
     assert "It works." not in capsys.readouterr().out
 
 
 def test_scaling_is_drawn(tmp_path):
     """Guards the picture: it is written, and a better curve looks different."""
     def results(accuracy):
-        result = {"accuracies": [accuracy] * 40, "stages": {"rl": {"accuracy": accuracy}}}
+        result = {"curves": {"accuracy": [accuracy] * 40},
+                  "stages": {"rl": {"accuracy": accuracy}}}
         return {("search", arm): {0: result} for panel in SCALING.values()
                 for arm in panel.values()}
     for name, accuracy in (("low", 0.2), ("high", 0.9)):
@@ -147,7 +169,7 @@ def test_in_miniature(tmp_path, monkeypatch, capsys):
     assert "| GRPO over SFT on answers" in out and "undecided" in out
     folder = tmp_path / "short" / "spatial" / "grounded" / "seed-0"
     result = json.loads((folder / "result.json").read_text())
-    assert list(result["stages"]) == ["base", "sft", "rl"] and len(result["accuracies"]) == 1
+    assert list(result["stages"]) == ["base", "sft", "rl"] and len(result["curves"]["accuracy"]) == 1
     assert set(result["stages"]["rl"]["by"]) == {"relation", "moved"}     # claims name categories
     assert not list(folder.rglob("*.safetensors"))
     claims.main(command)
