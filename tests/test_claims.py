@@ -169,7 +169,8 @@ def test_in_miniature(tmp_path, monkeypatch, capsys):
     assert "| GRPO over SFT on answers" in out and "undecided" in out
     folder = tmp_path / "short" / "spatial" / "grounded" / "seed-0"
     result = json.loads((folder / "result.json").read_text())
-    assert list(result["stages"]) == ["base", "sft", "rl"] and len(result["curves"]["accuracy"]) == 1
+    assert list(result["stages"]) == ["base", "sft", "rl"]
+    assert len(result["curves"]["accuracy"]) == len(result["curves"]["zoom_calls"]) == 1
     assert set(result["stages"]["rl"]["by"]) == {"relation", "moved"}     # claims name categories
     assert not list(folder.rglob("*.safetensors"))
     claims.main(command)
