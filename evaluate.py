@@ -854,11 +854,12 @@ def web_question(dialogue, trajectory, intent, history=(), images=None):
 def in_words(action, state):
     """An action with its element's line in place of the number, which means another element on the
     next page: "click [BUTTON] [Add red pot]". "" where there is no such line."""
-    line = re.search(rf"^\[{action.id}\] *(\S.*)", str(state["observation"].get("text")), re.M)
-    if not line or action.name not in ("click", "hover", "clear", "type"):
+    elements = str(state["observation"].get("text"))
+    line = re.search(rf"^\[{action.id}\](.*)", elements, re.M)
+    if not line or action.name == "tab_focus":
         return ""
-    typed = f" [{action.text}]" if action.name == "type" else ""
-    return f"{action.name} {line[1]}{typed}"
+    typed = f" [{action.text}]" if action.text else ""
+    return action.name + line[1] + typed
 
 
 class WebAgent:
