@@ -1014,7 +1014,7 @@ def serve(args):
     path = Path(args.json or "runs/serve.json").with_suffix(".jsonl")
     check_output("--json", path, [".jsonl"])
     try:
-        listener = Listener(("localhost", args.serve), authkey=key)
+        listener = Listener(("localhost", args.serve), backlog=100, authkey=key)
     except (OSError, OverflowError) as error:
         raise UserError(f"--serve {args.serve}: {error}; give another port") from None
     agent = WebAgent(args.model, **vars(args))
