@@ -858,8 +858,7 @@ def in_words(action, state):
     line = re.search(rf"^\[{action.id}\](.*)", elements, re.M)
     if not line or action.name == "tab_focus":
         return ""
-    typed = f" [{action.text}]" if action.text else ""
-    return action.name + line[1] + typed
+    return action.name + line[1] + (f" [{action.text}]" if action.text else "")
 
 
 class WebAgent:

@@ -689,8 +689,7 @@ class Dialogue:
         lines = [f"\n{number}. {action}" for number, action in enumerate(done, 1)]
         parts = {"intent": shorten(intent, MAX_INTENT), "history": "".join(lines) or "None",
                  "url": url[:MAX_ACTION], "elements": shorten(elements.strip(), MAX_ELEMENTS)}
-        names = r"\{(intent|history|url|elements)\}"
-        return re.sub(names, lambda found: parts[found[1]], self.web_question)
+        return re.sub(r"{(intent|history|url|elements)}", lambda x: parts[x[1]], self.web_question)
 
     def asked(self, question):
         """A question's text, and what its answer shall look like where the text does not say it.
