@@ -395,12 +395,17 @@ def environment(monkeypatch, port):
 
 def test_serve(tiny_folder, monkeypatch, tmp_path, capsys):
     """Guards --serve: one connection after another is answered, each step is a line on the screen
-    and one in the file, and Ctrl-C ends it with a line."""
+    and one in the file; ten parts or 64 MiB are refused unread; Ctrl-C ends it with a line."""
     monkeypatch.chdir(tmp_path)
     server = Server(monkeypatch, tiny_folder, "click [4]", "?", "?", "?", KeyboardInterrupt())
     with server.connect() as line:
         assert request(line)["action"] == "click [4]"
         assert "has no attribute" in request(line, b"2", b"[]", png())["error"]
+    for count, size in ((b"10", b""), (b"2", b"\4\0\0\1")):
+        with server.connect() as line, pytest.raises((EOFError, OSError)):
+            line.send_bytes(count)
+            os.write(line.fileno(), size)
+            line.recv_bytes()
     with server.connect() as line:
         assert "no usable action in 3 tries" in request(line)["action"]
     with server.connect() as line, pytest.raises(EOFError):
@@ -411,6 +416,7 @@ def test_serve(tiny_folder, monkeypatch, tmp_path, capsys):
         {"action", "seconds", "question", "trace", "points"}, {"error"}, set(steps[0])]
     assert steps[0]["question"].startswith("OBJECTIVE: Buy") and steps[0]["points"] == [[[3, 4]]]
     out = capsys.readouterr().out.splitlines()
+    assert "".join(out).count("bad message length") == 2
     assert out[0].startswith("  settings: ") and '{"action": "click [4]"' in "".join(out)
     assert out[-1] == f"port {server.port} is closed"
 
