@@ -18,6 +18,8 @@ import math
 import os
 import random
 import re
+import socket
+import struct
 import sys
 import time
 import unicodedata
@@ -26,6 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
+from multiprocessing.connection import Listener, wait
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
 from string import punctuation
@@ -71,11 +74,8 @@ HINTS = {
     "point": "The answer is one point (x, y), in pixels of the image, between <answer> and "
              "</answer>.",
     "choice": "The answer is the letter or the text of one of the options.",
-    "action": "The answer is one of these actions, with numbers and words that fit: "
-              f"{', '.join(USAGE.values())}.",
 }
-# How to know the rows that say it. The actions are always listed: a web page that is quoted in the
-# question must not be able to suppress that.
+# How to know the rows that say it.
 SAID = {
     "point": r"\(x,\s*y\)|\[x,\s*y\]|<answer>",
     "choice": r"<answer>|\b(answer|respond|reply)\b[^.:\n]{0,40}\b(letter|text|option)",
@@ -827,17 +827,13 @@ def table(rows):
 
 # -------------------------------------------------------------------------------------- a web agent
 
-MAX_ELEMENTS, MAX_INTENT, MAX_ACTION = 12_000, 4_000, 300    # characters of each in a question
-MAX_HISTORY = 30                                             # previous actions, the latest
-
-
-def web_question(trajectory, intent, meta_data, images=None):
+def web_question(dialogue, trajectory, intent, history=(), images=None):
     """A state of VisualWebArena -> Question of kind "action", without an answer.
 
     trajectory: states and actions in turn, a state last: {"observation": {"image": uint8 array
     (height, width, 3 or 4), "text": the page's elements}, "info": {"page": with a url, or "url":
-    text}}. meta_data: {"action_history": texts}. images: PIL images of the intent's. What is too
-    long is shortened. Raises UserError where there is no screenshot."""
+    text}}. history: the actions before, in words. images: PIL images of the intent's. Raises
+    UserError where there is no screenshot."""
     try:
         state = trajectory[-1]
         observation, info = state["observation"], state.get("info") or {}
@@ -848,28 +844,21 @@ def web_question(trajectory, intent, meta_data, images=None):
                         f"array (height, width, 3 or 4) as observation['image'] ({error!r}); run "
                         "VisualWebArena with --observation_type image_som") from None
     images = [screen, *(image.convert("RGB") for image in images or [])]
-    history = [" ".join(str(action).split()) for action in meta_data.get("action_history", [])]
-    history = [action for action in history if action != "None"]    # an empty history has a "None"
-    lines = [f"{i}. {action[:MAX_ACTION]}" for i, action in enumerate(history[-MAX_HISTORY:], 1)]
-    parts = [f"OBJECTIVE: {shorten(intent, MAX_INTENT)}",
-             "PREVIOUS ACTIONS:\n" + ("\n".join(lines) or "none")]
-    url = info.get("url") or getattr(info.get("page"), "url", "")
-    elements = str(observation.get("text") or "").strip()
-    if url:
-        parts.append(f"URL: {url}"[:MAX_ACTION])
-    if elements:
-        parts.append(f"ELEMENTS:\n{shorten(elements, MAX_ELEMENTS)}")
     if len(images) > 1:
-        parts.append("The first image is the page; the others belong to the objective.")
-    return Question("\n\n".join(parts), images, "", "action", hint=HINTS["action"])
+        intent += "\nThe first image is the page; the others belong to the objective."
+    url = info.get("url") or getattr(info.get("page"), "url", "")
+    text = dialogue.web_text(intent, history, url, str(observation.get("text") or ""))
+    return Question(text, images, "", "action")
 
 
-def shorten(text, most):
-    """The first lines of a text, `most` characters at most; of a longer line its beginning."""
-    if len(text) <= most:
-        return text
-    kept = text[:most].rpartition("\n")[0] or text[:most]
-    return f"{kept}\n({len(text) - len(kept):,} characters left out)"
+def in_words(action, state):
+    """An action with its element's line in place of the number, which means another element on the
+    next page: "click [BUTTON] [Add red pot]". "" where there is no such line."""
+    elements = str(state["observation"].get("text"))
+    line = re.search(rf"^\[{action.id}\](.*)", elements, re.M)
+    if not line or action.name == "tab_focus":
+        return ""
+    return action.name + line[1] + (f" [{action.text}]" if action.text else "")
 
 
 class WebAgent:
@@ -877,48 +866,53 @@ class WebAgent:
     handed on as text.
 
     policy: a Policy, or a checkpoint's path or hub id. tries: how often an action is asked for,
-    each time with other random numbers, until one can be used. settings: flags that the scripts
-    share, such as temperature=0.5; the others are those of the family "web".
+    each time with other random numbers, until one can be used. settings: flags of this script, such
+    as temperature=0.5; the others are those of the family "web".
 
     VisualWebArena pins older versions of torch and transformers, so the agent runs in a process of
     its own, and the two exchange JSON and PNG bytes; nothing is unpickled. Both need the same
     secret in the environment, VIGORL_KEY. The agent's side, in this folder:
 
-        import os
-        from multiprocessing.connection import Listener
-        from evaluate import WebAgent
-        agent = WebAgent("CHECKPOINT")
-        key = os.environb[b"VIGORL_KEY"]
-        with Listener(("localhost", 6000), authkey=key) as listener:
-            line = listener.accept()
-            while True:
-                message, *images = [line.recv_bytes() for _ in range(int(line.recv_bytes()))]
-                line.send_bytes(agent.answer_json(message, images))
+        python evaluate.py --model CHECKPOINT --mode grounded --serve 6000
 
-    In VisualWebArena's `run.py`, with `--observation_type image_som --action_set_tag som`, instead
-    of `construct_agent(...)` (`create_id_based_action` is in its `browser_env.actions`):
+    In VisualWebArena's `run.py`, with `--observation_type image_som --action_set_tag som`, this,
+    and `agent = ViGoRL()` instead of `construct_agent(...)`:
 
-        import io, json, os
+        import io, json, os, sys
         from multiprocessing.connection import Client
         from PIL import Image
+        from browser_env.actions import create_id_based_action
 
         class ViGoRL:
-            line = Client(("localhost", 6000), authkey=os.environb[b"VIGORL_KEY"])
+            def __init__(self):
+                key = os.environb.get(b"VIGORL_KEY") or sys.exit("VIGORL_KEY is not set")
+                self.line = Client(("localhost", 6000), authkey=key)
 
             def next_action(self, trajectory, intent, meta_data, images=None, **other):
                 state, history = trajectory[-1], meta_data["action_history"]
-                message = {"intent": intent, "action_history": history,
-                           "text": state["observation"]["text"],
-                           "url": state["info"]["page"].url, "reset": history == ["None"]}
+                begins = history == ["None"]
+                message = {"intent": intent, "action_history": history, "reset": begins,
+                           "text": state["observation"]["text"], "url": state["info"]["page"].url}
                 parts = [json.dumps(message).encode()]
                 screen = Image.fromarray(state["observation"]["image"])
-                for image in [screen, *(images or [])]:
+                shown = images or [] if begins else []        # the agent keeps them for the task
+                for image in [screen, *(image.convert("RGB") for image in shown)]:
+                    if image is not screen:
+                        image.thumbnail((3600, 3600))         # what the policy sees at most
                     file = io.BytesIO()
-                    image.save(file, "PNG")
+                    image.save(file, "PNG", compress_level=1)
                     parts.append(file.getvalue())
-                for part in [b"%d" % len(parts), *parts]:
-                    self.line.send_bytes(part)
-                return create_id_based_action(json.loads(self.line.recv_bytes())["action"])
+                try:
+                    for part in [b"%d" % len(parts), *parts]:
+                        self.line.send_bytes(part)
+                    reply = json.loads(self.line.recv_bytes())
+                except (OSError, EOFError) as error:          # run.py must not go on without agent
+                    sys.exit(f"the agent is gone: {error!r}")
+                if "error" in reply:
+                    raise ValueError(reply["error"])          # run.py ends this task with it
+                action = create_id_based_action(reply["action"])
+                action["raw_prediction"] = reply["trace"]
+                return action
 
             def reset(self, test_config_file): pass
             def set_action_set_tag(self, tag): pass
@@ -929,9 +923,10 @@ class WebAgent:
         if mode != "zoom":
             parser.set_defaults(**SINGLE_TURN)
         self.args = parser.parse_args([f"--mode={mode}"])
+        vars(self.args).update(training=False, max_image_side=None, family="")
         if unknown := settings.keys() - vars(self.args).keys():
             raise TypeError(f"no such settings: {', '.join(sorted(unknown))}")
-        vars(self.args).update(settings, training=False, family="web")
+        vars(self.args).update(settings, family="web")
         settle(self.args, training=False)
         checkpoint = "" if isinstance(policy, Policy) else str(policy)
         if checkpoint:
@@ -942,28 +937,39 @@ class WebAgent:
         self.reset()
 
     def reset(self, test_config_file=None):
-        """A new task begins: its random numbers do not depend on the tasks before."""
+        """A new task begins: what the agent does in it does not depend on the tasks before."""
         self.asked = 0
+        self.done = {}           # number of a step: its action in words
+        self.intent_images = []
 
     def set_action_set_tag(self, tag):
         """Part of the interface. Actions are written with the elements' numbers in any case."""
 
     def next_action(self, trajectory, intent, meta_data, images=None, output_response=False):
-        """See `web_question` for what comes in. -> one action, such as "click [12]"
+        """See `web_question` for what comes in; meta_data: {"action_history": texts}, of which the
+        agent's own are told with the elements' names. -> one action, such as "click [12]"
 
         Where no try gives one it is "stop [...]", with the reason. output_response: print the
         traces. Raises UserError where there is no screenshot."""
-        question = web_question(trajectory, intent, meta_data, images)
+        # an empty history has a "None"
+        before = [str(one) for one in meta_data.get("action_history", []) if one != "None"]
+        history = [self.done.get(step) or action for step, action in enumerate(before)]
+        question = web_question(self.dialogue, trajectory, intent, history, images)
+        page = question.images[0]
+        if page.width * page.height > self.policy.image_processor.size["longest_edge"]:
+            tokens = self.policy.picture(page).tokens
+            print(f"a page of {page.width}x{page.height} px makes {tokens:,} image tokens")
         sampling = sampling_of(self.args)
         for _ in range(self.tries):
             self.asked += 1
             seed = f"web {self.args.seed} {self.asked}"
-            [[trace]] = rollout(self.policy, [question], self.dialogue, 1, [seed], **sampling)
+            [[self.trace]] = rollout(self.policy, [question], self.dialogue, 1, [seed], **sampling)
             if output_response:
-                print(visible(trace.text()), flush=True)
+                print(visible(self.trace.text()), flush=True)
             try:
-                action = parse_action(trace.answer or "")
+                action = parse_action(self.trace.answer or "")
                 if action.text.strip() or action.name not in ("type", "press", "goto"):
+                    self.done[len(before)] = in_words(action, trajectory[-1])
                     return str(action)
                 why = f"there is nothing to {action.name}"
             except ValueError as error:
@@ -976,17 +982,66 @@ class WebAgent:
 
         message: a JSON object with the "intent", the "action_history", the "text" (the page's
         elements), the "url", and "reset": true where a new task begins. images: PNG files as bytes,
-        the screenshot first. -> bytes, a JSON object with the "action", or with an "error"."""
+        the screenshot first; behind it the intent's, which are kept until the next task begins.
+        -> bytes, a JSON object with the "action", the "seconds", the "question", the "trace" and
+        its "points" (px of the model input), or with an "error"."""
+        started = time.monotonic()
         try:
             request = parse_json(message)
             screen, *others = [read_image(image) for image in images]
             if request.get("reset"):
                 self.reset()
+            self.intent_images = others or self.intent_images
             state = {"observation": request | {"image": screen}, "info": request}
-            reply = {"action": self.next_action([state], str(request["intent"]), request, others)}
+            action = self.next_action([state], str(request["intent"]), request, self.intent_images)
+            reply = {"action": action, "seconds": round(time.monotonic() - started, 2),
+                     "question": self.dialogue.asked(self.trace.question),
+                     "trace": "\n".join(turn.text for turn in self.trace.turns),
+                     "points": [turn.points for turn in self.trace.turns]}
         except Exception as error:                     # a foreign message may hold anything
             reply = {"error": repr(error)}
         return json.dumps(reply).encode()
+
+
+def serve(args):
+    """Answers VisualWebArena on a port of this machine, one connection after another, and appends
+    what was asked and answered to a file, until Ctrl-C. What is no request as `WebAgent` describes
+    it ends a connection, never the server. Raises UserError."""
+    key = os.environb.get(b"VIGORL_KEY")
+    if not key:
+        raise UserError("VIGORL_KEY is not set; give both sides the same secret in it")
+    path = Path(args.json or "runs/serve.json").with_suffix(".jsonl")
+    check_output("--json", path, [".jsonl"])
+    try:
+        listener = Listener(("localhost", args.serve), backlog=100, authkey=key)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--serve {args.serve}: {error}; give another port") from None
+    agent = WebAgent(args.model, **vars(args))
+    print(describe_settings(agent.args), agent.dialogue.describe(), sep="\n")
+    print(f"port {args.serve} is open, steps go to {path}; Ctrl-C ends it")
+    port = listener._listener._socket
+    # s of silence, before the key is shown or in the middle of a message, that end a connection
+    port.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 10, 0))
+    with open(path, "ab", buffering=0) as log, listener, suppress(KeyboardInterrupt):
+        while wait([port]):
+            try:
+                with listener.accept() as line:
+                    while line.poll(None):
+                        answer_request(agent, line, log)
+            except Exception as error:                 # a foreign client may do anything
+                print(f"a connection ended: {visible(repr(error))}")
+    print(f"port {args.serve} is closed")
+
+
+def answer_request(agent, line, log):
+    """Reads a request: how many parts it has, a digit, and the parts, the message first; answers.
+    Raises whatever a connection can."""
+    parts = range(int(line.recv_bytes(maxlength=1)))
+    message, *images = [line.recv_bytes(maxlength=2**26) for _ in parts]
+    reply = agent.answer_json(message, images)
+    log.write(reply + b"\n")
+    print(visible(reply.decode(), 150))
+    line.send_bytes(reply)
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -1120,6 +1175,7 @@ def make_parser():
     add("--question", default="", help="what to ask about --image")
     add("--save", default="", help="draw the (first) trace to this PNG file")
     add("--report", default="", help="HTML file for figures and traces")
+    add("--serve", type=whole(1), help="be the agent of VisualWebArena on this port")
     return parser
 
 
@@ -1146,6 +1202,8 @@ def main():
             check_output(f"--{name}", vars(args)[name], endings)
     if bool(args.image) != bool(args.question):
         raise UserError("--image and --question go together")
+    if args.serve:
+        return serve(args)
     settle(args, training=False)
     policy = load(args.model, **input_limits(args))
     dialogue = make_dialogue(args, args.model, policy)

@@ -131,6 +131,7 @@ USAGE = {
     "click": "click [12]",
     "type": "type [12] [text] [1]",
     "hover": "hover [12]",
+    "clear": "clear [12]",
     "press": "press [Control+v]",
     "scroll": "scroll [down]",
     "goto": "goto [url]",
@@ -145,15 +146,14 @@ NAME = re.compile(r"([A-Za-z_]{0,20})\s*(.*)", re.DOTALL)    # and what follows 
 ID = r"\[\s*(?P<id>[0-9]{1,9})\s*\]"
 TEXT = r"\[(?P<text>.*)\]"
 ENTER = r"\[\s*(?:press_enter_after\s*=\s*)?(?P<enter>[01])\s*\]"
-ARGUMENTS = {        # what follows the name; nothing where it is not here
-    "click": ID,
-    "hover": ID,
-    "tab_focus": ID,
-    "type": rf"{ID}\s*\[(?P<text>.*?)\]\s*(?:{ENTER})?",
-    "press": TEXT,
-    "goto": TEXT,
-    "scroll": r"\[?\s*(?i:direction\s*=\s*)?(?P<text>(?i:up|down))\s*\]?",
-    "stop": rf"(?:{TEXT})?",
+MORE = r"[^\[\]]*"   # "click [3].", "stop [red] is the answer"; brackets could be another action's
+# what follows the name; nothing, or "[]", where it is not here
+ARGUMENTS = dict.fromkeys(("click", "hover", "clear", "tab_focus"), ID + MORE) | {
+    "type": rf"{ID}\s*\[(?P<text>.*?)\]\s*(?:{ENTER}{MORE})?",
+    "press": TEXT + MORE,
+    "goto": TEXT + MORE,
+    "scroll": rf"\[?\s*(?i:direction\s*=\s*)?(?P<text>(?i:up|down))\s*\]?{MORE}",
+    "stop": rf"(?:{TEXT}{MORE})?",
 }
 
 
@@ -171,7 +171,7 @@ class Action:
         """As VisualWebArena reads it: in one line, and with whether Enter follows."""
         text = " ".join(self.text.split())
         match self.name:
-            case "click" | "hover" | "tab_focus":
+            case "click" | "hover" | "clear" | "tab_focus":
                 return f"{self.name} [{self.id}]"
             case "type":
                 return f"type [{self.id}] [{text}] [{int(self.enter)}]"
@@ -184,7 +184,8 @@ def parse_action(text):
     """"type [5] [red shoes] [0]" -> Action("type", 5, "red shoes", False).
 
     The text in brackets may hold brackets, new lines or another action. Backticks around the action
-    are taken off. Raises ValueError, with how it should be written."""
+    are taken off, and words behind it, as in VisualWebArena. Raises ValueError, with how it should
+    be written."""
     text = text.strip()
     for fence in ("```", "`"):
         text = re.sub(f"^{fence}(.+){fence}$", r"\1", text, flags=re.DOTALL).strip()
@@ -192,7 +193,7 @@ def parse_action(text):
     name = name.lower()
     if name not in USAGE:
         raise ValueError(f"no such action: {text[:60]!r}; there are {', '.join(USAGE)}")
-    found = re.fullmatch(ARGUMENTS.get(name, ""), rest, re.DOTALL)
+    found = re.fullmatch(ARGUMENTS.get(name, r"(?:\[\s*\])?"), rest, re.DOTALL)
     if not found:
         raise ValueError(f"write {USAGE[name]!r}, not {text[:60]!r}")
     parts = found.groupdict()

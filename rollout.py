@@ -129,7 +129,7 @@ def parse(parser, *sections):
     training = "train_sft" in sections
     if training and args.model and not (args.task or args.config):
         raise UserError("--model without --task: give the file of questions to train it on")
-    alone = [name for name in ("task", "image") if vars(args).get(name)]
+    alone = [name for name in ("task", "image", "serve") if vars(args).get(name)]
     if args.config or not alone:
         # of a flag that stands twice the last one counts
         words = config_words(parser, args.config or RECIPE, sections) + words
@@ -600,6 +600,18 @@ SYSTEM_PROMPTS = {
         "</tool_call>, which shows you a close-up of it, or finish with <answer> your answer "
         "</answer>. Look elsewhere when a close-up does not show what you need.",
 }
+WEB_QUESTION = "OBJECTIVE: {intent}\n\nPREVIOUS ACTIONS: {history}\n\nIMAGE:"
+WEB_ACTIONS = ["click [12]", "type [12] [text]", "scroll [down]", "go_back", "stop [answer]"]
+MAX_ELEMENTS, MAX_INTENT, MAX_ACTION = 12_000, 4_000, 300    # characters of each in a web question
+MAX_HISTORY = 30                                             # previous actions, the latest
+
+
+def shorten(text, most):
+    """The first lines of a text, `most` characters at most; of a longer line its beginning."""
+    if len(text) <= most:
+        return text
+    kept = text[:most].rpartition("\n")[0] or text[:most]
+    return f"{kept}\n({len(text) - len(kept):,} characters left out)"
 
 
 @dataclass
@@ -614,11 +626,15 @@ class Dialogue:
     after the last call. forced_answer: then written for the policy, as the beginning of its turn.
     hints: say what an answer shall look like where the question does not. coordinates: of the model
     input ("input"), or, as in the public code, of the image scaled to at most max_pixels, before
-    its sides are rounded to whole tokens ("unrounded").
+    its sides are rounded to whole tokens ("unrounded"). web_question: of the text of a question for
+    a web action, with {intent}, {history} and, for policies that read them, {url} and {elements}.
+    web_actions: those that the hint of such a question names.
 
     The wording of the authors' checkpoints is in Gabesarch/grounded-rl: system prompts in
-    scripts/evaluation/eval_multiturn.sh, observations and the request for the answer in
-    src/vlmsearch/models/qwen_vllm.py; their coordinates are "unrounded"."""
+    scripts/evaluation/eval_multiturn.sh, for the web in web_action_grounded_thinking.jinja and
+    web_action_naive_grpo.jinja of src/trainer/rl/examples/format_prompt; observations and the
+    request for the answer in src/vlmsearch/models/qwen_vllm.py; their coordinates are
+    "unrounded"."""
     mode: str = "zoom"
     tool: bool = True
     system_prompts: dict = field(default_factory=lambda: dict(SYSTEM_PROMPTS))
@@ -633,6 +649,8 @@ class Dialogue:
     crop_size: int = 672
     crop_dot: bool = False
     max_crops: int = 4
+    web_question: str = WEB_QUESTION
+    web_actions: list = field(default_factory=lambda: list(WEB_ACTIONS))
 
     def __post_init__(self):
         """Its parts may come from a file. Raises TypeError or ValueError."""
@@ -644,6 +662,8 @@ class Dialogue:
                 raise ValueError(f"'system_prompts' has to have texts, by {', '.join(MODES)}")
         if self.coordinates not in ("input", "unrounded"):
             raise ValueError("'coordinates' has to be 'input' or 'unrounded'")
+        if not all(type(action) is str for action in self.web_actions):
+            raise ValueError("'web_actions' has to be a list of texts")
         bounds = {"crop_half": (1, 100_000), "crop_size": (1, 4096), "max_crops": (0, 100)}
         for name, (least, most) in bounds.items():
             if not least <= getattr(self, name) <= most:
@@ -662,14 +682,29 @@ class Dialogue:
         settings = "  ".join(f"{name}={value!r}" for name, value in parts.items())
         return indented(f"dialogue: {settings}")
 
+    def web_text(self, intent, history=(), url="", elements=""):
+        """The text of a question for a web action, in a row as in an agent's step. What is too long
+        is shortened. history: the actions before, in words; elements: the page's, a line each."""
+        done = [" ".join(action.split())[:MAX_ACTION] for action in history[-MAX_HISTORY:]]
+        lines = [f"\n{number}. {action}" for number, action in enumerate(done, 1)]
+        parts = {"intent": shorten(intent, MAX_INTENT), "history": "".join(lines) or "None",
+                 "url": url[:MAX_ACTION], "elements": shorten(elements.strip(), MAX_ELEMENTS)}
+        return re.sub(r"{(intent|history|url|elements)}", lambda x: parts[x[1]], self.web_question)
+
+    def asked(self, question):
+        """A question's text, and what its answer shall look like where the text does not say it.
+        Web actions are always listed: a page that is quoted must not be able to suppress that."""
+        hint = question.hint
+        if question.kind == "action" and self.web_actions:
+            hint = ("The answer is one of these actions, with numbers and words that fit: "
+                    f"{', '.join(self.web_actions)}.")
+        return f"{question.text}\n{hint}" if self.hints and hint else question.text
+
     def prompt(self, policy, question):
         """-> the Chunk after which the policy speaks, and the Frames of the question's images."""
         images = question.load()
-        text = question.text
-        if self.hints and question.hint:
-            text += "\n" + question.hint
         content = [{"type": "image"}] * len(images)
-        content.append({"type": "text", "text": policy.clean(text)})
+        content.append({"type": "text", "text": policy.clean(self.asked(question))})
         messages = [{"role": "user", "content": content}]
         if system := self.system_prompts.get(self.mode):
             messages.insert(0, {"role": "system", "content": system})
