@@ -18,8 +18,8 @@ Departures from the paper's public code:
   nothing, [ 12.5 , 40 ] does. Two years are no point (`is_period`).
 - Answers are compared in full, after one normalisation of both sides. A part is no match, so it
   never pays to list all options.
-- A web action is parsed from the left, and all of it. Typed text is compared, and "stop [x]" inside
-  of it is only text.
+- A web action is parsed from the left, and only words may follow it. Typed text is compared, and
+  "stop [x]" inside of it is only text.
 """
 import math
 import re

@@ -347,9 +347,7 @@ def in_a_line(text):
 
 def messages_of(dialogue, question, texts):
     """A chain as chat messages, the release's form: "<image>" stands where images are."""
-    asked = "<image>" * len(question.images) + question.text
-    if dialogue.hints and question.hint:
-        asked += "\n" + question.hint
+    asked = "<image>" * len(question.images) + dialogue.asked(question)
     messages = [{"role": "user", "content": asked}]
     if system := dialogue.system_prompts.get(dialogue.mode):
         messages.insert(0, {"role": "system", "content": system})

@@ -245,7 +245,7 @@ def test_every_action_of_visualwebarena(text, action):
     "click [12", "click [１２]", "click [12] [13]", "click [12]\nclick [13]", "I click [12]",
     "clicking [12]", "click [" + "9" * 5000 + "]", "type [5]", "type [red]", "type [5] red",
     "type [5] [red", "type [5] ] [1]", "scroll", "scroll [left]", "press", "goto", "goto http://a",
-    "go_back [1]", "new_tab now", "tab_focus []", "stop red", "[stop]", "stop [red] now",
+    "go_back [1]", "new_tab now", "tab_focus []", "stop red", "[stop]",
     "__import__('os')", "\0"])
 def test_what_is_no_action_is_an_error_in_words(text):
     """Half-read actions were taken for full ones; the message says what to write instead."""
