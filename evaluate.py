@@ -20,7 +20,6 @@ import os
 import random
 import re
 import sys
-import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -126,11 +125,11 @@ def scored_by(text, answer, label=False):
     Four whole numbers are a box that a point has to hit, a web action is an action. The letter or
     the text of one of the question's options is a choice, and is kept as it is written; where
     `label` is set, a letter is never an option's text. All else ("yes", too) is a string."""
-    if type(answer) not in (str, int, float, list) or answer != answer:     # NaN is not itself
+    if type(answer) not in (str, int, float, list) or answer in (math.inf, -math.inf):
         answer = ""
     in_list, answer = isinstance(answer, list), str(answer).strip()
     plain = normalise(answer)
-    if not answer:
+    if answer == "nan" or not any(map(str.isprintable, answer)):
         raise Unusable("it has no answer in words")
     if BOX.fullmatch(plain):
         corners = list(map(int, re.findall(r"\d+", plain)))
@@ -202,17 +201,19 @@ def read_vstar(row):
 def read_robospatial(row):
     """Yes or no; in the category "context" a polygon in [0, 1], and a question that asks for points
     in [0, 1], too: that sentence is left out, for points are in px here."""
-    text, answer = ASKS_FOR_SHARES.sub("", row["question"]), row["answer"]
+    category = row["category"]
+    text = ASKS_FOR_SHARES.sub("", row["question"])
+    answer = row["answer"]
     if answer[0] not in "[(":
-        category = f"{ROBOSPATIAL}, yes or no{FACET}{row['category']}"
+        category = f"{ROBOSPATIAL}, yes or no{FACET}{category}"
         return Question(text, row["img"], answer, category=category)
     corners = parse_points(answer)
     values = sum(corners, ())
     in_shares = all(0 <= value <= 1 for value in values)
     if len(corners) < 3 or not in_shares or answer.count(",") != len(values) - 1:
         raise Unusable("its answer is no polygon in [0, 1]")
-    return Question(text, row["img"], partial(scaled_to, corners), "point",
-                    category=f"{ROBOSPATIAL}, {row['category']}")
+    category = f"{ROBOSPATIAL}, {category}"
+    return Question(text, row["img"], partial(scaled_to, corners), "point", category=category)
 
 
 def read_element(row, answer, category=""):
@@ -253,7 +254,7 @@ def read_hr_bench(row):
         raise Unusable(f"its answer, {answer}, is none of its 4 options")
     lines = map("({}) {}".format, "ABCD", options)
     text = "\n".join([row["question"], *lines])
-    image = row["image"] and f"data:image/jpeg;base64,{row['image']}"
+    image = f"data:image/jpeg;base64,{row['image']}"
     category = f"{row['category']}{FACET}cycle {row['cycle_category']}"
     return Question(text, image, answer, "choice", tuple(options), category=category)
 
@@ -261,18 +262,17 @@ def read_hr_bench(row):
 # A file has the format of its first row that has all the fields of one. The format says what the
 # numbers of a box mean, never the numbers. family: of the settings; "": it depends on the answers.
 FORMATS = (    # name, family, fields, reader
-    ("ViGoRL SFT", "", ("messages", "images"), read_sft),
-    ("ViGoRL evaluation or search", "", ("conversations",), read_conversation),
-    ("VisualProbe", "search", ("problem", "solution"), partial(read_problem, answer="solution")),
-    ("ViGoRL RL", "", ("problem", "answer"), partial(read_problem, answer="answer")),
-    ("V*Bench", "search", ("text", "label", "category"), read_vstar),
-    ("RoboSpatial-Home", "spatial", ("question", "answer", "img"), read_robospatial),
-    ("ScreenSpot-Pro", "gui", ("img_filename", "bbox", "instruction", "ui_type"),
-     read_screenspot_pro),
-    ("ScreenSpot or ScreenSpot-V2", "gui", ("img_filename", "bbox", "instruction", "data_source"),
+    ("ViGoRL SFT", "", "messages, images", read_sft),
+    ("ViGoRL evaluation or search", "", "conversations", read_conversation),
+    ("VisualProbe", "search", "problem, solution", partial(read_problem, answer="solution")),
+    ("ViGoRL RL", "", "problem, answer", partial(read_problem, answer="answer")),
+    ("V*Bench", "search", "text, label, category", read_vstar),
+    ("RoboSpatial-Home", "spatial", "question, answer, img", read_robospatial),
+    ("ScreenSpot-Pro", "gui", "img_filename, bbox, instruction, ui_type", read_screenspot_pro),
+    ("ScreenSpot or ScreenSpot-V2", "gui", "img_filename, bbox, instruction, data_source",
      read_screenspot),
-    ("OS-Atlas", "gui", ("img_filename", "bbox", "instruction"), read_os_atlas),
-    ("HR-Bench", "search", ("question", "A", "B", "C", "D", "cycle_category"), read_hr_bench),
+    ("OS-Atlas", "gui", "img_filename, bbox, instruction", read_os_atlas),
+    ("HR-Bench", "search", "question, A, B, C, D, cycle_category", read_hr_bench),
 )
 
 
@@ -280,9 +280,9 @@ def find_format(row):
     """The line of FORMATS for a row. Raises Unusable."""
     names = set(row) if isinstance(row, dict) else set()
     for line in FORMATS:
-        if names.issuperset(line[2]):
+        if names.issuperset(line[2].split(", ")):
             return line
-    known = "; ".join(f"{name} ({', '.join(fields)})" for name, _, fields, _ in FORMATS)
+    known = "; ".join(f"{name} ({fields})" for name, _, fields, _ in FORMATS)
     seen = ", ".join(sorted(map(str, names))) or "(none)"
     raise Unusable(f"unknown format, its fields are {seen}. Known are: {known}")
 
@@ -417,12 +417,14 @@ def place_images(file, folder, image_root):
     questions = file[:]
     file.clear()
     for question in questions:
-        question.images = [image if image.startswith("data:") else root / image
-                           for image in question.images]
-        outside = [image for image in question.images if isinstance(image, Path)
-                   and not os.path.abspath(image).startswith(inside)]
+        outside = None
+        for i, name in enumerate(question.images):
+            if not name.startswith("data:"):
+                path = question.images[i] = root / name
+                if not os.path.abspath(path).startswith(inside):
+                    outside = path
         if outside:
-            file.skipped.append(f"{question.where}: {outside[0]} lies outside of {root}; give as "
+            file.skipped.append(f"{question.where}: {outside} lies outside of {root}; give as "
                                 "--image-root a folder above it")
         else:
             file.append(question)
@@ -642,14 +644,15 @@ def true_thoughts(trace):
 def names_in(crop, regions):
     """{name} of the most central region that can be read in a crop, or {}. All boxes are in px of
     the original."""
+    x1, y1, x2, y2 = crop
     found = []
     for region in regions:
         left, top, right, bottom = region["box"]
-        width = min(right, crop[2]) - max(left, crop[0])
-        height = min(bottom, crop[3]) - max(top, crop[1])
+        width = min(right, x2) - max(left, x1)
+        height = min(bottom, y2) - max(top, y1)
         if width >= READABLE * (right - left) and height >= READABLE * (bottom - top):
-            across = abs(left + right - crop[0] - crop[2])
-            down = abs(top + bottom - crop[1] - crop[3])
+            across = abs(left + right - x1 - x2)
+            down = abs(top + bottom - y1 - y2)
             found.append((max(across, down), region["name"].casefold()))
     return {min(found)[1]} if found else set()
 
@@ -687,12 +690,10 @@ def evaluate(policy, questions, dialogue, seed, *, samples=1, done=(), path=None
         first = begin + rank() * QUESTIONS_A_BLOCK
         mine = []
         for part in usable(left[first:first + QUESTIONS_A_BLOCK]):
-            started = time.monotonic()
             seeds = [f"evaluation {seed} {question.key}" for question in part]
             groups = rollout(policy, part, dialogue, samples, seeds, **sampling)
-            seconds = (time.monotonic() - started) / (len(part) * samples)
-            more = {"tool": dialogue.tool, "seconds": seconds}
-            mine += [[row_of(trace) | more for trace in traces] for traces in groups]
+            for traces in groups:
+                mine.append([row_of(trace) | {"tool": dialogue.tool} for trace in traces])
             kept += [traces[0] for traces in groups[:keep - len(kept)]]
         new = sum(gather(mine), [])
         if path and rank() == 0:
@@ -705,9 +706,7 @@ def evaluate(policy, questions, dialogue, seed, *, samples=1, done=(), path=None
     found = [answers[question.key] for question in questions if question.key in answers]
     if not found:
         raise UserError(f"none of {len(questions)} questions can be asked, see above")
-    seconds = sum(row["seconds"] for rows in found for row in rows)
-    counts = {"minutes": seconds / 60, "skipped": len(questions) - len(found)}
-    return figures(found) | counts, kept
+    return figures(found) | {"skipped": len(questions) - len(found)}, kept
 
 
 def read_answers(path, settings):
@@ -1021,11 +1020,7 @@ pre {{ white-space: pre-wrap; font: inherit; border-left: 3px solid #8888; paddi
 summary {{ cursor: pointer; font-weight: bold }}
 </style>
 <h1>{title}</h1>
-{table}
-<div class="grid">{curves}</div>
-<details><summary>settings</summary>{settings}</details>
-<details><summary>a search tree</summary><div class="wide"><pre>{tree}</pre></div></details>
-{questions}
+{body}
 </html>
 """
 
@@ -1035,15 +1030,26 @@ def write_report(path, title, settings, log_rows, table_rows, tree, traces):
 
     settings: {name: value}. log_rows: dicts with a "step" and figures, of which curves are drawn.
     table_rows: lists of cells, the heads first. tree: text of a search tree. traces: {stage: its
-    Traces}, of the same questions in the same order; they are shown side by side."""
+    Traces}, of the same questions in the same order; they are shown side by side, by how the last
+    stage's ended."""
     in_force = [pair for pair in settings.items() if pair[1] not in (None, "")]
     names = dict.fromkeys(name for row in log_rows for name in row if name != "step")
-    curves = [curve(name, log_rows) for name in names]
-    questions = [html_question(zip(traces, row, strict=True))
-                 for row in zip(*traces.values(), strict=True)]
-    write_text(path, PAGE.format(title=shown(title), table=html_table(table_rows),
-                                 curves="\n".join(curves), settings=html_table(in_force),
-                                 tree=shown(tree), questions="\n".join(questions)))
+    charts = [curve(name, log_rows) for name in names]
+    parts = [html_table(table_rows), '<div class="grid">', *charts, "</div>",
+             folded("settings", html_table(in_force))]
+    if tree:
+        parts.append(folded("a search tree", f'<div class="wide"><pre>{shown(tree)}</pre></div>'))
+    by_state = {}
+    for row in zip(*traces.values(), strict=True):
+        question = html_question(zip(traces, row, strict=True))
+        by_state.setdefault(state_of(row[-1]), []).append(question)
+    for state, questions in by_state.items():
+        parts.append(folded(f"{state} ({len(questions)})", "\n".join(questions), "open"))
+    write_text(path, PAGE.format(title=shown(title), body="\n".join(parts)))
+
+
+def folded(title, content, state=""):
+    return f"<details {state}><summary>{title}</summary>\n{content}\n</details>"
 
 
 def shown(text):
@@ -1133,16 +1139,14 @@ def eval_flags(parser):
     parser.add_argument("--n", type=whole(1), help="questions of an evaluation (None: all)")
 
 
-def check_output(flag, path, endings):
+def check_output(flag, path, *endings):
     """Raises UserError where a file that is to be written at the end cannot be written."""
-    if not path:
-        return
-    path, part = Path(path), Path(f"{path}.part")
+    part = Path(f"{path}.part")
+    good = path.endswith(endings) and not os.path.isdir(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
         part.unlink(missing_ok=True)
-        good = path.suffix in endings and not path.is_dir()
     except (OSError, ValueError):
         good = False
     if not good:
@@ -1152,8 +1156,10 @@ def check_output(flag, path, endings):
 
 def main():
     args = parse(make_parser(), "rollout", "evaluate")
-    check_output("--json", args.json, [".json"])
-    check_output("--save", args.save, [".png", ".jpg", ".html"])
+    if args.json:
+        check_output("--json", args.json, ".json")
+    if args.save:
+        check_output("--save", args.save, ".png", ".jpg", ".html")
     if bool(args.image) != bool(args.question):
         raise UserError("--image and --question go together")
     settle(args, training=False)
@@ -1195,7 +1201,7 @@ def evaluate_task(policy, dialogue, args, sampling):
     if args.json:
         path = Path(args.json).with_suffix(".jsonl")
         lock = open_lock(path.with_suffix(".lock"), "--json")
-        done = read_answers(path, {} if rank() else settings_of(args, dialogue))
+        done = read_answers(path, {} if rank() else answer_settings(args, dialogue))
     run = partial(evaluate, policy, questions, seed=args.seed, samples=args.samples, done=done,
                   path=path, **sampling)
     keep = PAGE_TRACES if args.save.endswith(".html") else 1
@@ -1230,17 +1236,17 @@ def open_lock(path, flag):
     return lock
 
 
-def settings_of(args, dialogue):
+def answer_settings(args, dialogue):
     """All that decides an answer; the questions may come and go. -> {name: value}, for JSON"""
     not_counted = ("json", "save", "config", "n", "tool")
     settings = {name: value for name, value in vars(args).items() if name not in not_counted}
-    digest = hashlib.sha1()
+    settings["dialogue"] = dialogue.to_json()
     # another checkpoint may come to lie under the name of this one
     folder = Path(cached_file(args.model, "config.json")).parent
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha1").digest())
-    return settings | {"dialogue": dialogue.to_json(), "sha1_of_weights": digest.hexdigest()}
+        with path.open("rb") as file:
+            settings[f"sha1 of {path.name}"] = hashlib.file_digest(file, "sha1").hexdigest()
+    return settings
 
 
 if __name__ == "__main__":

@@ -298,7 +298,8 @@ def test_visual_probe(data):
     ("C", None), ("E.", None), ("（Ｄ）", None), ("c。", None)])
 @pytest.mark.parametrize("text", [
     "Which?\n(A) red\n(B) blue", "Which?\n（A）red （B）blue", "Which?\nＡ．red\nＢ．blue",
-    "Which?\nA、red\nB、blue\nAnswer A or B。", "（Ａ）red，（Ｂ）blue。Please answer（A）or（B）。"])
+    "Which?\nA、red\nB、blue\nAnswer A or B。",
+    "（Ａ）red，（Ｂ）blue。Please answer（A）or（B）。"])
 def test_truths_as_the_policy_writes_them(text, truth, answer):
     """Guards a truth read as a text that no answer equals, though an answer in that form counts;
     in narrow letters and in wide ones."""
@@ -314,7 +315,8 @@ def test_truths_as_the_policy_writes_them(text, truth, answer):
 
 
 @pytest.mark.parametrize("truth", [[20, 30, 40, 40], "20, 30, 40, 40", "[20, 30, 40, 40]",
-                                   "（20，30，40，40）", "２０, ３０, ４０, ４０", "(20,30,40,40)."])
+                                   "（20，30，40，40）", "２０, ３０, ４０, ４０",
+                                   "(20,30,40,40)."])
 def test_boxes_in_any_brackets(data, truth):
     """Guards a box in JSON refused, and one without brackets taken for a text."""
     question = read(data("a.jsonl", [POINT_RL | {"answer": truth}]))[0]
