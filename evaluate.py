@@ -328,7 +328,7 @@ def first_of(row, names, default):
 
 # --------------------------------------------------------------------------------- data sets: files
 
-READ_AT_ONCE = 8               # questions whose images are read at a time
+READ_AT_ONCE = 4               # questions whose images are read at a time
 PIXELS_IN_MEMORY = 2**28       # about, of images that are loaded at a time: 768 MiB
 ROOTS = (".", "images", "../images", "..", "../..")    # of images, from the file's folder
 
@@ -683,8 +683,8 @@ def evaluate(policy, questions, dialogue, seed, *, samples=1, done=(), path=None
         before = sum(question.key in answers for question in questions)
         log(f"{before} of {len(questions)} questions were answered before")
     # those that a page shows are asked anew; a row that is there twice is asked once
-    shown = {question.key for question in questions[:keep]}
-    left = [question for key, question in asked.items() if key in shown or key not in answers]
+    on_page = {question.key for question in questions[:keep]}
+    left = [question for key, question in asked.items() if key in on_page or key not in answers]
     kept = []
     for begin in range(0, len(left), world_size() * QUESTIONS_A_BLOCK):      # a block a process
         first = begin + rank() * QUESTIONS_A_BLOCK

@@ -456,6 +456,9 @@ def test_unusable_rows_are_counted_and_the_first_explained(data, capsys):
     (PRO | {"bbox": [0, 0, float("inf"), 40]}, "not the corners of a box"),
     (ATLAS | {"bbox": [float("nan")] * 4}, "not the corners of a box"),
     (talk("Where?", float("nan")), "no answer in words"),
+    (talk("Where?", float("inf")), "no answer in words"),
+    (talk("Where?", float("-inf")), "no answer in words"),
+    (talk("Where?", "\u200b\u2060"), "no answer in words"),
     (talk("Where?", [20, 30, float("nan"), 40]), "neither in words nor a box"),
     (ROBOSPATIAL[0] | {"answer": "[(0.1, 0.3, 0), (0.2, 0.3, 0), (0.2, 0.5, 0)]"}, "no polygon"),
     (ROBOSPATIAL[0] | {"answer": "[(0.1, nan), (0.2, 0.3), (0.2, 0.5), (0, 0)]"}, "no polygon")])
@@ -481,7 +484,8 @@ def test_what_is_not_seen_is_written_out():
     assert visible("\x1b[31m\u3164\u115f\u180e\ufff9\U000e0041\ud800\u2028") == (
         "[U+001B][31m[U+3164][U+115F][U+180E][U+FFF9][U+E0041][U+D800][U+2028]")
     assert visible("x" * 50, 10) == "x" * 10 + " ... (40 more characters)"
-    plain = "naïve 红色　שלום 👩\u200d🔬 ½ a\u00a0b"
+    assert visible("a\u034fb\u2800\ufe01c\U000e0101") == "a[U+034F]b[U+2800][U+FE01]c[U+E0101]"
+    plain = "❤️ naïve 红色　שלום 👩\u200d🔬 ½ a\u00a0b"
     assert visible(plain) == plain
 
 

@@ -477,6 +477,28 @@ def test_a_bad_image_is_skipped_and_counted(policy, small_blocks, tmp_path, caps
         run_with(policy, questions=[bad])
 
 
+@pytest.mark.parametrize("pixels, most", [(1, 2), (5 * 256**2, 6), (2**28, 9)])
+def test_images_in_memory_are_bounded(policy, monkeypatch, pixels, most):
+    """Guards memory: 128 photographs of 100 MP are 38 GB. So many as the bound allows are loaded
+    at a time, and two that are read beside each other; the answers are the same."""
+    monkeypatch.setattr(evaluation, "PIXELS_IN_MEMORY", pixels)
+    monkeypatch.setattr(evaluation, "READ_AT_ONCE", 2)
+    loaded, at_a_time = set(), []
+
+    class Watched(Question):
+        def load(self):
+            loaded.add(self.key)
+            at_a_time.append(len(loaded))
+            return super().load()
+
+        def release(self):
+            loaded.discard(self.key)
+            super().release()
+    watched = [Watched(**vars(question)) for question in QUESTIONS[:9]]
+    assert run_with(policy, questions=watched) == run_with(policy, questions=QUESTIONS[:9])
+    assert max(at_a_time) == most and not loaded
+
+
 def test_answers_of_another_command_are_refused(policy, small_blocks, tmp_path):
     """Guards against mixed figures, and against writing over a file that is something else."""
     path = tmp_path / "found.jsonl"
