@@ -601,9 +601,8 @@ def official_rule(trace, correct):
     question, answer = trace.question, trace.answer or ""
     robospatial = question.category.startswith(ROBOSPATIAL)
     if question.kind == "point" and robospatial:
-        points = parse_points(answer)
-        first = trace.frames[0].to_original(points[0]) if points else None
-        return bool(points) and in_region(first, question.answer)
+        first = map(trace.frames[0].to_original, parse_points(answer)[:1])
+        return any(in_region(point, question.answer) for point in first)
     if question.kind not in ("choice", "string"):
         return correct
     if robospatial:
@@ -1139,10 +1138,20 @@ def eval_flags(parser):
     parser.add_argument("--n", type=whole(1), help="questions of an evaluation (None: all)")
 
 
-def check_output(flag, path, *endings):
+def eval_sampling(args):
+    """Arguments of `model.Engine`."""
+    sampling = sampling_of(args)
+    if args.top_k:
+        sampling["top_k"] = args.top_k
+    if args.repetition_penalty != 1:
+        sampling["repetition_penalty"] = args.repetition_penalty
+    return sampling
+
+
+def check_output(flag, path, endings):
     """Raises UserError where a file that is to be written at the end cannot be written."""
     part = Path(f"{path}.part")
-    good = path.endswith(endings) and not os.path.isdir(path)
+    good = Path(path).suffix in endings and not os.path.isdir(path)
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
@@ -1157,9 +1166,9 @@ def check_output(flag, path, *endings):
 def main():
     args = parse(make_parser(), "rollout", "evaluate")
     if args.json:
-        check_output("--json", args.json, ".json")
+        check_output("--json", args.json, [".json"])
     if args.save:
-        check_output("--save", args.save, ".png", ".jpg", ".html")
+        check_output("--save", args.save, [".png", ".jpg", ".html"])
     if bool(args.image) != bool(args.question):
         raise UserError("--image and --question go together")
     settle(args, training=False)
@@ -1167,17 +1176,12 @@ def main():
     dialogue = make_dialogue(args, args.model, policy)
     print(describe_settings(args))
     print(dialogue.describe())
-    sampling = sampling_of(args)
-    if args.top_k:
-        sampling["top_k"] = args.top_k
-    if args.repetition_penalty != 1:
-        sampling["repetition_penalty"] = args.repetition_penalty
     rows = []
     if args.image:
         question = Question(args.question, [args.image], "")
-        [traces] = rollout(policy, [question], dialogue, 1, [args.seed], **sampling)
+        [traces] = rollout(policy, [question], dialogue, 1, [args.seed], **eval_sampling(args))
     else:
-        traces, rows = evaluate_task(policy, dialogue, args, sampling)
+        traces, rows = evaluate_task(policy, dialogue, args)
     if rank():
         return
     trace = traces[0]
@@ -1193,7 +1197,7 @@ def main():
         draw_trace(trace).save(args.save)
 
 
-def evaluate_task(policy, dialogue, args, sampling):
+def evaluate_task(policy, dialogue, args):
     """Evaluates a task, with and without the tool; prints figures, writes --json.
     -> the first Traces, the table's rows"""
     questions = open_file(args.task, args.image_root).part(args.n)
@@ -1203,7 +1207,7 @@ def evaluate_task(policy, dialogue, args, sampling):
         lock = open_lock(path.with_suffix(".lock"), "--json")
         done = read_answers(path, {} if rank() else answer_settings(args, dialogue))
     run = partial(evaluate, policy, questions, seed=args.seed, samples=args.samples, done=done,
-                  path=path, **sampling)
+                  path=path, **eval_sampling(args))
     keep = PAGE_TRACES if args.save.endswith(".html") else 1
     found, traces = run(dialogue, log=print, keep=keep)
     without = None
