@@ -22,6 +22,7 @@ import re
 import sys
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -125,11 +126,13 @@ def scored_by(text, answer, label=False):
     Four whole numbers are a box that a point has to hit, a web action is an action. The letter or
     the text of one of the question's options is a choice, and is kept as it is written; where
     `label` is set, a letter is never an option's text. All else ("yes", too) is a string."""
-    if type(answer) not in (str, int, float, list) or answer in (math.inf, -math.inf):
+    in_list = isinstance(answer, list)
+    no_number = isinstance(answer, float) and not math.isfinite(answer)
+    if no_number or type(answer) not in (str, int, float, list):
         answer = ""
-    in_list, answer = isinstance(answer, list), str(answer).strip()
+    answer = str(answer).strip()
     plain = normalise(answer)
-    if answer == "nan" or not any(map(str.isprintable, answer)):
+    if not any(map(str.isprintable, answer)):
         raise Unusable("it has no answer in words")
     if BOX.fullmatch(plain):
         corners = list(map(int, re.findall(r"\d+", plain)))
@@ -301,21 +304,22 @@ def make_question(read, row, number, where):
     except Exception as error:                         # a foreign file may hold anything
         raise Unusable("its fields do not hold what they should "
                        f"({type(error).__name__}: {error})") from None
-    if not isinstance(question.images, list):
-        question.images = [question.images]
-    if not question.images or not all(image and type(image) is str for image in question.images):
+    images = question.images if isinstance(question.images, list) else [question.images]
+    if not images or not all(image and type(image) is str for image in images):
         raise Unusable("it has no image")
     if not question.text:
         raise Unusable("it has no question")
+    question.images = images
+    question.where = where
     question.id = str(first_of(row, ("id", "question_id", "doc_id", "index"), number))
     # by its content, so that a question stays itself wherever its row stands
     answer = getattr(question.answer, "args", question.answer)
-    content = json.dumps([question.text, answer, question.images])
+    content = json.dumps([question.text, answer, images])
     question.key = hashlib.sha1(content.encode()).hexdigest()[:16]
-    question.where = where
     if not question.category:
-        found = CATEGORY.search(f"{row.get('id')} {question.images[0][:1000]}")
-        question.category = str(first_of(row, CATEGORIES, found and (found[1] or found[2])) or "")
+        found = CATEGORY.search(f"{row.get('id')} {images[0][:1000]}")
+        named = found[1] or found[2] if found else ""
+        question.category = str(first_of(row, CATEGORIES, named))
     if not re.search(SAID.get(question.kind, "(?!)"), question.text, re.I):
         question.hint = HINTS.get(question.kind, "")
     return question
@@ -509,8 +513,9 @@ def settle(args, training):
     of a single image, "search"."""
     if args.task and not args.family:
         file = open_file(args.task, args.image_root)
-        in_words = "search" if file[0].answer in tuple(LETTERS) else "spatial"
-        by_answer = {"point": "gui", "action": "web"}.get(file[0].kind, in_words)
+        first = file[0]
+        in_words = "search" if first.answer in tuple(LETTERS) else "spatial"
+        by_answer = {"point": "gui", "action": "web"}.get(first.kind, in_words)
         args.family = file.family or by_answer
     settings = family_settings(args.family or "search", training)
     args.max_image_side = settings.get("max_image_side")
@@ -679,8 +684,7 @@ def evaluate(policy, questions, dialogue, seed, *, samples=1, done=(), path=None
     answers = {rows[0]["key"]: rows for rows in done
                if rows[0]["tool"] == dialogue.tool and rows[0]["key"] in asked}
     if log and answers:
-        before = sum(question.key in answers for question in questions)
-        log(f"{before} of {len(questions)} questions were answered before")
+        log(f"{len(answers)} of {len(questions)} questions were answered before")
     # those that a page shows are asked anew; a row that is there twice is asked once
     on_page = {question.key for question in questions[:keep]}
     left = [question for key, question in asked.items() if key in on_page or key not in answers]
@@ -1011,7 +1015,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; pa
 .wide {{ overflow-x: auto; overflow-wrap: normal }}
 .wide pre {{ white-space: pre; font-family: monospace }}
 figure {{ margin: 0 }}
-img {{ width: 100%; height: auto }}
+img {{ width: 100% }}
 svg {{ display: block; width: 100%; height: 8rem; border: 1px solid #8888; fill: none;
   stroke: #3d8fc6; stroke-width: 2 }}
 td {{ padding: .2rem .7rem; border-bottom: 1px solid #8888 }}
@@ -1069,11 +1073,10 @@ def curve(name, log_rows):
     steps, values = zip(*points, strict=True)
     low, high = min(0, *values), max(0, *values)
     across, up = steps[-1] - steps[0] or 1, high - low or 1
-    line = " ".join(f"{(step - steps[0]) / across:.4f},{(high - value) / up:.4f}"
-                    for step, value in points)
+    line = " ".join(f"{step},{-value}" for step, value in points)
     return (f"<figure><b>{shown(name)}</b>, at last {values[-1]:.4g}"
-            f'<svg viewBox="0 0 1 1" preserveAspectRatio="none"><polyline points="{line}" '
-            'vector-effect="non-scaling-stroke"/></svg>'
+            f'<svg viewBox="{steps[0]} {-high} {across} {up}" preserveAspectRatio="none">'
+            f'<polyline points="{line}" vector-effect="non-scaling-stroke"/></svg>'
             f"from {low:.3g} to {high:.3g}, steps {steps[0]} to {steps[-1]}</figure>")
 
 
@@ -1151,16 +1154,14 @@ def eval_sampling(args):
 def check_output(flag, path, endings):
     """Raises UserError where a file that is to be written at the end cannot be written."""
     part = Path(f"{path}.part")
-    good = Path(path).suffix in endings and not os.path.isdir(path)
-    try:
+    with suppress(OSError, ValueError):
         part.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
         part.unlink(missing_ok=True)
-    except (OSError, ValueError):
-        good = False
-    if not good:
-        raise UserError(f"{flag} {path}: give a name that ends in {' or '.join(endings)}, in a "
-                        "folder that can be written to")
+        if Path(path).suffix in endings and not os.path.isdir(path):
+            return
+    raise UserError(f"{flag} {path}: give a name that ends in {' or '.join(endings)}, in a folder "
+                    "that can be written to")
 
 
 def main():

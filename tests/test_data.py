@@ -459,6 +459,8 @@ def test_unusable_rows_are_counted_and_the_first_explained(data, capsys):
     (talk("Where?", float("inf")), "no answer in words"),
     (talk("Where?", float("-inf")), "no answer in words"),
     (talk("Where?", "\u200b\u2060"), "no answer in words"),
+    (talk("Where?", " \n\u3000"), "no answer in words"),
+    (talk("Where?", True), "no answer in words"),
     (talk("Where?", [20, 30, float("nan"), 40]), "neither in words nor a box"),
     (ROBOSPATIAL[0] | {"answer": "[(0.1, 0.3, 0), (0.2, 0.3, 0), (0.2, 0.5, 0)]"}, "no polygon"),
     (ROBOSPATIAL[0] | {"answer": "[(0.1, nan), (0.2, 0.3), (0.2, 0.5), (0, 0)]"}, "no polygon")])

@@ -470,9 +470,12 @@ def test_a_bad_image_is_skipped_and_counted(policy, small_blocks, tmp_path, caps
     it says."""
     (tmp_path / "bad.png").write_bytes(b"no image")
     bad = Question("Which?", [tmp_path / "bad.png"], "red", key="bad", where="a.jsonl:8")
-    found = run_with(policy, questions=[*QUESTIONS[:7], bad])
+    path, lines = tmp_path / "found.jsonl", []
+    found = run_with(policy, path, questions=[*QUESTIONS[:7], bad])
     assert (found["n"], found["skipped"]) == (7, 1)
     assert "a.jsonl:8" in capsys.readouterr().err
+    found = run_with(policy, path, questions=QUESTIONS[:7], log=lines.append)    # it is removed
+    assert found["n"] == 7 and lines == ["7 of 7 questions were answered before"]
     with pytest.raises(UserError, match="none of 1 questions"):
         run_with(policy, questions=[bad])
 
