@@ -61,14 +61,15 @@ from rollout import (
 
 # "(A) red or (B) blue. Please answer ..."; and "A. red", a line each
 OPTIONS = (re.compile(r"\(([A-Z])\)\s*(.*?)(?=[\s,;]*(?:\b(?:or|and)\s*)?\([A-Z]\)|\n|$"
-                      r"|[.!?。]\s*(?:Hint|Please|Answer|Choose|Select|Respond|Reply)\b)"),
+                      r"|[.!?。]\s*(?:Hint|Note|Please|Answer|Choose|Pick|Select|Respond|Reply|Give"
+                      r"|Write|Return|Output|Provide|Say)\b)"),
            re.compile(r"^\s*([A-Z])[.):、][^\S\n]*(.+)$", re.M))
 NO_OPTION = re.compile(r"\W*(or|and)?\W*", re.I)         # of "answer with (A) or (B)."
 LETTER = re.compile(r"\(?[a-z]\)?")
 BOX = re.compile(r"[(\[]?\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]?")
 NUMBERS = re.compile(r"[(\[]+\s*-?[\d.]+(?:[\s,()\[\]]+-?[\d.]+)+\s*[)\]]+")
-ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)"
-                    r"|scroll\s+(up|down)", re.S | re.I)
+ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S | re.I)
+BARE_ACTION = re.compile(r"stop|scroll (up|down)")       # these words may stand on a sign, too
 # What an answer of a kind shall look like, for rows that do not say it ("Description: the search
 # button").
 HINTS = {
@@ -140,8 +141,8 @@ def scored_by(text, answer, label=False):
     if in_list or NUMBERS.fullmatch(plain):
         raise Unusable(f"its answer, {answer}, is neither in words nor a box (x1, y1, x2, y2) in "
                        "whole px")
-    # the word "stop" may stand on a sign, too; a web page is asked about with an objective
-    if ACTION.fullmatch(answer) or (plain == "stop" and "OBJECTIVE:" in text):
+    on_web_page = "OBJECTIVE:" in text
+    if ACTION.fullmatch(answer) or on_web_page and BARE_ACTION.fullmatch(plain):
         parse_action(answer)
         return {"kind": "action", "answer": answer}
     choices = parse_options(text)
@@ -549,14 +550,14 @@ def visible(text, most=TEXT_SHOWN):
     text = str(text)
     if len(text) > most:
         text = f"{text[:most]} ... ({len(text) - most:,} more characters)"
-    shown = []
+    letters = []
     for letter in text:
         printable = letter.isprintable() or unicodedata.category(letter) == "Zs"
         if letter in SEEN or printable and not UNSEEN.match(letter):
-            shown.append(letter)
+            letters.append(letter)
         else:
-            shown.append(f"[U+{ord(letter):04X}]")
-    return "".join(shown)
+            letters.append(f"[U+{ord(letter):04X}]")
+    return "".join(letters)
 
 
 def row_of(trace):

@@ -140,10 +140,12 @@ def test_a_type_of_question_in_the_row_is_its_category(data, fields, category):
 @pytest.mark.parametrize("answer", ["A", "(C)", "B. blue", "a", "（Ｂ）", "green。"])
 def test_a_hint_behind_options_is_none_of_them(answer):
     """Guards options lost, or made of the words of a hint that names letters, in any order."""
-    options = "(A) red\n(B) blue\n(C) green"
     for hint in ("Answer with (A), (B) or (C).", "Say (B) if unsure, (A) or (C) else.",
                  "Hint: reply with (C)", "E.g. \"(A)\". Please write (A) or (B) or (C)!"):
-        found = scored_by(f"Which?\n{options}\n{hint}", answer)
+        found = scored_by(f"Which?\n(A) red\n(B) blue\n(C) green\n{hint}", answer)
+        assert found["choices"] == ("red", "blue", "green") and found["kind"] == "choice"
+    for hint in ("Give only the letter.", "Write (A), (B) or (C)!", "Note: one of them is right."):
+        found = scored_by(f"Which? (A) red, (B) blue or (C) green. {hint}", answer)
         assert found["choices"] == ("red", "blue", "green") and found["kind"] == "choice"
 
 
@@ -169,11 +171,14 @@ def test_web_actions(data, answer, kind):
     assert kind != "action" or match_action(answer, question.answer)    # the reward can read it
 
 
-@pytest.mark.parametrize("text", ["What does the sign say?", "Stop or go?\nAnswer in a word.",
-                                  "Which word?\n(A) stop (B) go"])
-def test_words_on_a_sign_are_no_actions(text):
+@pytest.mark.parametrize("truth", ["stop", "scroll down", "Scroll up"])
+@pytest.mark.parametrize("text, kind", [
+    ("What does the sign say?", "string"), ("Stop or go?\nAnswer in a word.", "string"),
+    ("Which word?\n(A) stop (B) scroll down (C) scroll up", "choice")])
+def test_words_on_a_sign_are_no_actions(text, kind, truth):
     """Guards "stop", which is an action on a web page alone."""
-    assert scored_by(text, "stop")["kind"] in ("string", "choice")
+    found = scored_by(text, truth)
+    assert found["kind"] == kind and match_answer(truth, found["answer"], found.get("choices", ()))
 
 
 def test_sft_file(data):
