@@ -10,6 +10,7 @@ Out: accuracy with its interval, with and without the tool, the behaviours that 
 import argparse
 import base64
 import csv
+import fcntl
 import hashlib
 import html
 import io
@@ -25,7 +26,7 @@ import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from multiprocessing.connection import Listener, wait
@@ -35,6 +36,7 @@ from string import punctuation
 
 import numpy as np
 from PIL import Image
+from transformers.utils import cached_file
 
 from model import Policy, UserError, gather, load, rank, world_size, write_text
 from reward import USAGE, distinct_crops, in_region, normalise, option_text, parse_action, score
@@ -47,6 +49,7 @@ from rollout import (
     family_settings,
     input_limits,
     make_dialogue,
+    number,
     parse,
     parse_json,
     parse_points,
@@ -62,12 +65,15 @@ from rollout import (
 
 # "(A) red or (B) blue. Please answer ..."; and "A. red", a line each
 OPTIONS = (re.compile(r"\(([A-Z])\)\s*(.*?)(?=[\s,;]*(?:\b(?:or|and)\s*)?\([A-Z]\)|\n|$"
-                      r"|[.!?]\s+(?:Hint|Please|Answer|Choose|Select|Respond|Reply)\b)"),
-           re.compile(r"^\s*([A-Z])[.):][^\S\n]+(.+)$", re.M))
+                      r"|[.!?。]\s*(?:Hint|Note|Please|Answer|Choose|Pick|Select|Respond|Reply|Give"
+                      r"|Write|Return|Output|Provide|Say)\b)"),
+           re.compile(r"^\s*([A-Z])[.):、][^\S\n]*(.+)$", re.M))
 NO_OPTION = re.compile(r"\W*(or|and)?\W*", re.I)         # of "answer with (A) or (B)."
+LETTER = re.compile(r"\(?[a-z]\)?")
 BOX = re.compile(r"[(\[]?\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]?")
 NUMBERS = re.compile(r"[(\[]+\s*-?[\d.]+(?:[\s,()\[\]]+-?[\d.]+)+\s*[)\]]+")
-ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S)
+ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S | re.I)
+BARE_ACTION = re.compile(r"stop|scroll (up|down)")       # these words may stand on a sign, too
 # What an answer of a kind shall look like, for rows that do not say it ("Description: the search
 # button").
 HINTS = {
@@ -90,20 +96,20 @@ def parse_options(text):
     """The options' texts in the order of their letters, or ().
 
     "Which?\\nA. Yes, left\\nB. No" -> ("Yes, left", "No")"""
-    text = text.rpartition("Answer Choices:")[2]
+    text = unicodedata.normalize("NFKC", text).rpartition("Answer Choices:")[2]
     for pattern in OPTIONS:
         # a preamble or a hint may name the letters, too: each A begins a list, the longest counts,
         # and of equals the last
-        found = pattern.findall(text)
-        starts = [i for i, (letter, _) in enumerate(found) if letter == "A"]
-        lists = [()]
-        for begin, end in pairwise([*starts, len(found)]):
-            letters, options = zip(*found[begin:end], strict=True)
-            if LETTERS.startswith("".join(letters)) and not any(map(NO_OPTION.fullmatch, options)):
-                lists.append(tuple(map(str.strip, options)))
+        lists = [[]]
+        for letter, option in pattern.findall(text):
+            if letter == "A":
+                lists.append([])
+            next_one = LETTERS.index(letter) == len(lists[-1])
+            if next_one and not NO_OPTION.fullmatch(option):
+                lists[-1].append(option.strip())
         longest = max(reversed(lists), key=len)
         if len(longest) > 1:
-            return longest
+            return tuple(longest)
     return ()
 
 
@@ -122,24 +128,27 @@ def scored_by(text, answer, label=False):
     Four whole numbers are a box that a point has to hit, a web action is an action. The letter or
     the text of one of the question's options is a choice, and is kept as it is written; where
     `label` is set, a letter is never an option's text. All else ("yes", too) is a string."""
-    if type(answer) not in (str, int, float, list) or answer != answer:     # NaN is not itself
+    in_list = isinstance(answer, list)
+    no_number = isinstance(answer, float) and not math.isfinite(answer)
+    if no_number or type(answer) not in (str, int, float, list):
         answer = ""
-    numbers, answer = isinstance(answer, list), str(answer).strip()
-    if not answer:
+    answer = str(answer).strip()
+    plain = normalise(answer)
+    if not any(map(str.isprintable, answer)):
         raise Unusable("it has no answer in words")
-    if BOX.fullmatch(answer):
-        corners = list(map(int, re.findall(r"\d+", answer)))
+    if BOX.fullmatch(plain):
+        corners = list(map(int, re.findall(r"\d+", plain)))
         return {"kind": "point", "answer": as_box(corners)}
-    if numbers or NUMBERS.fullmatch(answer):
+    if in_list or NUMBERS.fullmatch(plain):
         raise Unusable(f"its answer, {answer}, is neither in words nor a box (x1, y1, x2, y2) in "
                        "whole px")
-    if ACTION.fullmatch(answer):
+    on_web_page = "OBJECTIVE:" in text
+    if ACTION.fullmatch(answer) or on_web_page and BARE_ACTION.fullmatch(plain):
         parse_action(answer)
         return {"kind": "action", "answer": answer}
     choices = parse_options(text)
     texts = [normalise(choice) for choice in choices]
-    plain = normalise(answer)
-    letter = re.fullmatch(r"\(?[A-Za-z]\)?[.):]?", answer)
+    letter = LETTER.fullmatch(plain)
     by_text = plain in texts and not (label and letter)
     # a letter, perhaps with its text: "B", "(b)", "B. blue"
     option = plain if by_text else option_text(answer, choices)
@@ -161,7 +170,9 @@ def scored_by(text, answer, label=False):
 FACET = " | "    # between the parts of a category, "mobile | text": scores are given by each part
 PLATFORMS = {"ios": "mobile", "android": "mobile", "windows": "desktop", "macos": "desktop"}
 ASKS_FOR_SHARES = re.compile(r"\s*Your answer should be formatted as a list of tuples.*", re.S)
-# of BLINK in a row's id, of V*Bench in its image's folder
+ROBOSPATIAL = "RoboSpatial-Home"    # its scores are by its own rule: see `official_rule`
+CATEGORIES = ("category", "question_type", "sub_task", "data_source")    # fields, the first counts
+# without one: of BLINK in a row's id, of V*Bench in its image's folder
 CATEGORY = re.compile(r"^(?:val|test)_(\S+)_\d+ |(direct_attributes|relative_position)")
 
 
@@ -174,9 +185,7 @@ def read_conversation(row):
     if isinstance(said[0], list):                      # {"from": [...], "value": [...]}
         said = said[0]
     text, answer = said[:2]
-    found = CATEGORY.search(f"{row.get('id')} {str(row.get('image'))[:1000]}")
-    category = found and (found[1] or found[2])
-    return Question(text, row.get("image"), answer, category=category)
+    return Question(text, row.get("image"), answer)
 
 
 def read_sft(row):
@@ -186,46 +195,49 @@ def read_sft(row):
 
 
 def read_problem(row, answer):
-    category = row.get("category") or row.get("data_source")
-    return Question(row["problem"], row["images"], row[answer], category=category)
+    return Question(row["problem"], row["images"], row[answer])
 
 
 def read_vstar(row):
-    return Question(row["text"], row["image"], category=row["category"],
-                    **scored_by(row["text"], row["label"], label=True))
+    scored = scored_by(row["text"], row["label"], label=True)
+    return Question(row["text"], row["image"], **scored)
 
 
 def read_robospatial(row):
     """Yes or no; in the category "context" a polygon in [0, 1], and a question that asks for points
     in [0, 1], too: that sentence is left out, for points are in px here."""
+    category = row["category"]
     text = ASKS_FOR_SHARES.sub("", row["question"])
     answer = row["answer"]
     if answer[0] not in "[(":
-        return Question(text, row["img"], answer, category=row["category"])
+        category = f"{ROBOSPATIAL}, yes or no{FACET}{category}"
+        return Question(text, row["img"], answer, category=category)
     corners = parse_points(answer)
-    in_shares = all(0 <= value <= 1 for corner in corners for value in corner)
-    if len(corners) < 3 or not in_shares or answer.count(",") != 2 * len(corners) - 1:
+    values = sum(corners, ())
+    in_shares = all(0 <= value <= 1 for value in values)
+    if len(corners) < 3 or not in_shares or answer.count(",") != len(values) - 1:
         raise Unusable("its answer is no polygon in [0, 1]")
-    return Question(text, row["img"], partial(scaled_to, corners), "point",
-                    category=row["category"])
+    category = f"{ROBOSPATIAL}, {category}"
+    return Question(text, row["img"], partial(scaled_to, corners), "point", category=category)
 
 
-def read_element(row, answer, *category):
+def read_element(row, answer, category=""):
     """An element of a screen, asked for in the words of ViGoRL's own rows."""
-    return Question(f"Description: {row['instruction']}", row["img_filename"], answer, "point",
-                    category=FACET.join(category))
+    text = f"Description: {row['instruction']}"
+    return Question(text, row["img_filename"], answer, "point", category=category)
 
 
 def read_screenspot(row):
     """bbox: x, y, width, height in px."""
     x, y, width, height = row["bbox"]
+    platform = PLATFORMS.get(row["data_source"], "web")
     box = as_box([x, y, x + width, y + height])
-    return read_element(row, box, PLATFORMS.get(row["data_source"], "web"), row["data_type"])
+    return read_element(row, box, f"{platform}{FACET}{row['data_type']}")
 
 
 def read_screenspot_pro(row):
     """bbox: x1, y1, x2, y2 in px."""
-    return read_element(row, as_box(row["bbox"]), row["group"], row["ui_type"])
+    return read_element(row, as_box(row["bbox"]), f"{row['group']}{FACET}{row['ui_type']}")
 
 
 def read_os_atlas(row):
@@ -242,30 +254,30 @@ def scaled_to(shares, size):
 
 def read_hr_bench(row):
     """The image is in the row, in base64."""
-    if row["answer"] not in list("ABCD"):
-        raise Unusable(f"its answer, {row['answer']}, is none of its 4 options")
-    lines = [row["question"], *(f"({letter}) {row[letter]}" for letter in "ABCD")]
-    image = row["image"] and f"data:image/jpeg;base64,{row['image']}"
-    return Question("\n".join(lines), image, row["answer"], "choice",
-                    tuple(row[letter] for letter in "ABCD"),
-                    category=f"{row['category']}{FACET}cycle {row['cycle_category']}")
+    answer, options = row["answer"], [row[letter] for letter in "ABCD"]
+    if answer not in list("ABCD"):
+        raise Unusable(f"its answer, {answer}, is none of its 4 options")
+    lines = map("({}) {}".format, "ABCD", options)
+    text = "\n".join([row["question"], *lines])
+    image = f"data:image/jpeg;base64,{row['image']}"
+    category = f"{row['category']}{FACET}cycle {row['cycle_category']}"
+    return Question(text, image, answer, "choice", tuple(options), category=category)
 
 
 # A file has the format of its first row that has all the fields of one. The format says what the
 # numbers of a box mean, never the numbers. family: of the settings; "": it depends on the answers.
 FORMATS = (    # name, family, fields, reader
-    ("ViGoRL SFT", "", ("messages", "images"), read_sft),
-    ("ViGoRL evaluation or search", "", ("conversations",), read_conversation),
-    ("VisualProbe", "search", ("problem", "solution"), partial(read_problem, answer="solution")),
-    ("ViGoRL RL", "", ("problem", "answer"), partial(read_problem, answer="answer")),
-    ("V*Bench", "search", ("text", "label", "category"), read_vstar),
-    ("RoboSpatial-Home", "spatial", ("question", "answer", "img"), read_robospatial),
-    ("ScreenSpot-Pro", "gui", ("img_filename", "bbox", "instruction", "ui_type"),
-     read_screenspot_pro),
-    ("ScreenSpot or ScreenSpot-V2", "gui", ("img_filename", "bbox", "instruction", "data_source"),
+    ("ViGoRL SFT", "", "messages, images", read_sft),
+    ("ViGoRL evaluation or search", "", "conversations", read_conversation),
+    ("VisualProbe", "search", "problem, solution", partial(read_problem, answer="solution")),
+    ("ViGoRL RL", "", "problem, answer", partial(read_problem, answer="answer")),
+    ("V*Bench", "search", "text, label, category", read_vstar),
+    ("RoboSpatial-Home", "spatial", "question, answer, img", read_robospatial),
+    ("ScreenSpot-Pro", "gui", "img_filename, bbox, instruction, ui_type", read_screenspot_pro),
+    ("ScreenSpot or ScreenSpot-V2", "gui", "img_filename, bbox, instruction, data_source",
      read_screenspot),
-    ("OS-Atlas", "gui", ("img_filename", "bbox", "instruction"), read_os_atlas),
-    ("HR-Bench", "search", ("question", "A", "B", "C", "D", "cycle_category"), read_hr_bench),
+    ("OS-Atlas", "gui", "img_filename, bbox, instruction", read_os_atlas),
+    ("HR-Bench", "search", "question, A, B, C, D, cycle_category", read_hr_bench),
 )
 
 
@@ -273,9 +285,9 @@ def find_format(row):
     """The line of FORMATS for a row. Raises Unusable."""
     names = set(row) if isinstance(row, dict) else set()
     for line in FORMATS:
-        if names.issuperset(line[2]):
+        if names.issuperset(line[2].split(", ")):
             return line
-    known = "; ".join(f"{name} ({', '.join(fields)})" for name, _, fields, _ in FORMATS)
+    known = "; ".join(f"{name} ({fields})" for name, _, fields, _ in FORMATS)
     seen = ", ".join(sorted(map(str, names))) or "(none)"
     raise Unusable(f"unknown format, its fields are {seen}. Known are: {known}")
 
@@ -294,49 +306,51 @@ def make_question(read, row, number, where):
     except Exception as error:                         # a foreign file may hold anything
         raise Unusable("its fields do not hold what they should "
                        f"({type(error).__name__}: {error})") from None
-    if not isinstance(question.images, list):
-        question.images = [question.images]
-    if not question.images or not all(image and type(image) is str for image in question.images):
+    images = question.images if isinstance(question.images, list) else [question.images]
+    if not images or not all(image and type(image) is str for image in images):
         raise Unusable("it has no image")
     if not question.text:
         raise Unusable("it has no question")
-    names = ("id", "question_id", "doc_id", "index")
-    question.id = str(next((row[name] for name in names if name in row), number))
+    question.images = images
+    question.where = where
+    question.id = str(first_of(row, ("id", "question_id", "doc_id", "index"), number))
     # by its content, so that a question stays itself wherever its row stands
     answer = getattr(question.answer, "args", question.answer)
-    content = json.dumps([question.text, answer, question.images])
+    content = json.dumps([question.text, answer, images])
     question.key = hashlib.sha1(content.encode()).hexdigest()[:16]
-    question.where = where
-    question.category = str(question.category or "")
+    if not question.category:
+        found = CATEGORY.search(f"{row.get('id')} {images[0][:1000]}")
+        named = found[1] or found[2] if found else ""
+        question.category = str(first_of(row, CATEGORIES, named))
     if not re.search(SAID.get(question.kind, "(?!)"), question.text, re.I):
         question.hint = HINTS.get(question.kind, "")
     return question
 
 
+def first_of(row, names, default):
+    """The first of these fields that a row has."""
+    return next((row[name] for name in names if row.get(name) not in (None, "")), default)
+
+
 # --------------------------------------------------------------------------------- data sets: files
 
+READ_AT_ONCE = 4               # questions whose images are read at a time
+PIXELS_IN_MEMORY = 2**28       # about, of images that are loaded at a time: 768 MiB
 ROOTS = (".", "images", "../images", "..", "../..")    # of images, from the file's folder
 
 
-@dataclass
-class QuestionFile:
-    """The questions of a file, in memory; their images are read when they are needed."""
-    format: str
-    family: str            # or "", see FORMATS
-    questions: list
-    skipped: list          # where and why, for each row that cannot be used
+class QuestionFile(list):
+    """The questions of a file, in memory; their images are read when they are needed.
 
-    def __len__(self):
-        return len(self.questions)
-
-    def __getitem__(self, index):
-        return self.questions[index]
+    family: or "", see FORMATS. skipped: where and why, for each row that cannot be used."""
+    def __init__(self):
+        self.family, self.skipped = "", []
 
     def part(self, n=None):
         """`n` questions at most (None: all), spread evenly, for files are often sorted."""
         total = len(self)
         n = min(n or total, total)
-        return [self.questions[i * total // n] for i in range(n)]
+        return [self[i * total // n] for i in range(n)]
 
 
 @lru_cache
@@ -350,26 +364,27 @@ def open_file(path, image_root=""):
     elif path.suffix not in (".jsonl", ".json", ".tsv"):
         raise UserError(f"{path}: not a .jsonl, .json or .tsv file, nor a folder of .json files. "
                         "(SAT and BLINK: take the .jsonl files of the ViGoRL release.)")
-    found, read = QuestionFile("", "", [], []), None
+    found, name, read = QuestionFile(), "", None
     for file in files:
-        for number, row in read_rows(file):
-            where = f"{file}:{number}"
+        for place, row in read_rows(file):
+            where = f"{file}:{place}"
             try:
                 if read is None:
-                    found.format, found.family, _, read = find_format(row)
-                found.questions.append(make_question(read, row, number, where))
+                    name, found.family, _, read = find_format(row)
+                found.append(make_question(read, row, place, where))
             except Unusable as why:
                 found.skipped.append(f"{where}: {why}")
     place_images(found, folder, image_root)
-    if not found.questions:
-        why = found.skipped[0] if found.skipped else "Is it empty?"
-        raise UserError(f"{path}: no usable row among {len(found.skipped)}. {visible(why)}")
+    skipped = len(found.skipped)
+    first = visible(found.skipped[0]) if skipped else "Is it empty?"
+    if not found:
+        raise UserError(f"{path}: no usable row among {skipped}. {first}")
     names = frozenset(region["name"] for question in found for region in question.regions)
     for question in found:
         question.names = names
-    print(f"{path}: {found.format}, {len(found)} questions")
-    if found.skipped:
-        print(f"{len(found.skipped)} rows cannot be used, the first: {visible(found.skipped[0])}")
+    print(f"{path}: {name}, {len(found)} questions")
+    if skipped:
+        print(f"{skipped} rows cannot be used, the first: {first}")
     return found
 
 
@@ -400,44 +415,59 @@ def read_rows(path):
 def place_images(file, folder, image_root):
     """Makes paths of the rows' names of images: below image_root, or below the first of ROOTS where
     one is. A row whose name leads out of it is skipped."""
-    names = [question.images[0] for question in file.questions[:50]]
+    names = [question.images[0] for question in file[:50]]
     roots = [Path(image_root)] if image_root else [folder / root for root in ROOTS]
     there = (root for root in roots for name in names if os.path.exists(root / name))
     root = next(there, roots[0])
     inside = os.path.join(os.path.abspath(root), "")
-    questions, file.questions = file.questions, []
+    questions = file[:]
+    file.clear()
     for question in questions:
-        question.images = [image if image.startswith("data:") else root / image
-                           for image in question.images]
-        paths = [image for image in question.images if isinstance(image, Path)]
-        if all(os.path.abspath(path).startswith(inside) for path in paths):
-            file.questions.append(question)
-        else:
-            file.skipped.append(f"{question.where}: {paths[0]} lies outside of {root}; give as "
+        outside = None
+        for i, name in enumerate(question.images):
+            if not name.startswith("data:"):
+                path = question.images[i] = root / name
+                if not os.path.abspath(path).startswith(inside):
+                    outside = path
+        if outside:
+            file.skipped.append(f"{question.where}: {outside} lies outside of {root}; give as "
                                 "--image-root a folder above it")
+        else:
+            file.append(question)
 
 
 def usable(questions):
-    """Those of the questions that can be asked. Their images stay loaded, and answers that need an
-    image's size are filled in. The others are named on stderr."""
+    """Yields those of the questions that can be asked, with their images loaded, in lists as large
+    as memory allows. Answers that need an image's size are filled in. The others are named on
+    stderr."""
+    part, pixels = [], 0
     with ThreadPoolExecutor() as threads:
-        faults = list(threads.map(fault_of, questions))
-    for fault in filter(None, faults):
-        name_skipped(fault)
-    return [question for question, fault in zip(questions, faults, strict=True) if not fault]
+        for begin in range(0, len(questions), READ_AT_ONCE):
+            some = questions[begin:begin + READ_AT_ONCE]
+            for question, fault in zip(some, threads.map(fault_of, some), strict=True):
+                if fault:
+                    name_skipped(fault)
+                    continue
+                part.append(question)
+                pixels += sum(image.width * image.height for image in question.load())
+                if pixels >= PIXELS_IN_MEMORY:
+                    yield part
+                    part, pixels = [], 0
+    if part:
+        yield part
 
 
 def fault_of(question):
     """Why a question cannot be asked, or ""."""
     try:
-        size = question.load()[0].size
+        width, height = size = question.load()[0].size
     except UserError as error:
         return str(error)
     if callable(question.answer):
         question.answer = question.answer(size)
     if question.kind == "point" and type(question.answer[0]) in (int, float):
         left, top = question.answer[:2]
-        if left >= size[0] or top >= size[1]:
+        if left >= width or top >= height:
             return f"{question.where}: its box {question.answer} lies outside of its image, {size}"
     return ""
 
@@ -467,9 +497,12 @@ def questions_of(args, split, n, first=0):
                         "file, or one for the test as --eval-task")
     if held_out:
         return found[:n]
-    questions = usable([found[i % len(found)] for i in range(first, first + n)])
-    for question in questions:
-        question.release()
+    wanted = [found[i % len(found)] for i in range(first, first + n)]
+    questions = []
+    for part in usable(wanted):
+        for question in part:
+            question.release()
+        questions += part
     if not questions:
         raise UserError(f"{args.task}: none of {n} questions can be asked, see above")
     return questions
@@ -482,8 +515,9 @@ def settle(args, training):
     of a single image, "search"."""
     if args.task and not args.family:
         file = open_file(args.task, args.image_root)
-        in_words = "search" if file[0].answer in tuple(LETTERS) else "spatial"
-        by_answer = {"point": "gui", "action": "web"}.get(file[0].kind, in_words)
+        first = file[0]
+        in_words = "search" if first.answer in tuple(LETTERS) else "spatial"
+        by_answer = {"point": "gui", "action": "web"}.get(first.kind, in_words)
         args.family = file.family or by_answer
     settings = family_settings(args.family or "search", training)
     args.max_image_side = settings.get("max_image_side")
@@ -493,7 +527,6 @@ def settle(args, training):
 
 # --------------------------------------------------------------- what is kept of a trace, and shown
 
-ROBOSPATIAL = ("configuration", "compatibility", "context")     # categories of RoboSpatial-Home
 PUNCTUATION = str.maketrans("", "", punctuation + " ")
 # The behaviours that the paper counts in traces: there by GPT-4o, here by rules. `regions` counts
 # the points in thoughts and zoom calls, but those at one place once; the others count such phrases.
@@ -506,7 +539,10 @@ PHRASES = {
 }
 READABLE = 0.3     # share of a region's width, and of its height, that a crop has to show
 TEXT_SHOWN = 8_000                                 # characters of a text
-FILLERS = "\u115f\u1160\u3164\uffa0"               # letters that are not seen
+# letters and marks that are not seen though they count as printable
+UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0e\uffa0"
+                    "\U000e0100-\U000e01ef]")
+SEEN = "\n\t\u200c\u200d"                         # the last two join letters
 
 
 def visible(text, most=TEXT_SHOWN):
@@ -515,10 +551,14 @@ def visible(text, most=TEXT_SHOWN):
     text = str(text)
     if len(text) > most:
         text = f"{text[:most]} ... ({len(text) - most:,} more characters)"
-    seen = ("\n", "\t", "\u200c", "\u200d")             # the last two join letters
-    return "".join(letter if letter in seen or unicodedata.category(letter) == "Zs"
-                   or letter.isprintable() and letter not in FILLERS
-                   else f"[U+{ord(letter):04X}]" for letter in text)
+    letters = []
+    for letter in text:
+        printable = letter.isprintable() or unicodedata.category(letter) == "Zs"
+        if letter in SEEN or printable and not UNSEEN.match(letter):
+            letters.append(letter)
+        else:
+            letters.append(f"[U+{ord(letter):04X}]")
+    return "".join(letters)
 
 
 def row_of(trace):
@@ -526,9 +566,9 @@ def row_of(trace):
 
     on_target: of each zoom call that was answered (in the modes of one turn: of each point in the
     thought), whether it lies on what the question is about; true_thoughts: of each thought behind a
-    crop, whether it says what the crop shows; both empty where that is not known. vote: the
-    normalised answer. official: whether it is right by the public code's rule. The behaviours, see
-    PHRASES. The others: see `reward.Score`."""
+    crop, whether it says what the crop shows; both empty where that is not known. official: whether
+    it is right by the public code's rule. The behaviours, see PHRASES. The others: see
+    `reward.Score`."""
     scored, question = trace.score or score(trace), trace.question
     thought = " ".join(turn.thought for turn in trace.turns)
     points = [point for turn in trace.turns for point in (*turn.points, turn.call)
@@ -541,7 +581,6 @@ def row_of(trace):
         "truth": question.answer,
         "turns": [turn.text for turn in trace.turns],
         "answer": trace.answer,
-        "vote": option_text(trace.answer or "", question.choices),
         "ended": trace.ended,
         **vars(scored),
         "several_crops": distinct_crops(trace.zoom_points, SAME_PLACE) > 1,
@@ -553,8 +592,8 @@ def row_of(trace):
     }
     for name, phrases in PHRASES.items():
         row[name] = len(re.findall(rf"\b({phrases})\b", thought, re.I))
-    for number, point in enumerate(points):
-        near = [math.dist(point, other) < SAME_PLACE for other in points[:number]]
+    for i, point in enumerate(points):
+        near = [math.dist(point, other) < SAME_PLACE for other in points[:i]]
         if any(near) and not near[-1]:
             row["verifications"] += 1
     return row
@@ -567,10 +606,10 @@ def official_rule(trace, correct):
     Answers in words, as in ViGoRL's evaluation: without punctuation, blanks and capitals, the truth
     is a part of the answer. So "left or right" is right for "right", and "blue" for "B"."""
     question, answer = trace.question, trace.answer or ""
-    robospatial = question.category in ROBOSPATIAL
+    robospatial = question.category.startswith(ROBOSPATIAL)
     if question.kind == "point" and robospatial:
-        points = [trace.frames[0].to_original(point) for point in parse_points(answer)]
-        return bool(points) and in_region(points[0], question.answer)
+        first = map(trace.frames[0].to_original, parse_points(answer)[:1])
+        return any(in_region(point, question.answer) for point in first)
     if question.kind not in ("choice", "string"):
         return correct
     if robospatial:
@@ -611,14 +650,15 @@ def true_thoughts(trace):
 def names_in(crop, regions):
     """{name} of the most central region that can be read in a crop, or {}. All boxes are in px of
     the original."""
+    x1, y1, x2, y2 = crop
     found = []
     for region in regions:
         left, top, right, bottom = region["box"]
-        width = min(right, crop[2]) - max(left, crop[0])
-        height = min(bottom, crop[3]) - max(top, crop[1])
+        width = min(right, x2) - max(left, x1)
+        height = min(bottom, y2) - max(top, y1)
         if width >= READABLE * (right - left) and height >= READABLE * (bottom - top):
-            across = abs(left + right - crop[0] - crop[2])
-            down = abs(top + bottom - crop[1] - crop[3])
+            across = abs(left + right - x1 - x2)
+            down = abs(top + bottom - y1 - y2)
             found.append((max(across, down), region["name"].casefold()))
     return {min(found)[1]} if found else set()
 
@@ -642,28 +682,24 @@ def evaluate(policy, questions, dialogue, seed, *, samples=1, done=(), path=None
     done: what `read_answers` found. path: file that answers are added to, a line a question. log:
     called with a line a round of blocks. keep: of so many questions, the first ones, the first
     Trace is returned (by the first process). sampling: see `model.Engine`."""
-    asked = {question.key for question in questions}
+    asked = {question.key: question for question in questions}
     answers = {rows[0]["key"]: rows for rows in done
                if rows[0]["tool"] == dialogue.tool and rows[0]["key"] in asked}
-    before = sum(question.key in answers for question in questions)
-    if log and before:
-        log(f"{before} of {len(questions)} questions were answered before")
+    if log and answers:
+        log(f"{len(answers)} of {len(questions)} questions were answered before")
     # those that a page shows are asked anew; a row that is there twice is asked once
-    left = {question.key: question for number, question in enumerate(questions)
-            if number < keep or question.key not in answers}
-    left, kept = list(left.values()), []
+    on_page = {question.key for question in questions[:keep]}
+    left = [question for key, question in asked.items() if key in on_page or key not in answers]
+    kept = []
     for begin in range(0, len(left), world_size() * QUESTIONS_A_BLOCK):      # a block a process
         first = begin + rank() * QUESTIONS_A_BLOCK
-        block = usable(left[first:first + QUESTIONS_A_BLOCK])                # empty, perhaps
-        started, groups = time.monotonic(), []
-        if block:
-            seeds = [f"evaluation {seed} {question.key}" for question in block]
-            groups = rollout(policy, block, dialogue, samples, seeds, **sampling)
-        seconds = (time.monotonic() - started) / max(1, len(block) * samples)
-        more = {"tool": dialogue.tool, "seconds": seconds}
-        mine = [[row_of(trace) | more for trace in traces] for traces in groups]
-        if begin == 0:
-            kept = [traces[0] for traces in groups[:keep]]
+        mine = []
+        for part in usable(left[first:first + QUESTIONS_A_BLOCK]):
+            seeds = [f"evaluation {seed} {question.key}" for question in part]
+            groups = rollout(policy, part, dialogue, samples, seeds, **sampling)
+            for traces in groups:
+                mine.append([row_of(trace) | {"tool": dialogue.tool} for trace in traces])
+            kept += [traces[0] for traces in groups[:keep - len(kept)]]
         new = sum(gather(mine), [])
         if path and rank() == 0:
             with open(path, "a", encoding="utf-8") as file:
@@ -675,9 +711,7 @@ def evaluate(policy, questions, dialogue, seed, *, samples=1, done=(), path=None
     found = [answers[question.key] for question in questions if question.key in answers]
     if not found:
         raise UserError(f"none of {len(questions)} questions can be asked, see above")
-    seconds = sum(row["seconds"] for rows in found for row in rows)
-    counts = {"minutes": seconds / 60, "skipped": len(questions) - len(found)}
-    return figures(found) | counts, kept
+    return figures(found) | {"skipped": len(questions) - len(found)}, kept
 
 
 def read_answers(path, settings):
@@ -715,13 +749,14 @@ BLINK = ("Art_Style", "Counting", "Forensic_Detection", "Functional_Corresponden
          "Jigsaw", "Multi-view_Reasoning", "Object_Localization", "Relative_Depth",
          "Relative_Reflectance", "Semantic_Correspondence", "Spatial_Relation",
          "Visual_Correspondence", "Visual_Similarity")
-BENCHMARKS = (    # name, categories, whether accuracies are averaged or questions pooled
-    ("BLINK, mean of sub-tasks", BLINK, "mean"),
-    ("BLINK, mean of the spatial three",
-     ("Multi-view_Reasoning", "Relative_Depth", "Spatial_Relation"), "mean"),
-    ("HR-Bench, mean of option cycles", ("cycle 0", "cycle 1", "cycle 2", "cycle 3"), "mean"),
-    ("RoboSpatial-Home, yes or no", ("configuration", "compatibility"), "pooled"),
-)
+# Whose score is a mean over categories, each of the same weight. That of the others is the accuracy
+# over all questions, of RoboSpatial-Home over its category "yes or no".
+BENCHMARKS = {
+    "BLINK, mean of sub-tasks": BLINK,
+    "BLINK, mean of the spatial three": ("Multi-view_Reasoning", "Relative_Depth",
+                                         "Spatial_Relation"),
+    "HR-Bench, mean of option cycles": ("cycle 0", "cycle 1", "cycle 2", "cycle 3"),
+}
 
 
 def mean(values, empty=0.0):
@@ -750,58 +785,37 @@ def interval(shares, z=1.96):
 def figures(groups):
     """The rows of each question's samples -> the figures of an evaluation, a dict.
 
-    accuracy: share of right answers; ci95: bounds of its 95 % interval; majority: accuracy of the
-    answer that most samples of a question give. on_target, true_thoughts: shares, None where that
-    is not known. by: accuracy by category; benchmarks: scores as the benchmarks define them. The
-    others are means over traces: reward, official (right by the public code's rule), format,
-    grounded, diversity, zoom_calls (that were answered), several_crops (of different places),
-    overlong (out of tokens or zoom calls), and the behaviours."""
+    accuracy: share of right answers; ci95: bounds of its 95 % interval. on_target, true_thoughts:
+    shares, None where that is not known. by: accuracy by category and by its parts; benchmarks: see
+    BENCHMARKS; the rule of RoboSpatial-Home's is its own. The others are means over traces: reward,
+    official (right by the public code's rule), format, grounded, diversity, zoom_calls (that were
+    answered), several_crops (of different places), overlong (out of tokens or zoom calls), and the
+    behaviours."""
     rows = sum(groups, [])
     found = rate([mean(row["correct"] for row in samples) for samples in groups])
-    found["majority"] = mean(map(majority_right, groups))
     found["reward"] = mean(row["total"] for row in rows)
     for name in MEANS:
         found[name] = mean(row[name] for row in rows)
     for name in ("on_target", "true_thoughts"):
         found[name] = mean(sum((row[name] for row in rows), []), None)
-    results = []
+    shares = {}                                        # of right samples, by category
     for samples in groups:
         category = samples[0]["category"]
-        rule = "official" if category in ROBOSPATIAL else "correct"
-        results.append((category, mean(row[rule] for row in samples)))
-    found["by"], found["benchmarks"] = summarise(results)
+        rule = "official" if category.startswith(ROBOSPATIAL) else "correct"
+        share = mean(row[rule] for row in samples)
+        for name in {category, *category.split(FACET)} - {""}:
+            shares.setdefault(name, []).append(share)
+    found["by"] = {name: rate(shares[name]) for name in sorted(shares)}
+    found["benchmarks"] = {}
+    for name, categories in BENCHMARKS.items():
+        present = [mean(shares[category]) for category in categories if category in shares]
+        if len(present) > 1:
+            found["benchmarks"][name] = mean(present)
     return found
-
-
-def majority_right(samples):
-    """Whether the answer that most of a question's samples give is right; of equals, the first."""
-    votes = [row["vote"] for row in samples if row["vote"]]
-    winner = max(votes, key=votes.count, default=None)
-    return any(row["correct"] for row in samples if row["vote"] == winner)
 
 
 def rate(shares):
     return {"n": len(shares), "accuracy": mean(shares), "ci95": interval(shares)}
-
-
-def summarise(results):
-    """(category, share of right samples) of each question -> the figures by category and by its
-    parts, and the scores of BENCHMARKS whose categories are among them.
-
-    The scores of V*Bench, ScreenSpot and ScreenSpot-Pro are the accuracy over all questions."""
-    groups = {}
-    for category, share in results:
-        for name in {category, *category.split(FACET)} - {""}:
-            groups.setdefault(name, []).append(share)
-    benchmarks = {}
-    for name, categories, how in BENCHMARKS:
-        present = [groups[category] for category in categories if category in groups]
-        pooled = sum(present, [])
-        if len(present) > 1 and how == "pooled":
-            benchmarks[name] = rate(pooled)
-        elif len(present) > 1:
-            benchmarks[name] = {"n": len(pooled), "accuracy": mean(map(mean, present))}
-    return {name: rate(groups[name]) for name in sorted(groups)}, benchmarks
 
 
 HEADS = ["", "accuracy", "95 %", "without tool", "format", "on target", "true thoughts",
@@ -1056,13 +1070,13 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: auto; pa
 .grid {{ display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)) }}
 .wide {{ overflow-x: auto; overflow-wrap: normal }}
+.wide pre {{ white-space: pre; font-family: monospace }}
 figure {{ margin: 0 }}
-svg, img {{ display: block; width: 100%; height: auto }}
-svg {{ fill: none; stroke: #3d8fc6; stroke-width: 2 }}
-svg text {{ fill: currentColor; stroke: none; font-size: 12px }}
+img {{ width: 100% }}
+svg {{ display: block; width: 100%; height: 8rem; border: 1px solid #8888; fill: none;
+  stroke: #3d8fc6; stroke-width: 2 }}
 td {{ padding: .2rem .7rem; border-bottom: 1px solid #8888 }}
 pre {{ white-space: pre-wrap; font: inherit; border-left: 3px solid #8888; padding-left: .7rem }}
-.wide pre {{ white-space: pre; font-family: monospace }}
 summary {{ cursor: pointer; font-weight: bold }}
 </style>
 <h1>{title}</h1>
@@ -1079,25 +1093,27 @@ def write_report(path, title, settings, log_rows, table_rows, tree, traces):
     Traces}, of the same questions in the same order; they are shown side by side, by how the last
     stage's ended."""
     in_force = [pair for pair in settings.items() if pair[1] not in (None, "")]
-    parts = ['<div class="grid">', *curves(log_rows), "</div>", html_table(table_rows),
+    names = dict.fromkeys(name for row in log_rows for name in row if name != "step")
+    charts = [curve(name, log_rows) for name in names]
+    parts = [html_table(table_rows), '<div class="grid">', *charts, "</div>",
              folded("settings", html_table(in_force))]
     if tree:
         parts.append(folded("a search tree", f'<div class="wide"><pre>{shown(tree)}</pre></div>'))
-    by_state = {"right": [], "wrong": [], "truncated": [], "open": []}
+    by_state = {}
     for row in zip(*traces.values(), strict=True):
-        by_state[state_of(row[-1])].append(html_question(zip(traces, row, strict=True)))
-    for state, articles in by_state.items():
-        if articles:
-            parts.append(folded(f"{state} ({len(articles)})", "\n".join(articles), "open"))
+        question = html_question(zip(traces, row, strict=True))
+        by_state.setdefault(state_of(row[-1]), []).append(question)
+    for state, questions in by_state.items():
+        parts.append(folded(f"{state} ({len(questions)})", "\n".join(questions), "open"))
     write_text(path, PAGE.format(title=shown(title), body="\n".join(parts)))
-
-
-def shown(text):
-    return html.escape(visible(text))
 
 
 def folded(title, content, state=""):
     return f"<details {state}><summary>{title}</summary>\n{content}\n</details>"
+
+
+def shown(text):
+    return html.escape(visible(text))
 
 
 def html_table(rows):
@@ -1105,24 +1121,20 @@ def html_table(rows):
     return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
 
 
-def curves(log_rows):
-    """Yields a chart of each figure of a log, with axes and the last value."""
-    names = dict.fromkeys(name for row in log_rows for name in row if name != "step")
-    for name in names:
-        points = [(row["step"], row[name]) for row in log_rows
-                  if type(row.get(name)) in (int, float) and math.isfinite(row[name])]
-        if not points:
-            continue
-        steps, values = zip(*points, strict=True)
-        low, high = min(0, *values), max(0, *values)
-        across, up = steps[-1] - steps[0] or 1, high - low or 1
-        line = " ".join(f"{50 + 300 * (step - steps[0]) / across:.1f},"
-                        f"{150 - 140 * (value - low) / up:.1f}" for step, value in points)
-        yield (f"<figure><b>{shown(name)}</b>, at last {values[-1]:.4g}"
-               '<svg viewBox="0 0 360 180"><path stroke="#888" d="M50,10V150H350"/>'
-               f'<polyline points="{line}"/><text y="18">{high:.3g}</text>'
-               f'<text y="150">{low:.3g}</text><text x="50" y="170">{steps[0]}</text>'
-               f'<text x="350" y="170" text-anchor="end">step {steps[-1]}</text></svg></figure>')
+def curve(name, log_rows):
+    """A figure of a log as a chart, with its bounds and the last value; "" where it has none."""
+    points = [(row["step"], row[name]) for row in log_rows
+              if type(row.get(name)) in (int, float) and math.isfinite(row[name])]
+    if not points:
+        return ""
+    steps, values = zip(*points, strict=True)
+    low, high = min(0, *values), max(0, *values)
+    across, up = steps[-1] - steps[0] or 1, high - low or 1
+    line = " ".join(f"{step},{-value}" for step, value in points)
+    return (f"<figure><b>{shown(name)}</b>, at last {values[-1]:.4g}"
+            f'<svg viewBox="{steps[0]} {-high} {across} {up}" preserveAspectRatio="none">'
+            f'<polyline points="{line}" vector-effect="non-scaling-stroke"/></svg>'
+            f"from {low:.3g} to {high:.3g}, steps {steps[0]} to {steps[-1]}</figure>")
 
 
 def state_of(trace):
@@ -1144,12 +1156,12 @@ def html_question(traces):
         picture.save(file, "webp", quality=80)
         data = base64.b64encode(file.getvalue()).decode()
         text = trace.text().removeprefix(question.text).strip()
-        reward = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in
-                           vars(scored).items() if value != "")
+        parts = [f"{name} {value}" for name, value in vars(scored).items() if value != ""]
         sections.append(f'''<section><h4>{shown(stage)}: {state_of(trace)}</h4>
 <img alt="points and crops" src="data:image/webp;base64,{data}">
 <pre dir="auto">{shown(text)}</pre>
-<p>answer: {shown(trace.answer)} ({trace.ended})<br>reward: {shown(reward)}</p></section>''')
+<p>answer: {shown(trace.answer)} ({trace.ended})<br>reward: {shown(", ".join(parts))}</p>
+</section>''')
     question.release()
     return (f'<h3 dir="auto">{shown(question.text)}</h3><p>truth: {shown(question.answer)}</p>'
             f'<div class="grid">{"".join(sections)}</div>')
@@ -1167,14 +1179,17 @@ def make_parser():
     eval_flags(parser)
     parser.set_defaults(temperature=0.5, top_p=0.99)
     add = parser.add_argument_group("evaluation").add_argument
-    add("--samples", type=whole(1), default=1, help="rollouts a question; more: also their vote")
+    add("--top-k", type=whole(0), default=0, help="sample from so many tokens at most (0: all)")
+    add("--repetition-penalty", type=number(1e-3), default=1.0,
+        help="logits of tokens that are there already are divided by it (1: not)")
+    add("--samples", type=whole(1), default=1, help="rollouts a question")
     add("--tool", action=argparse.BooleanOptionalAction, default=True,
         help="without it the answer is asked for at once")
     add("--json", default="", help="file for the figures; answers go to the .jsonl beside it")
     add("--image", default="", help="ask about this image")
     add("--question", default="", help="what to ask about --image")
-    add("--save", default="", help="draw the (first) trace to this PNG file")
-    add("--report", default="", help="HTML file for figures and traces")
+    add("--save", default="",
+        help="file for the (first) trace as a picture (.png), or for a page with some (.html)")
     add("--serve", type=whole(1), help="be the agent of VisualWebArena on this port")
     return parser
 
@@ -1184,22 +1199,35 @@ def eval_flags(parser):
     parser.add_argument("--n", type=whole(1), help="questions of an evaluation (None: all)")
 
 
+def eval_sampling(args):
+    """Arguments of `model.Engine`."""
+    sampling = sampling_of(args)
+    if args.top_k:
+        sampling["top_k"] = args.top_k
+    if args.repetition_penalty != 1:
+        sampling["repetition_penalty"] = args.repetition_penalty
+    return sampling
+
+
 def check_output(flag, path, endings):
     """Raises UserError where a file that is to be written at the end cannot be written."""
-    path = Path(path)
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
-    if path.suffix not in endings or path.is_dir() or not writable:
-        raise UserError(f"{flag} {path}: give a name that ends in {' or '.join(endings)}, in a "
-                        "folder that can be written to")
+    part = Path(f"{path}.part")
+    with suppress(OSError, ValueError):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        part.unlink(missing_ok=True)
+        if Path(path).suffix in endings and not os.path.isdir(path):
+            return
+    raise UserError(f"{flag} {path}: give a name that ends in {' or '.join(endings)}, in a folder "
+                    "that can be written to")
 
 
 def main():
     args = parse(make_parser(), "rollout", "evaluate")
-    for name, endings in (("json", [".json"]), ("report", [".html"]), ("save", [".png", ".jpg"])):
-        if vars(args)[name]:
-            check_output(f"--{name}", vars(args)[name], endings)
+    if args.json:
+        check_output("--json", args.json, [".json"])
+    if args.save:
+        check_output("--save", args.save, [".png", ".jpg", ".html"])
     if bool(args.image) != bool(args.question):
         raise UserError("--image and --question go together")
     if args.serve:
@@ -1212,7 +1240,7 @@ def main():
     rows = []
     if args.image:
         question = Question(args.question, [args.image], "")
-        [traces] = rollout(policy, [question], dialogue, 1, [args.seed], **sampling_of(args))
+        [traces] = rollout(policy, [question], dialogue, 1, [args.seed], **eval_sampling(args))
     else:
         traces, rows = evaluate_task(policy, dialogue, args)
     if rank():
@@ -1223,41 +1251,67 @@ def main():
     print(f"-> {answer} ({trace.ended}; {len(trace.zoom_points)} zoom calls)\n")
     if rows:
         print(table(rows))
-    if args.save:
-        draw_trace(trace).save(args.save)
-    if args.report:
+    if args.save.endswith(".html"):
         title = f"{args.image or args.task}, {args.mode}"
-        write_report(args.report, title, vars(args), [], rows, "", {args.model: traces})
-        print(f"report: {args.report}")
+        write_report(args.save, title, vars(args), [], rows, "", {args.model: traces})
+    elif args.save:
+        draw_trace(trace).save(args.save)
 
 
 def evaluate_task(policy, dialogue, args):
     """Evaluates a task, with and without the tool; prints figures, writes --json.
     -> the first Traces, the table's rows"""
     questions = open_file(args.task, args.image_root).part(args.n)
-    done, path = [], None
+    done, path, lock = [], None, None
     if args.json:
         path = Path(args.json).with_suffix(".jsonl")
-        # all that decides an answer; the questions may come and go
-        settings = {name: value for name, value in vars(args).items()
-                    if name not in ("json", "save", "report", "config", "n", "tool")}
-        done = read_answers(path, settings | {"dialogue": dialogue.to_json()})
+        lock = open_lock(path.with_suffix(".lock"), "--json")
+        done = read_answers(path, {} if rank() else answer_settings(args, dialogue))
     run = partial(evaluate, policy, questions, seed=args.seed, samples=args.samples, done=done,
-                  path=path, **sampling_of(args))
-    found, traces = run(dialogue, log=print, keep=PAGE_TRACES if args.report else 1)
+                  path=path, **eval_sampling(args))
+    keep = PAGE_TRACES if args.save.endswith(".html") else 1
+    found, traces = run(dialogue, log=print, keep=keep)
     without = None
     if args.mode == "zoom" and args.tool:
         blind, _ = run(replace(dialogue, tool=False), log=partial(print, "without tool:"))
         without = found["accuracy_no_tool"] = blind["accuracy"]
-    for name, part in (found["by"] | found["benchmarks"]).items():
+    for name, part in found["by"].items():
         print(f"  {visible(name)}: accuracy {part['accuracy']:.3f}, n {part['n']}")
-    if args.samples > 1:
-        print(f"majority vote of {args.samples} samples: accuracy {found['majority']:.3f}")
+    for name, accuracy in found["benchmarks"].items():
+        print(f"  {name}: {accuracy:.3f}")
     print("a trace:", *(f"{name} {found[name]:.2f} " for name in ("regions", *PHRASES)))
-    if args.json and rank() == 0:
+    if lock:
         write_text(args.json, json.dumps(found, indent=1) + "\n")
-    row = cells(Path(args.task).stem, found, without)
-    return traces, [[*HEADS, "official", "n"], [*row, f"{found['official']:.3f}", found["n"]]]
+        lock.close()
+    row = [*cells(Path(args.task).stem, found, without), f"{found['official']:.3f}", found["n"]]
+    return traces, [[*HEADS, "official", "n"], row]
+
+
+def open_lock(path, flag):
+    """-> the open file that keeps a second run from writing there, until it is closed or the
+    process ends; of the first process only. Raises UserError."""
+    if rank():
+        return None
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path}: another run is writing there; wait for it, or give another "
+                        f"{flag}") from None
+    return lock
+
+
+def answer_settings(args, dialogue):
+    """All that decides an answer; the questions may come and go. -> {name: value}, for JSON"""
+    not_counted = ("json", "save", "config", "n", "tool")
+    settings = {name: value for name, value in vars(args).items() if name not in not_counted}
+    settings["dialogue"] = dialogue.to_json()
+    # another checkpoint may come to lie under the name of this one
+    folder = Path(cached_file(args.model, "config.json")).parent
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            settings[f"sha1 of {path.name}"] = hashlib.file_digest(file, "sha1").hexdigest()
+    return settings
 
 
 if __name__ == "__main__":

@@ -376,7 +376,8 @@ def upright(image, rgb):
     except Exception:                    # of many kinds, see above
         return rgb
     rgb.getexif()[ExifTags.Base.Orientation] = orientation
-    return ImageOps.exif_transpose(rgb)
+    ImageOps.exif_transpose(rgb, in_place=True)
+    return rgb
 
 
 # ------------------------------------------------------------------------------------- coordinates

@@ -45,8 +45,13 @@ def read(path, image_root=""):
 
 def asked(path):
     """The first question, once what needs its image is known."""
-    question, = usable(read(path)[:1])
+    question, = ready(read(path)[:1])
     return question
+
+
+def ready(questions):
+    """Those that can be asked."""
+    return [question for part in usable(questions) for question in part]
 
 
 # ------------------------------------------------------------------------------------------ formats
@@ -120,6 +125,30 @@ def test_release_categories(data):
     assert [q.category for q in questions] == ["Multi-view_Reasoning", "relative_position", ""]
 
 
+@pytest.mark.parametrize("fields, category", [
+    ({"question_type": "obj_movement"}, "obj_movement"), ({"sub_task": "Jigsaw"}, "Jigsaw"),
+    ({"category": "hard", "question_type": "action"}, "hard"), ({"data_source": "sat"}, "sat"),
+    ({"category": "", "sub_task": None, "question_type": 7}, "7"), ({"category": None}, ""),
+    ({"sub_task": "Counting", "id": "val_Jigsaw_3"}, "Counting")])
+def test_a_type_of_question_in_the_row_is_its_category(data, fields, category):
+    """Guards the figures by category, which SAT and BLINK have under names of their own."""
+    rows = [talk(SAT, "No") | fields, POINT_RL | fields, SFT | fields]
+    for i, row in enumerate(rows):
+        assert read(data(f"{i}.jsonl", [row]))[0].category == category
+
+
+@pytest.mark.parametrize("answer", ["A", "(C)", "B. blue", "a", "（Ｂ）", "green。"])
+def test_a_hint_behind_options_is_none_of_them(answer):
+    """Guards options lost, or made of the words of a hint that names letters, in any order."""
+    for hint in ("Answer with (A), (B) or (C).", "Say (B) if unsure, (A) or (C) else.",
+                 "Hint: reply with (C)", "E.g. \"(A)\". Please write (A) or (B) or (C)!"):
+        found = scored_by(f"Which?\n(A) red\n(B) blue\n(C) green\n{hint}", answer)
+        assert found["choices"] == ("red", "blue", "green") and found["kind"] == "choice"
+    for hint in ("Give only the letter.", "Write (A), (B) or (C)!", "Note: one of them is right."):
+        found = scored_by(f"Which? (A) red, (B) blue or (C) green. {hint}", answer)
+        assert found["choices"] == ("red", "blue", "green") and found["kind"] == "choice"
+
+
 def test_release_rl_rows_for_pointing(data):
     """Guards: OS-Atlas boxes of the release taken for text; they are whole px of the file's image,
     corners."""
@@ -131,13 +160,25 @@ def test_release_rl_rows_for_pointing(data):
 @pytest.mark.parametrize("answer, kind", [
     ("click [12]", "action"), ("type [3] [stop it (now)] [1]", "action"),
     ("scroll [down]", "action"), ("go_back", "action"), ("stop [N/A]", "action"),
-    ("stop", "string"), ("Click here", "string"), ("yes", "string"), ("3", "string")])
+    ("stop", "action"), ("Stop", "action"), ("scroll down", "action"), ("Scroll  up", "action"),
+    ("Click [7]", "action"),
+    ("stop it", "string"), ("Click here", "string"), ("yes", "string"), ("3", "string")])
 def test_web_actions(data, answer, kind):
-    """Guards: actions compared letter by letter; and words on a sign ("stop") taken for actions."""
+    """Guards: actions compared letter by letter, and those without brackets taken for words."""
     row = ACTION_RL | {"answer": answer}
     question = read(data("vigorl_ical_train_RL.jsonl", [row]))[0]
     assert (question.kind, question.answer) == (kind, answer)
     assert kind != "action" or match_action(answer, question.answer)    # the reward can read it
+
+
+@pytest.mark.parametrize("truth", ["stop", "scroll down", "Scroll up"])
+@pytest.mark.parametrize("text, kind", [
+    ("What does the sign say?", "string"), ("Stop or go?\nAnswer in a word.", "string"),
+    ("Which word?\n(A) stop (B) scroll down (C) scroll up", "choice")])
+def test_words_on_a_sign_are_no_actions(text, kind, truth):
+    """Guards "stop", which is an action on a web page alone."""
+    found = scored_by(text, truth)
+    assert found["kind"] == kind and match_answer(truth, found["answer"], found.get("choices", ()))
 
 
 def test_sft_file(data):
@@ -182,7 +223,7 @@ def test_screenspot_pro_folder(data, tmp_path):
 def test_os_atlas_boxes_are_shares_of_the_original_image(data, tmp_path):
     """Guards: shares taken for px; or scaled by another image's size."""
     draw(tmp_path / "other.png", size=(1000, 500))
-    questions = usable(read(data("a.json", [ATLAS, ATLAS | {"img_filename": "other.png"}])))
+    questions = ready(read(data("a.json", [ATLAS, ATLAS | {"img_filename": "other.png"}])))
     assert questions[0].answer == pytest.approx((20, 30, 40, 40))
     assert questions[1].answer == pytest.approx((100, 150, 200, 200))
 
@@ -225,11 +266,13 @@ def test_boxes_of_photographs_that_lie_on_their_side(data, tmp_path, orientation
 def test_robospatial(data):
     """Guards: the polygon left in [0, 1] while points are said in px; the question still asking for
     points in [0, 1]."""
-    point, yes = usable(read(data("annotations.json", ROBOSPATIAL)))
+    point, yes = ready(read(data("annotations.json", ROBOSPATIAL)))
     assert point.kind == "point" and point.text == "Point to the space left of the cup."
     corners = [pytest.approx(corner) for corner in point.answer]
     assert corners == [(20, 30), (40, 30), (40, 50)]
-    assert (yes.kind, yes.answer, yes.category) == ("string", "Yes", "configuration")
+    assert (yes.kind, yes.answer) == ("string", "Yes")
+    assert point.category == "RoboSpatial-Home, context"
+    assert yes.category == "RoboSpatial-Home, yes or no | configuration"
 
 
 def test_hr_bench(data):
@@ -243,7 +286,7 @@ def test_hr_bench(data):
     assert (question.kind, question.answer) == ("choice", "C")
     assert question.category == "single | cycle 1" and question.id == "1"
     assert match_answer("green", question.answer, question.choices)
-    assert usable(questions) == questions[:2] and question.loaded[0].size == (400, 400)
+    assert ready(questions) == questions[:2] and question.loaded[0].size == (400, 400)
 
 
 def test_visual_probe(data):
@@ -254,19 +297,31 @@ def test_visual_probe(data):
 
 
 @pytest.mark.parametrize("truth, answer", [
-    ("A. red", "A"), ("(B) blue", "B"), ("a", "A"), ("(b)", "B"), ("Blue.", "blue"), ("C", None),
-    ("E.", None)])
-def test_truths_as_the_policy_writes_them(truth, answer):
-    """Guards a truth read as a text that no answer equals, though an answer in that form counts."""
+    ("A. red", "A"), ("(B) blue", "B"), ("a", "A"), ("(b)", "B"), ("Blue.", "blue"),
+    ("（B）", "B"), ("Ｂ", "B"), ("B。", "B"), ("（Ａ） red", "A"), ("ｂ）", "B"), ("Ａ．", "A"),
+    ("ｂｌｕｅ", "blue"), ("red。", "red"), ("\\boxed{B}", "B"), ("B - blue", "B"),
+    ("C", None), ("E.", None), ("（Ｄ）", None), ("c。", None)])
+@pytest.mark.parametrize("text", [
+    "Which?\n(A) red\n(B) blue", "Which?\n（A）red （B）blue", "Which?\nＡ．red\nＢ．blue",
+    "Which?\nA、red\nB、blue\nAnswer A or B。",
+    "（Ａ）red，（Ｂ）blue。Please answer（A）or（B）。"])
+def test_truths_as_the_policy_writes_them(text, truth, answer):
+    """Guards a truth read as a text that no answer equals, though an answer in that form counts;
+    in narrow letters and in wide ones."""
     if answer is None:
         with pytest.raises(Unusable, match="none of its 2 options"):
-            scored_by("Which?\n(A) red\n(B) blue", truth)
+            scored_by(text, truth)
     else:
-        found = scored_by("Which?\n(A) red\n(B) blue", truth)
+        found = scored_by(text, truth)
         assert (found["kind"], found["answer"]) == ("choice", answer)
+        for said in (truth, answer, f" {answer}。"):
+            assert match_answer(said, found["answer"], found["choices"])
+        assert not match_answer("green", found["answer"], found["choices"])
 
 
-@pytest.mark.parametrize("truth", [[20, 30, 40, 40], "20, 30, 40, 40", "[20, 30, 40, 40]"])
+@pytest.mark.parametrize("truth", [[20, 30, 40, 40], "20, 30, 40, 40", "[20, 30, 40, 40]",
+                                   "（20，30，40，40）", "２０, ３０, ４０, ４０",
+                                   "(20,30,40,40)."])
 def test_boxes_in_any_brackets(data, truth):
     """Guards a box in JSON refused, and one without brackets taken for a text."""
     question = read(data("a.jsonl", [POINT_RL | {"answer": truth}]))[0]
@@ -298,7 +353,7 @@ def test_a_bad_image_costs_its_row_alone(data, tmp_path, capsys):
              "image.png"]
     file = read(data("a.jsonl", [talk(SAT, "No", image=name) for name in names]))
     for _ in range(2):
-        good = usable(file)
+        good = ready(file)
         assert [question.where[-2:] for question in good] == [":1", ":6"]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and all(line.startswith("skipped: ") for line in lines)
@@ -309,7 +364,7 @@ def test_boxes_outside_of_the_image_are_no_truths(data, capsys):
     """Guards a truth that nobody can reach: the image is 200x100 px."""
     rows = [PRO | {"bbox": box} for box in ([0, 0, 9, 9], [200, 0, 300, 50], [0, 100, 9, 130],
                                             [150, 50, 900, 900])]
-    assert [q.answer[0] for q in usable(read(data("a.json", rows)))] == [0, 150]
+    assert [q.answer[0] for q in ready(read(data("a.json", rows)))] == [0, 150]
     assert capsys.readouterr().err.count("lies outside of its image") == 2
 
 
@@ -406,6 +461,11 @@ def test_unusable_rows_are_counted_and_the_first_explained(data, capsys):
     (PRO | {"bbox": [0, 0, float("inf"), 40]}, "not the corners of a box"),
     (ATLAS | {"bbox": [float("nan")] * 4}, "not the corners of a box"),
     (talk("Where?", float("nan")), "no answer in words"),
+    (talk("Where?", float("inf")), "no answer in words"),
+    (talk("Where?", float("-inf")), "no answer in words"),
+    (talk("Where?", "\u200b\u2060"), "no answer in words"),
+    (talk("Where?", " \n\u3000"), "no answer in words"),
+    (talk("Where?", True), "no answer in words"),
     (talk("Where?", [20, 30, float("nan"), 40]), "neither in words nor a box"),
     (ROBOSPATIAL[0] | {"answer": "[(0.1, 0.3, 0), (0.2, 0.3, 0), (0.2, 0.5, 0)]"}, "no polygon"),
     (ROBOSPATIAL[0] | {"answer": "[(0.1, nan), (0.2, 0.3), (0.2, 0.5), (0, 0)]"}, "no polygon")])
@@ -431,7 +491,8 @@ def test_what_is_not_seen_is_written_out():
     assert visible("\x1b[31m\u3164\u115f\u180e\ufff9\U000e0041\ud800\u2028") == (
         "[U+001B][31m[U+3164][U+115F][U+180E][U+FFF9][U+E0041][U+D800][U+2028]")
     assert visible("x" * 50, 10) == "x" * 10 + " ... (40 more characters)"
-    plain = "naïve 红色　שלום 👩\u200d🔬 ½ a\u00a0b"
+    assert visible("a\u034fb\u2800\ufe01c\U000e0101") == "a[U+034F]b[U+2800][U+FE01]c[U+E0101]"
+    plain = "❤️ naïve 红色　שלום 👩\u200d🔬 ½ a\u00a0b"
     assert visible(plain) == plain
 
 
@@ -493,7 +554,7 @@ def test_part_of_a_file_is_spread_over_it(data):
     """Guards: "the first n" of a sorted file: one category only."""
     file = read(data("a.jsonl", [talk(SAT, "No", id=i) for i in range(10)]))
     assert [q.id for q in file.part(4)] == ["0", "2", "5", "7"]
-    assert file.part(99) == file.part() == file.questions
+    assert file.part(99) == file.part() == file
 
 
 @pytest.mark.parametrize("row, family, pixels", [

@@ -1,7 +1,10 @@
 """The figures of an evaluation are what they say, and an evaluation that was broken off, or run by
 more processes, or on another order of rows, says the same."""
+import fcntl
 import json
 import math
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -18,7 +21,6 @@ from evaluate import (
     open_file,
     read_answers,
     row_of,
-    summarise,
     table,
     targets_hit,
     true_thoughts,
@@ -162,7 +164,7 @@ def test_a_row_is_json_and_has_all_of_a_trace():
                      names=NAMES, id="7", key="abc", category="hard")
     row = json.loads(json.dumps(row_of(trace)))
     expected = {"id": "7", "key": "abc", "category": "hard", "question": "Which?",
-                "truth": "dotted", "answer": "dotted", "vote": "dotted", "ended": "answer",
+                "truth": "dotted", "answer": "dotted", "ended": "answer",
                 "total": 1, "correct": 1, "format": 1, "grounded": 1, "diversity": 0, "why": "",
                 "zoom_calls": 1, "several_crops": False, "overlong": False, "official": True,
                 "on_target": [True], "true_thoughts": [True]}
@@ -222,11 +224,11 @@ def test_official_rule_of_points_and_actions_is_ours():
 def test_official_rule_of_robospatial():
     """Guards: "Yes, it is." wrong on RoboSpatial-Home, where a prefix counts; a list of points
     wrong there, where the first one counts; the polygon compared with px of the model input."""
-    question = Question("Is it?", [], "Yes", category="compatibility")
+    question = Question("Is it?", [], "Yes", category="RoboSpatial-Home, yes or no | configuration")
     for answer, right in ((" yes, it is.", True), ("no", False), ("Oh yes", False), (None, False)):
         assert official_rule(said(answer, question), not right) == right
     polygon = ((20, 30), (40, 30), (40, 50), (20, 50))
-    question = Question("Where?", [], polygon, "point", category="context")
+    question = Question("Where?", [], polygon, "point", category="RoboSpatial-Home, context")
     cases = {"[(15, 20), (90, 40)]": True, "(30, 40)": False, "[(90, 40), (15, 20)]": False,
              "left": False}
     for answer, right in cases.items():
@@ -245,7 +247,7 @@ def test_strict_and_official_stand_side_by_side():
     """Guards: one figure under the other's name. RoboSpatial-Home's own rule is that of its scores,
     and of no others."""
     for category, answer, truth, by in (("Counting", "red or blue", "red", 0),
-                                        ("configuration", "Yes, it is", "Yes", 1)):
+                                        ("RoboSpatial-Home, yes or no", "Yes, it is", "Yes", 1)):
         found = figures([rows_of(Question("Is it?", [], truth, category=category), answer)])
         assert (found["accuracy"], found["official"]) == (0, 1)
         assert found["by"][category]["accuracy"] == by
@@ -286,24 +288,33 @@ def test_interval_of_clusters():
     assert found["ci95"] == found["by"]["hard"]["ci95"] == interval([1, 0] * 10)
 
 
-def test_majority_vote():
-    """Guards the vote: the same answer in other words counts together, the first of equals wins, a
-    trace without an answer has no vote; the mean is over samples."""
+def test_samples_of_a_question_count_as_one():
+    """Guards accuracy and n: a question counts once, by the share of its samples that are right,
+    however many there are."""
     question = Question("Which?\n(A) red (B) blue", [], "A", "choice", ("red", "blue"))
-    cases = [(("B", "red", "(A)"), 2 / 3, 1), (("B", "A"), 1 / 2, 0), (("A", "B"), 1 / 2, 1),
-             ((None, None, "A"), 1 / 3, 1), ((None, ""), 0, 0), (("B", "B", "A"), 1 / 3, 0)]
-    for answers, accuracy, majority in cases:
-        found = figures([rows_of(question, *answers)])
-        assert (found["n"], found["majority"]) == (1, majority), answers
-        assert found["accuracy"] == pytest.approx(accuracy)
+    cases = [(("B", "red", "(A)"), 2 / 3), (("B", "A"), 1 / 2), ((None, None, "A"), 1 / 3),
+             ((None, ""), 0)]
+    groups = [rows_of(question, *answers) for answers, _ in cases]
+    for group, (_, accuracy) in zip(groups, cases, strict=True):
+        assert figures([group])["accuracy"] == pytest.approx(accuracy)
+    found = figures(groups)
+    assert (found["n"], found["accuracy"]) == (4, pytest.approx(1.5 / 4))
 
 
 # ------------------------------------------------------------------------------- scores, benchmarks
 
+def scores(*results):
+    """The figures of questions of these categories, right (1) or wrong (0): by category, and of
+    benchmarks."""
+    questions = [(Question("Is it?", [], "Yes", category=category), right)
+                 for category, right in results]
+    found = figures([rows_of(question, "Yes" if right else "No") for question, right in questions])
+    return found["by"], found["benchmarks"]
+
+
 def test_scores_by_category_and_by_its_parts():
     """Guards: ScreenSpot's table (platform by type) without its margins."""
-    rows = [("mobile | text", 1), ("mobile | icon", 0), ("web | text", 1), ("", 1)]
-    by, benchmarks = summarise(rows)
+    by, benchmarks = scores(("mobile | text", 1), ("mobile | icon", 0), ("web | text", 1), ("", 1))
     assert {name: (group["accuracy"], group["n"]) for name, group in by.items()} == {
         "mobile": (0.5, 2), "web": (1, 1), "text": (1, 2), "icon": (0, 1),
         "mobile | text": (1, 1), "mobile | icon": (0, 1), "web | text": (1, 1)}
@@ -313,18 +324,18 @@ def test_scores_by_category_and_by_its_parts():
 def test_benchmarks():
     """Guards: BLINK pooled over questions, not averaged over sub-tasks; RoboSpatial's 228 averaged,
     not pooled."""
-    _, blink = summarise([("Relative_Depth", 1)] * 3 + [("Spatial_Relation", 0), ("Counting", 0)])
-    assert blink["BLINK, mean of sub-tasks"]["accuracy"] == pytest.approx(1 / 3)
-    assert blink["BLINK, mean of the spatial three"] == {"accuracy": 0.5, "n": 4}
-    cycles = [(f"single | cycle {i}", i % 2) for i in range(4)] + [("cross | cycle 0", 1)]
-    _, cycles = summarise(cycles)
+    _, blink = scores(*[("Relative_Depth", 1)] * 3, ("Spatial_Relation", 0), ("Counting", 0))
+    assert blink == {"BLINK, mean of sub-tasks": pytest.approx(1 / 3),
+                     "BLINK, mean of the spatial three": 0.5}
+    _, cycles = scores(*((f"single | cycle {i}", i % 2) for i in range(4)), ("cross | cycle 0", 1))
     mean = (0.5 + 1 + 0 + 1) / 4
-    assert cycles["HR-Bench, mean of option cycles"]["accuracy"] == pytest.approx(mean)
-    robot = [("configuration", 1)] * 3 + [("compatibility", 0), ("context", 0)]
-    by, robot = summarise(robot)
-    assert robot["RoboSpatial-Home, yes or no"] == {
-        "accuracy": 0.75, "ci95": interval([1, 1, 1, 0]), "n": 4}
-    assert by["context"] == {"accuracy": 0, "ci95": interval([0]), "n": 1}
+    assert cycles == {"HR-Bench, mean of option cycles": pytest.approx(mean)}
+    robot = "RoboSpatial-Home, yes or no"
+    by, benchmarks = scores(*[(f"{robot} | configuration", 1)] * 3,
+                            (f"{robot} | compatibility", 0), ("RoboSpatial-Home, context", 0))
+    assert by[robot] == {"accuracy": 0.75, "ci95": interval([1, 1, 1, 0]), "n": 4}
+    assert by["compatibility"]["n"] == 1 and by["RoboSpatial-Home, context"]["n"] == 1
+    assert benchmarks == {}
 
 
 def test_a_table():
@@ -336,7 +347,7 @@ def test_a_table():
 
 LIMITS = dict(turn_tokens=7, response_tokens=40, cache_tokens=2000)
 SETTINGS = {"seed": 3, "temperature": 1.0}
-QUESTIONS = open_file(str(ROOT / "tests/tiny/search-test.jsonl")).questions[:10]
+QUESTIONS = open_file(str(ROOT / "tests/tiny/search-test.jsonl"))[:10]
 
 
 @pytest.fixture
@@ -346,19 +357,17 @@ def small_blocks(monkeypatch):
 
 
 def answers(path):
-    """What a file of answers says of each question, times aside."""
+    """What a file of answers says of each question."""
     groups = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-    for row in sum(groups, []):
-        del row["seconds"]
     return sorted(groups, key=lambda group: (not group[0]["tool"], group[0]["key"]))
 
 
 def run_with(policy, path=None, dialogue=None, seed=3, questions=QUESTIONS, keep=0, **more):
-    """-> the figures, but for the time"""
+    """-> the figures"""
     done = read_answers(path, SETTINGS) if path else ()
     found, kept = evaluate(policy, questions, dialogue or Dialogue(), seed, done=done, path=path,
                            keep=keep, **LIMITS | more)
-    assert len(kept) == keep and found.pop("minutes") >= 0
+    assert len(kept) == keep
     return found
 
 
@@ -461,11 +470,36 @@ def test_a_bad_image_is_skipped_and_counted(policy, small_blocks, tmp_path, caps
     it says."""
     (tmp_path / "bad.png").write_bytes(b"no image")
     bad = Question("Which?", [tmp_path / "bad.png"], "red", key="bad", where="a.jsonl:8")
-    found = run_with(policy, questions=[*QUESTIONS[:7], bad])
+    path, lines = tmp_path / "found.jsonl", []
+    found = run_with(policy, path, questions=[*QUESTIONS[:7], bad])
     assert (found["n"], found["skipped"]) == (7, 1)
     assert "a.jsonl:8" in capsys.readouterr().err
+    found = run_with(policy, path, questions=QUESTIONS[:7], log=lines.append)    # it is removed
+    assert found["n"] == 7 and lines == ["7 of 7 questions were answered before"]
     with pytest.raises(UserError, match="none of 1 questions"):
         run_with(policy, questions=[bad])
+
+
+@pytest.mark.parametrize("pixels, most", [(1, 2), (5 * 256**2, 6), (2**28, 9)])
+def test_images_in_memory_are_bounded(policy, monkeypatch, pixels, most):
+    """Guards memory: 128 photographs of 100 MP are 38 GB. So many as the bound allows are loaded
+    at a time, and two that are read beside each other; the answers are the same."""
+    monkeypatch.setattr(evaluation, "PIXELS_IN_MEMORY", pixels)
+    monkeypatch.setattr(evaluation, "READ_AT_ONCE", 2)
+    loaded, at_a_time = set(), []
+
+    class Watched(Question):
+        def load(self):
+            loaded.add(self.key)
+            at_a_time.append(len(loaded))
+            return super().load()
+
+        def release(self):
+            loaded.discard(self.key)
+            super().release()
+    watched = [Watched(**vars(question)) for question in QUESTIONS[:9]]
+    assert run_with(policy, questions=watched) == run_with(policy, questions=QUESTIONS[:9])
+    assert max(at_a_time) == most and not loaded
 
 
 def test_answers_of_another_command_are_refused(policy, small_blocks, tmp_path):
@@ -524,7 +558,7 @@ def test_evaluate_from_the_command_line(tiny_folder, script, tmp_path):
     """Guards the way from the flags to table, figures and page; a second call asks nothing again,
     other settings are refused, more questions are not."""
     command = ["--model", tiny_folder, *TASK, *TINY, "--json", "out/a.json"]
-    out, _ = script("evaluate", *command, "--report", "out/a.html")
+    out, _ = script("evaluate", *command, "--save", "out/a.html")
     found = json.loads((tmp_path / "out/a.json").read_text())
     assert found["n"] == 3 and "accuracy_no_tool" in found
     assert "temperature=0.5" in out and "top_p=0.99" in out and "3/3 questions" in out
@@ -535,31 +569,99 @@ def test_evaluate_from_the_command_line(tiny_folder, script, tmp_path):
     assert "has answers with seed 0" in err
     out, _ = script("evaluate", "--model", tiny_folder, *TASK, *TINY, "--no-tool", "--mode",
                     "direct", "--samples", 2)
-    assert "majority vote of 2 samples" in out and "turn_tokens=8" in out and "top_p=1.0" in out
+    assert "3/3 questions" in out and "turn_tokens=8" in out and "top_p=1.0" in out
+
+
+def test_two_evaluations_with_one_file(tiny_folder, script, tmp_path):
+    """Guards figures over twice as many answers as there are questions: while one evaluation
+    writes, a second one ends in a line, and nothing of the first one's is lost."""
+    command = ["--model", tiny_folder, *TASK, *TINY, "--no-tool", "--json", "a.json"]
+    script("evaluate", *command)
+    before = (tmp_path / "a.jsonl").read_text()
+    with (tmp_path / "a.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for more in ((), ("--n", 5), ("--seed", 1)):
+            _, err = script("evaluate", *command, *more, code=2)
+            assert "another run" in err and "another --json" in err and err.count("\n") == 1
+    assert (tmp_path / "a.jsonl").read_text() == before
+    out, _ = script("evaluate", *command)
+    assert "3 of 3 questions were answered before" in out
+
+
+def test_another_checkpoint_under_the_same_name(tiny_folder, script, tmp_path):
+    """Guards figures over answers of two checkpoints: one whose weights were trained further lies
+    where the first one was; the same one, copied anew, may go on."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    command = ["--model", "model", *TASK, *TINY, "--no-tool", "--json", "a.json"]
+    script("evaluate", *command)
+    shutil.rmtree(tmp_path / "model")
+    shutil.copytree(tiny_folder, tmp_path / "model", copy_function=shutil.copyfile)
+    out, _ = script("evaluate", *command)
+    assert "3 of 3 questions were answered before" in out
+    weights = tmp_path / "model/model.safetensors"
+    times = weights.stat()
+    for place in (-1, -1000, weights.stat().st_size // 2):
+        changed = bytearray(weights.read_bytes())
+        changed[place] ^= 1                                  # one bit, size and time as before
+        weights.write_bytes(changed)
+        os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+        _, err = script("evaluate", *command, code=2)
+        assert "sha1 of model.safetensors" in err and "another --json" in err
+        assert err.count("\n") == 1
+
+
+def test_sampling_of_an_evaluation(tiny_folder, script, monkeypatch):
+    """Guards --top-k and --repetition-penalty, which the engine has to get; training has neither,
+    for what is trained is the whole distribution."""
+    seen = []
+
+    def asked(policy, questions, dialogue, samples, seeds, **sampling):
+        seen.append(sampling)
+        raise UserError("enough")
+    monkeypatch.setattr(evaluation, "rollout", asked)
+    command = ["--model", tiny_folder, *TASK, *TINY]
+    flags = ["--top-k", 3, "--repetition-penalty", 1.05]
+    for more in ([], flags[:2], flags[2:], flags):
+        script("evaluate", *command, *more, code=2)
+    found = [(s.get("top_k", 0), s.get("repetition_penalty", 1)) for s in seen]
+    assert found == [(0, 1), (3, 1), (0, 1.05), (3, 1.05)]
+    for bad in (["--top-k", -1], ["--top-k", 1.5], ["--repetition-penalty", 0]):
+        _, err = script("evaluate", *command, *bad, code=2)
+        assert bad[0] in err
+    for flag, value in (flags[:2], flags[2:]):
+        _, err = script("train_rl", *command, flag, value, code=2)
+        assert "unrecognized arguments" in err
 
 
 def test_a_question_of_ones_own(tiny_folder, script, tmp_path):
     """Guards --image: the trace is printed, drawn and shown; it is neither right nor wrong."""
     Image.new("RGB", (256, 256)).save(tmp_path / "my.png")
     command = ["--model", tiny_folder, "--image", "my.png", *TINY[2:]]
-    out, _ = script("evaluate", *command, "--question", "Which?", "--save", "a.png", "--report",
-                    "a.html")
-    assert "Which?" in out and "\n-> " in out
-    assert Image.open(tmp_path / "a.png").width and (tmp_path / "a.html").exists()
+    for name in ("a.png", "a.jpg", "a.html"):
+        out, _ = script("evaluate", *command, "--question", "Which?", "--save", name)
+        assert "Which?" in out and "\n-> " in out
+    assert Image.open(tmp_path / "a.png").format == "PNG"
+    assert Image.open(tmp_path / "a.jpg").format == "JPEG"
+    page = (tmp_path / "a.html").read_text()
+    assert ": open</h4>" in page or ": truncated</h4>" in page
     _, err = script("evaluate", *command, code=2)
     assert "--image and --question go together" in err
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--json", "a.jsonl"], "ends in .json"), (["--report", "a.txt"], "ends in .html"),
-    (["--report", "my.png/a.html"], "written to"), (["--save", "a.gif"], "ends in .png"),
+    (["--json", "a.jsonl"], "ends in .json"), (["--save", "a.txt"], "or .html"),
+    (["--save", "my.png/a.html"], "written to"), (["--save", "a.gif"], "ends in .png"),
+    (["--save", "x" * 300 + ".png"], "written to"), (["--json", "folder.json"], "written to"),
+    (["--save", "/proc/a.html"], "written to"),
     (["--samples", 0], "no whole number"), (["--n", "x"], "no whole number")])
 def test_what_is_written_at_the_end_is_checked_at_the_beginning(tiny_folder, script, tmp_path,
                                                                 flags, message):
     """Guards hours of evaluation whose figures have no place to go to."""
     Image.new("RGB", (9, 9)).save(tmp_path / "my.png")
+    (tmp_path / "folder.json").mkdir()
     out, err = script("evaluate", "--model", tiny_folder, *TASK, *flags, code=2)
     assert message in err and len(err.splitlines()) == 1 and not out
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_picture_of_a_trace():
