@@ -82,8 +82,8 @@ def sft_flags(parser):
     add("--simulations", type=whole(1), default=8, help="of the tree search, a question")
     add("--chains", type=whole(1), help="traces kept a question at most (None: all)")
     add("--backtrack", action=switch, default=True, help="also traces that correct a wrong one")
-    add("--sft-steps", type=whole(0), help="of fine-tuning (None: one epoch; 0: none)")
-    add("--sft-batch", type=whole(1), default=32, help="traces a step")
+    add("--sft-steps", type=whole(0),
+        help="of fine-tuning, of 32 traces each (None: one epoch; 0: none)")
     add("--sft-lr", type=number(), default=1e-6, help="peak learning rate of fine-tuning")
 
 
@@ -190,7 +190,7 @@ def complete(policy, dialogue, nodes, count, sampling):
         # The path is said again to the real tool, and becomes a part of the prompt.
         path = replace(node.start, ids=[], sampled=[], log_probs=[], pictures=[], turns=[])
         for text in node.turns:
-            path.add(Chunk(policy.encode(text) + [policy.tokenizer.eos_token_id]))
+            path.add(whole_turn(policy, text))
             path.add(dialogue.on_turn(policy, path, truncated=False))
         prompt = Chunk(path.prompt.ids + path.ids + policy.encode(node.partial),
                        path.prompt.pictures + path.pictures)
@@ -206,32 +206,39 @@ def complete(policy, dialogue, nodes, count, sampling):
         node.rollouts += group
 
 
+def whole_turn(policy, text):
+    """The tokens of a turn of the policy's, with its end."""
+    return Chunk(policy.encode(text) + [policy.tokenizer.eos_token_id])
+
+
 def expand(leaf, trace, depth):
     """The child of `leaf` that the first new step of a trace leads to: a new one, or the one of the
     same text; None where the step repeats a point of the path.
 
     In the mode `zoom` a step is a turn with its observation. In `grounded` it is a sentence up to
     its point, in `think` a sentence; the last one keeps the answer."""
-    turns = tuple(turn.text for turn in trace.turns)
+    before = len(leaf.turns)
+    turns = trace.turns[:before + 1]
     partial = ""
-    if trace.mode == "zoom":
-        turns = turns[:len(leaf.turns) + 1]
-    elif step := STEPS[trace.mode].match(turns[0], len(leaf.partial)):
-        partial = turns[0][:step.end()]
-        turns = ()
+    points = [turn.call for turn in turns[before:] if turn.crop]
+    if trace.mode != "zoom":
+        step = STEPS[trace.mode].match(turns[0].text, len(leaf.partial))
+        if step:
+            turns = []
+            partial = step.string[:step.end()]
+            points = parse_points(step[0])
     has_ended = len(turns) == len(trace.turns)
-
-    points = [turn.call for turn in trace.turns[len(leaf.turns):len(turns)] if turn.crop]
-    points += parse_points(partial[len(leaf.partial):])
     if any(repeats(point, leaf.points) for point in points):
         return None
     if partial and leaf.depth + 1 >= depth:                  # too deep: it has to answer
         partial += FORCED
+    texts = tuple(turn.text for turn in turns)
     for sibling in leaf.children:
-        if (sibling.turns, sibling.partial) == (turns, partial):
+        if (sibling.turns, sibling.partial) == (texts, partial):
             return sibling
-    child = Node(leaf.start, turns, partial, leaf, leaf.points + tuple(points), leaf.depth + 1,
-                 trace if has_ended else None)
+    child = Node(leaf.start, texts, partial, leaf, (*leaf.points, *points), leaf.depth + 1)
+    if has_ended:
+        child.trace = trace
     leaf.children.append(child)
     return child
 
@@ -255,10 +262,14 @@ def linearise(root, dialogue, backtrack=True):
     for node in root.walk():
         right, wrong = [], []
         for trace in node.rollouts:
-            # a refused call, too, makes a trace ill-formed
-            if trace.ended == "answer" and all(turn.crop for turn in trace.turns[:-1]):
-                (right if is_correct(trace) else wrong).append(trace)
-        chains += [[turn.text for turn in trace.turns] for trace in right]
+            refused = len(trace.zoom_points) < len(trace.turns) - 1
+            if trace.ended != "answer" or refused:           # it is ill-formed
+                continue
+            if is_correct(trace):
+                right.append(trace)
+                chains.append([turn.text for turn in trace.turns])
+            else:
+                wrong.append(trace)
         if not backtrack:
             continue
         for bad, good in product(wrong, right):
@@ -266,8 +277,8 @@ def linearise(root, dialogue, backtrack=True):
                 chains.append(join_turns(node, bad, good, dialogue.max_crops))
             else:
                 chains.append(join_thoughts(node, bad, good))
-    unique = dict.fromkeys(tuple(chain) for chain in chains if chain)
-    return sorted(map(list, unique), key=lambda chain: sum(map(len, chain)))
+    unique = dict.fromkeys(map(tuple, filter(None, chains)))
+    return sorted(map(list, unique), key=lambda chain: len("".join(chain)))
 
 
 def join_turns(node, bad, good, max_crops=4):
@@ -279,15 +290,20 @@ def join_turns(node, bad, good, max_crops=4):
     new = [turn for turn in good.turns[shared:]
            if not (turn.crop and repeats(turn.call, bad.zoom_points))]
     calls = len(wrong) + len(new) - 1                        # the last turn answers
-    if len(wrong) <= shared or len(new) < 2 or calls > max_crops:
+    nothing_wrong = len(wrong) == shared
+    nothing_new = len(new) == 1
+    if nothing_wrong or nothing_new or calls > max_crops:
         return []
     # What the right one says before it points is of another crop.
     sentences = SENTENCE_GAP.split(new[0].thought)
     while len(sentences) > 1 and not parse_points(sentences[0]):
         sentences.pop(0)
-    thought = f"{bad.turns[-1].thought} {BACKTRACK}{' '.join(sentences)}".strip()
+    before = bad.turns[-1].thought
+    after = " ".join(sentences)
+    thought = f"{before} {BACKTRACK}{after}".strip()
     turning = f"<think>{thought}</think>\n{format_call(new[0].call)}"
-    return [*wrong, turning, *(turn.text for turn in new[1:])]
+    rest = [turn.text for turn in new[1:]]
+    return [*wrong, turning, *rest]
 
 
 def join_thoughts(node, bad, good):
@@ -295,10 +311,11 @@ def join_thoughts(node, bad, good):
     says after the node's path."""
     path = node.partial or "<think>"
     wrong, right = bad.turns[0].thought, good.turns[0].text
-    thought, closed, _ = right.removeprefix(path).partition("</think>")
-    if not (wrong and thought.strip() and closed and right.startswith(path)):
+    rest = right.removeprefix(path).lstrip()
+    thought, closed, _ = rest.partition("</think>")
+    if not (wrong and thought and closed and right.startswith(path)):
         return []
-    return [f"<think>{wrong} {BACKTRACK}{right.removeprefix(path).lstrip()}"]
+    return [f"<think>{wrong} {BACKTRACK}{rest}"]
 
 
 def to_multi_turn(text, max_crops=4, later=0.3, rng=random):
@@ -364,8 +381,8 @@ def row_of_chain(dialogue, question, texts):
     """A line of search.jsonl. Its images are the question's: the tool makes the crops again."""
     truth = question.answer
     if question.kind == "point":
-        truth = str(tuple(np.ravel(truth).round().astype(int).tolist()))
-    images = [str(image) if str(image).startswith("data:") else str(Path(image).absolute())
+        truth = str(tuple(map(round, np.ravel(truth).tolist())))
+    images = [str(image if str(image).startswith("data:") else Path(image).absolute())
               for image in question.images]
     return {"id": question.id, "key": question.key, "images": images, "gt_answer": truth,
             "messages": messages_of(dialogue, question, texts)}
@@ -388,14 +405,14 @@ def read_traces(path, questions=(), image_root=""):
             images = [name if name.startswith("data:") else folder / name for name in row["images"]]
             talk = messages[1:] if messages[0]["role"] == "system" else messages
             roles = [message["role"] for message in talk]
-            places = [message["content"].count("<image>") for message in talk[::2]]
-            turns = roles == ["user", "assistant"] * (len(talk) // 2)
-            if not turns or not places[0] or len(images) not in (places[0], sum(places)):
+            asked, *later = [message["content"].count("<image>") for message in talk[::2]]
+            in_turns = roles == ["user", "assistant"] * (len(talk) // 2)
+            if not in_turns or not asked or len(images) not in (asked, asked + sum(later)):
                 raise ValueError("its roles are not user, assistant, ..., user, assistant, or it "
                                  "has not one image for each <image>")
             question = by_key.get(row.get("key")) or make_question(read_sft, row, line, where)
-            question.images = images[:places[0]]
-            traces.append((question, messages, images[places[0]:]))
+            question.images = images[:asked]
+            traces.append((question, messages, images[asked:]))
         except Exception as error:                     # a foreign file may hold anything
             raise UserError(f"{where}: no trace ({error!r}); it needs 'messages', 'images' and "
                             "'gt_answer'; correct or remove it") from None
@@ -416,7 +433,7 @@ def replay(policy, dialogue, question, messages, crops=()):
     for message in messages[first:]:
         text = policy.clean(message["content"])
         if message["role"] == "assistant":
-            trace.add(Chunk(policy.encode(text) + [policy.tokenizer.eos_token_id]), sampled=True)
+            trace.add(whole_turn(policy, text), sampled=True)
             trace.turns.append(parse_turn(text))
             continue
         shown = []
@@ -445,9 +462,11 @@ def parts_of(text):
 
 # ----------------------------------------------------------------------- (d) supervised fine-tuning
 
-def fine_tune(policy, traces, *, steps, batch, lr, seed, micro_tokens=16_384):
+def fine_tune(policy, traces, *, steps=None, batch=32, lr, seed, micro_tokens=16_384):
     """Maximises the likelihood of the policy's own tokens, of `batch` traces a step (paper: SFT).
-    lr: the peak, after a warm-up over 3 % of the steps; then it falls to 0 by a cosine."""
+    steps None: one epoch. lr: the peak, after a warm-up over 3 % of the steps; then it falls to 0
+    by a cosine."""
+    steps = steps or math.ceil(len(traces) / batch)
     optimizer = make_optimizer(policy, lr)
     rng = random.Random(f"fine-tuning {seed}")
     order = []
@@ -457,7 +476,7 @@ def fine_tune(policy, traces, *, steps, batch, lr, seed, micro_tokens=16_384):
     skipped = 0
     policy.train()
     for step in range(steps):
-        chosen = order[step * batch:(step + 1) * batch]
+        chosen, order = order[:batch], order[batch:]
         mine = [[trace] for trace in chosen[rank()::world_size()]]
         filler = [chosen[:1]] if is_sharded(policy) else None
         # One denominator for the whole update, whatever the micro-batches and the processes.
@@ -514,37 +533,43 @@ class RoundedAdamW(torch.optim.Optimizer):
     is written back is rounded up or down at random, right on average. The random numbers follow
     from step and parameter alone: a resumed run goes on as it would have."""
 
-    def __init__(self, params, lr, betas=(0.9, 0.999), weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+    def __init__(self, params, lr, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure=None):
         """closure: None, as torch's own functions for saved states give it."""
-        for group in self.param_groups:
-            for index, p in enumerate(group["params"]):
-                if p.grad is not None:
-                    self.update(p, index, *group["betas"], group["lr"], group["weight_decay"])
+        group, = self.param_groups
+        for index, p in enumerate(group["params"]):
+            if p.grad is not None:
+                self.update(p, index, group["lr"], group["weight_decay"])
 
-    def update(self, p, index, b1, b2, lr, weight_decay):
+    def update(self, p, index, lr, weight_decay, b1=0.9, b2=0.999):
         state = self.state[p]
         if not state:
             zeros = torch.zeros_like(p, dtype=torch.float32)
             state.update(step=0, exp_avg=zeros, exp_avg_sq=zeros.clone())
-        state["step"] = t = state["step"] + 1
-        w, m, v, g = map(own_part, (p, state["exp_avg"], state["exp_avg_sq"], p.grad.float()))
+        state["step"] += 1
+        t = state["step"]
+        generator = torch.Generator(p.device).manual_seed(t * 100_003 + index)
+        tensors = p, p.grad, state["exp_avg"], state["exp_avg_sq"]
+        w, g, m, v = map(own_part, tensors)
+        g = g.float()
         m.lerp_(g, 1 - b1)
         v.lerp_(g.square(), 1 - b2)
-        direction = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + 1e-8)
-        generator = torch.Generator(p.device).manual_seed(t * 100_003 + index)
-        w.copy_(rounded(w.float() * (1 - lr * weight_decay) - lr * direction, generator))
+        spread = (v / (1 - b2**t)).sqrt()
+        direction = m / (1 - b1**t) / (spread + 1e-8)
+        exact = w.float() * (1 - lr * weight_decay) - lr * direction
+        w.copy_(rounded(exact, generator))
 
     def load_state_dict(self, state_dict):
         """torch's casts the moments to the type of the weights: they are taken again as saved."""
         super().load_state_dict(state_dict)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for p, name in zip(group["params"], saved["params"], strict=True):
-                for key, value in state_dict["state"].get(name, {}).items():
-                    self.state[p][key] = value if key == "step" else value.to(p.device)
+        (group,), (saved,) = self.param_groups, state_dict["param_groups"]
+        for p, name in zip(group["params"], saved["params"], strict=True):
+            for key, value in state_dict["state"].get(name, {}).items():
+                if key != "step":
+                    self.state[p][key] = value.to(p.device)
 
 
 def own_part(x):
@@ -555,8 +580,9 @@ def own_part(x):
 def rounded(x, generator):
     """float32 -> bfloat16, to one of the two neighbours, the nearer one the more often: the mean
     is x."""
-    noise = torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((x.view(torch.int32) + noise) & -2**16).view(torch.float32).bfloat16()
+    bits = x.view(torch.int32)
+    noise = torch.randint_like(bits, 2**16, generator=generator)
+    return ((bits + noise) & -2**16).view(torch.float32).bfloat16()
 
 
 # ----------------------------------------------------------------------------------- (f) warm start
@@ -565,7 +591,7 @@ def rounded(x, generator):
 SEARCH_SETTINGS = ("model", "task", "image_root", "mode", "dialogue", "seed", "max_pixels",
                    "temperature", "top_p", "turn_tokens", "response_tokens", "teacher",
                    "search_mode", "search_questions", "simulations", "chains", "backtrack")
-SFT_SETTINGS = (*SEARCH_SETTINGS, "traces", "sft_steps", "sft_batch", "sft_lr")
+SFT_SETTINGS = (*SEARCH_SETTINGS, "traces", "sft_steps", "sft_lr")
 
 
 def settings_of(args, names):
@@ -613,24 +639,25 @@ def grow_trees(args, questions, out):
     for first in range(0, len(mine), TREES):
         block = mine[first:first + TREES]
         seeds = [f"search {args.seed} {i}" for i in block]
-        roots = search(teacher, [questions[i] for i in block], dialogue, seeds, sampling_of(args),
+        asked = [questions[i] for i in block]
+        roots = search(teacher, asked, dialogue, seeds, sampling_of(args),
                        simulations=args.simulations)
         for seed, root in zip(seeds, roots, strict=True):
             chains = linearise(root, dialogue, args.backtrack)
             most = min(args.chains or len(chains), len(chains))
             chains = random.Random(seed).sample(chains, most)
             rows = [row_of_chain(dialogue, root.start.question, chain) for chain in chains]
-            taken = [f"taken: {in_a_line(''.join(chain))}" for chain in chains]
-            found.append((rows, "\n".join([describe_tree(root), *taken])))
-    found = gather_shares(found)
-    rows = [row for rows, _ in found for row in rows]
+            taken = [f"\ntaken: {in_a_line(''.join(chain))}" for chain in chains]
+            found.append((rows, describe_tree(root) + "".join(taken)))
+    rows_of_trees, trees = zip(*gather_shares(found), strict=True)
+    rows = sum(rows_of_trees, [])
     if not rows:
         raise UserError(f"{args.task}: the search found no right trace in {len(questions)} "
                         "questions; give a stronger --teacher or more --search-questions")
     if rank() == 0:
         notes = {"settings": settings_of(args, SEARCH_SETTINGS)}
         write_text(out / "search.json", json.dumps(notes, indent=1) + "\n")
-        write_text(out / "trees.txt", "\n\n".join(tree for _, tree in found) + "\n")
+        write_text(out / "trees.txt", "\n\n".join(trees) + "\n")
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_text(out / "search.jsonl", "".join(lines))
     gather(None)                # it is there
@@ -664,16 +691,13 @@ def learn_traces(args, out):
             traces.append(trace)
         else:
             dropped[scored.why or "its answer is wrong"] += 1
-    several = sum(len(trace.zoom_points) > 1 for trace in traces)
-    print(f"sft: {len(traces)} of {len(recorded)} traces are right, well-formed and grounded, "
-          f"{several} of them with several zoom calls")
+    print(f"sft: {len(traces)} of {len(recorded)} traces are right, well-formed and grounded")
     for why, times in dropped.most_common(5):
         print(f"sft: {times} dropped: {why}")
     if not traces:
         raise UserError(f"{path}: none of its {len(recorded)} traces is right, well-formed and "
                         f"grounded in the mode {args.mode}; look at them, or give other --traces")
-    steps = args.sft_steps or math.ceil(len(traces) / args.sft_batch)
-    fine_tune(policy, traces, steps=steps, batch=args.sft_batch, lr=args.sft_lr, seed=args.seed,
+    fine_tune(policy, traces, steps=args.sft_steps, lr=args.sft_lr, seed=args.seed,
               micro_tokens=args.micro_tokens)
     return policy
 

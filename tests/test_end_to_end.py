@@ -13,8 +13,8 @@ from rollout import format_call
 
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-MINI = ["--search-questions", 6, "--simulations", 2, "--sft-steps", 2, "--sft-batch", 4, "--steps",
-        4, "--questions", 3, "--update-questions", 2, "--group", 4, "--n", 6, "--save-every", 2]
+MINI = ["--search-questions", 6, "--simulations", 2, "--sft-steps", 2, "--steps", 4, "--questions",
+        3, "--update-questions", 2, "--group", 4, "--n", 6, "--save-every", 2]
 RUN = "runs/tiny"
 
 KILLED = """

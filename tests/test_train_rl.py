@@ -209,7 +209,7 @@ def test_the_papers_settings(monkeypatch):
     """Guards the defaults: with --model and --task every number is the paper's, in several turns
     and in one; without, the tiny run's."""
     common = dict(lr=1e-6, kl=0.01, questions=128, update_questions=64, steps=500, temperature=1.0,
-                  top_p=1.0, sft_lr=1e-6, sft_batch=32, sft_steps=None, diversity=0.2)
+                  top_p=1.0, sft_lr=1e-6, sft_steps=None, diversity=0.2)
     zoom = dict(group=8, warm_up=25, clip_norm=0.2, turn_tokens=1024, response_tokens=4608)
     single = dict(group=5, warm_up=0, clip_norm=1.0, turn_tokens=2048, response_tokens=2048)
     for mode, expected in (("zoom", zoom), ("grounded", single), ("think", single)):

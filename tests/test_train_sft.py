@@ -595,7 +595,7 @@ def test_only_right_well_formed_and_grounded_traces_are_learned(arguments, monke
     sft.learn_traces(args, tmp_path)
     assert [len(trace.turns) for trace in learned] == [2, 3, 3]
     printed = capsys.readouterr().out
-    assert "sft: 3 of 7 traces are right, well-formed and grounded, 2 of them with sev" in printed
+    assert "sft: 3 of 7 traces are right, well-formed and grounded" in printed
     for why in ("its answer is wrong", "turn 2: a tag is empty", "no thought has a point"):
         assert f"sft: 1 dropped: {why}" in printed
     args.traces = written(tmp_path / "traces.jsonl", chains[3:], question)
@@ -854,7 +854,7 @@ def test_a_search_is_the_same_in_several_processes(tmp_path):
     from conftest import BASE, ROOT, in_processes, run_in
     words = ["--model", BASE, "--task", ROOT / "tests/tiny/search-train.jsonl", "--turn-tokens", 48,
              "--response-tokens", 288, "--search-questions", 3, "--simulations", 2,
-             "--sft-steps", 1, "--sft-batch", 4]
+             "--sft-steps", 1]
     for number in (1, 2):
         in_processes(number, run_in, "train_sft", tmp_path, *words, "--out", f"run{number}")
     for name in ("search.jsonl", "trees.txt"):
