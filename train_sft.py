@@ -1,8 +1,8 @@
 """Warm start: tree search for traces, linearising, supervised fine-tuning.
 
 In:  a checkpoint and a file of questions; or, instead of the search, traces in the release's form.
-Out: a run folder: search.jsonl (the chains that the search found), search.json (its settings),
-     trees.txt (for people) and a checkpoint, sft/.
+Out: a run folder: args.json, search.jsonl (the chains that the search found), trees.txt (for
+     people) and a checkpoint, sft/.
 
     python train_sft.py                                    (the tiny run of tests/tiny/recipe.json)
     python train_sft.py --model PATH --task FILE --teacher PATH
@@ -13,13 +13,16 @@ that its value depends on what the crop shows (--search-mode grounded: the paper
 that are converted); without --teacher the policy is its own.
 """
 import argparse
+import fcntl
 import gc
+import hashlib
 import json
 import math
 import random
 import re
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -28,7 +31,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from evaluate import SAME_PLACE, make_question, questions_of, read_rows, read_sft, settle
+from evaluate import SAME_PLACE, make_question, open_file, questions_of, read_rows, read_sft, settle
 from model import (
     Chunk,
     UserError,
@@ -473,7 +476,7 @@ def fine_tune(policy, traces, *, steps=None, batch=32, lr, seed, micro_tokens=16
     while len(order) < steps * batch:
         order += rng.sample(traces, len(traces))
     started = time.monotonic()
-    skipped = 0
+    norms = []
     policy.train()
     for step in range(steps):
         chosen, order = order[:batch], order[batch:]
@@ -489,10 +492,10 @@ def fine_tune(policy, traces, *, steps=None, batch=32, lr, seed, micro_tokens=16
         loss, = sum_over_processes([own_loss])
         cosine = (1 + math.cos(math.pi * step / steps)) / 2
         warm_up = min(1, (step + 1) / (0.03 * steps))
-        norm = optimizer_step(policy, optimizer, lr * warm_up * cosine, clip=1.0)
-        skipped += not math.isfinite(norm)
+        norms.append(optimizer_step(policy, optimizer, lr * warm_up * cosine, clip=1.0))
+        skipped = count_skipped(norms, "--sft-lr")
         if step % 20 == 19 or step + 1 == steps:
-            print(f"sft {step + 1}/{steps}  loss {loss:.3f}  grad norm {norm:.2f}  skipped "
+            print(f"sft {step + 1}/{steps}  loss {loss:.3f}  grad norm {norms[-1]:.2f}  skipped "
                   f"{skipped}  {remaining(started, step + 1, steps)}")
     policy.eval()
 
@@ -524,6 +527,27 @@ def optimizer_step(policy, optimizer, lr, clip):
         optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+MOST_SKIPPED = 5            # steps in a row
+
+
+def count_skipped(norms, flag):
+    """How many steps were not made, of those with these gradient norms. Raises UserError where the
+    last five were not: then the run is lost, and is better stopped."""
+    skipped = [not math.isfinite(norm) for norm in norms]
+    if skipped[-MOST_SKIPPED:] == [True] * MOST_SKIPPED:
+        raise UserError(f"{MOST_SKIPPED} gradients in a row were not finite; start again with a "
+                        f"lower {flag}")
+    return sum(skipped)
+
+
+def check_finite(policy):
+    """Raises UserError where a trainable weight is not a finite number: it is not to be saved."""
+    norm = full_tensor(torch.nn.utils.get_total_norm(policy.trainable())).item()
+    if not math.isfinite(norm):
+        raise UserError("the weights are not finite, and are not saved; start again with a lower "
+                        "learning rate, or with another --model")
 
 
 class RoundedAdamW(torch.optim.Optimizer):
@@ -585,34 +609,107 @@ def rounded(x, generator):
     return ((bits + noise) & -2**16).view(torch.float32).bfloat16()
 
 
-# ----------------------------------------------------------------------------------- (f) warm start
+# ----------------------------------------------------------------------------------- (f) run folder
 
-# The flags that decide what is found, and with the second ones what is learned from it.
-SEARCH_SETTINGS = ("model", "task", "image_root", "mode", "dialogue", "seed", "max_pixels",
-                   "temperature", "top_p", "turn_tokens", "response_tokens", "teacher",
-                   "search_mode", "search_questions", "simulations", "chains", "backtrack")
-SFT_SETTINGS = (*SEARCH_SETTINGS, "traces", "sft_steps", "sft_lr")
+STAGES = ("search.jsonl", "sft", "log.jsonl", "state.pt", "rl")      # in the order of their making
+CAN_CHANGE = ("out", "resume", "config", "n", "eval_task", "save_every", "micro_tokens")
+CONTENTS = ("model", "teacher", "traces", "dialogue")    # paths where something else may lie later
 
 
-def settings_of(args, names):
-    return {name: vars(args)[name] for name in names}
+def open_run(args, last):
+    """Makes or takes up the run folder, and writes its args.json. -> the open file that locks it
 
-
-def check_settings(made, notes, args, names):
-    """Raises UserError where `made`, a file or folder that is there, came of other settings than
-    these. notes: a JSON file that has its `settings`."""
+    A folder belongs to one run at a time, and to its settings and files: others would give the
+    result of neither. last: the stages that are only taken up with --resume. Raises UserError."""
+    out = Path(args.out)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / "lock").open("w")     # freed by the system, however the process ends
     try:
-        earlier = json.loads(notes.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{made} is there, but {notes} does not say what it was made with "
-                        f"({error!r}); give another --out, or delete {made}") from None
-    other = [f"{name} {earlier.get(name)}, not {value}"
-             for name, value in settings_of(args, names).items() if earlier.get(name) != value]
-    if other:
-        raise UserError(f"{made} was made with {'; '.join(other)}; give the same settings, or "
-                        "another --out")
-    print(f"{made} is there")
+        if rank() == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out}: another run is writing there; wait for it, or give another "
+                        "--out") from None
+    made = [name for name in STAGES if (out / name).exists()]
+    if not args.resume and set(made) & set(last):
+        raise UserError(f"{out} holds a run already; give --resume to go on with it, or another "
+                        "--out")
+    keys = "".join(question.key for question in open_file(args.task, args.image_root))
+    settings = vars(args) | {"sha1_of_questions": hashlib.sha1(keys.encode()).hexdigest()}
+    for name in CONTENTS:
+        if settings[name]:
+            settings[f"sha1_of_{name}"] = fingerprint(settings[name])
+    if "eval_task" in args:                 # without it, a part of --task is held out
+        settings["all_of_task_trains"] = bool(args.eval_task)
+    earlier = check_settings(out, settings) if made or args.resume else {}
+    gather(None)                            # all have read what an earlier run left
+    if rank() == 0:
+        with writing(out / "args.json"):
+            write_json(out / "args.json", earlier | settings)
+    return lock
 
+
+def check_settings(out, settings):
+    """Raises UserError where the run in a folder was started with others than these.
+    -> those it was started with"""
+    path = out / "args.json"
+    if not path.is_file():
+        raise UserError(f"{out} holds nothing to resume, for there is no args.json; leave out "
+                        "--resume, or give another --out")
+    earlier = read_json(path)
+    other = [f"{name} {earlier[name]}, not {value}" for name, value in settings.items()
+             if name in earlier and name not in CAN_CHANGE and earlier[name] != value]
+    if other:
+        raise UserError(f"{out} was started with {'; '.join(other)}; give the same, or another "
+                        "--out (its sft/ may be that one's --model, its search.jsonl --traces)")
+    return earlier
+
+
+def fingerprint(path):
+    """A hash of what a file or a checkpoint folder holds: another one may lie there later."""
+    path = Path(path)
+    files = [path] if path.is_file() else [*path.glob("*.json"), *path.glob("*.safetensors")]
+    digest = hashlib.sha1()
+    for file in sorted(files):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha1").digest())
+    return digest.hexdigest()
+
+
+@contextmanager
+def writing(path):
+    """Makes any error inside a UserError in a line: of a full disk libraries tell in many ways."""
+    try:
+        yield
+    except Exception as error:
+        why = error.__context__ or error                     # torch hides the first one
+        raise UserError(f"{path} cannot be written ({why}); make room, or give another --out; what "
+                        "is finished is kept, and --resume goes on from it") from None
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+@contextmanager
+def reading_back(path):
+    """The same for a file that the run wrote, and that may be damaged."""
+    try:
+        yield
+    except Exception as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged ({why}); repair or delete it, or give another "
+                        "--out") from None
+
+
+def read_json(path):
+    """A file with an object -> dict. Raises UserError."""
+    with reading_back(path):
+        return dict(**json.loads(path.read_text(encoding="utf-8")))
+
+
+# ----------------------------------------------------------------------------------- (g) warm start
 
 def load_trainable(path, args):
     """A checkpoint to be trained, sharded if it is large: all processes have to call it. On a GPU,
@@ -655,11 +752,10 @@ def grow_trees(args, questions, out):
         raise UserError(f"{args.task}: the search found no right trace in {len(questions)} "
                         "questions; give a stronger --teacher or more --search-questions")
     if rank() == 0:
-        notes = {"settings": settings_of(args, SEARCH_SETTINGS)}
-        write_text(out / "search.json", json.dumps(notes, indent=1) + "\n")
-        write_text(out / "trees.txt", "\n\n".join(trees) + "\n")
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        write_text(out / "search.jsonl", "".join(lines))
+        with writing(out / "search.jsonl"):
+            write_text(out / "trees.txt", "\n\n".join(trees) + "\n")
+            write_text(out / "search.jsonl", "".join(lines))
     gather(None)                # it is there
 
 
@@ -671,7 +767,7 @@ def learn_traces(args, out):
         path = out / "search.jsonl"
         questions = questions_of(args, "train", args.search_questions)
         if gather(path.is_file())[0]:
-            check_settings(path, out / "search.json", args, SEARCH_SETTINGS)
+            print(f"{path} is there")
         else:
             grow_trees(args, questions, out)
     recorded = read_traces(path, questions, args.image_root)
@@ -705,19 +801,24 @@ def learn_traces(args, out):
 def make_sft(args):
     """Makes the run's sft/, unless it is there: search, traces, fine-tuning. -> its path"""
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     sft = out / "sft"
     if gather(sft.is_dir())[0]:
-        check_settings(sft, sft / "notes.json", args, SFT_SETTINGS)
+        print(f"{sft} is there")
         return sft
     started = time.monotonic()
     policy = load_trainable(args.model, args) if args.sft_steps == 0 else learn_traces(args, out)
     minutes = (time.monotonic() - started) / 60
-    notes = {"minutes": minutes, "settings": settings_of(args, SFT_SETTINGS)}
-    dialogue = make_dialogue(args, args.model, policy)
-    policy.save(sft, notes=notes, dialogue=dialogue.to_json())
-    gather(None)                # it is there
+    save_checkpoint(policy, make_dialogue(args, args.model, policy), minutes, sft)
     return sft
+
+
+def save_checkpoint(policy, dialogue, minutes, path):
+    """Saves sft/ or rl/: all processes have to call it. Raises UserError where weights are not
+    finite, or the disk is full."""
+    check_finite(policy)
+    with writing(path):
+        policy.save(path, notes={"minutes": minutes}, dialogue=dialogue.to_json())
+    gather(None)                # it is there
 
 
 def warm_start(args):
@@ -736,10 +837,8 @@ def main():
     args = parse(parser, "rollout", "train_sft")
     settle(args, training=True)
     print(describe_settings(args))
-    sft = Path(args.out) / "sft"
-    if sft.is_dir() and not args.resume:
-        raise UserError(f"{sft} is there already; give --resume to keep it, or another --out")
-    print(f"done: {make_sft(args)}")
+    with open_run(args, last=["sft"]):
+        print(f"done: {make_sft(args)}")
 
 
 if __name__ == "__main__":
