@@ -312,7 +312,7 @@ def report(out, args, table_rows, traces):
 def save_state(policy, optimizer, out, step):
     """state.pt: all that is needed to go on after `step`, with any number of processes. Raises
     UserError where weights are not finite, or the disk is full."""
-    check_finite(policy)
+    check_finite(policy.trainable())
     options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = state_dict.get_state_dict(policy, optimizer, options=options)
     if rank() == 0:
@@ -369,8 +369,7 @@ def final_table(args, stages, dialogue, questions, out):
                                        **sampling_of(args))
         without, _ = evaluate(policy, questions, replace(dialogue, tool=False), args.seed,
                               **sampling_of(args))
-        notes = Path(path) / "notes.json"   # says how long it was trained
-        minutes = read_json(notes)["minutes"] if notes.is_file() else 0
+        minutes = minutes_of(Path(path) / "notes.json")
         summary[name] = found | {"accuracy_no_tool": without["accuracy"], "minutes": minutes}
         rows.append([*cells(name, found, without["accuracy"]), f"{minutes:.1f}"])
     print(f"\n{len(questions)} held-out questions, temperature {args.temperature:g}:")
@@ -380,6 +379,15 @@ def final_table(args, stages, dialogue, questions, out):
             write_json(out / "summary.json", summary)
         report(out, args, rows, traces)
         print(f"report: {out / 'report.html'}")
+
+
+def minutes_of(notes):
+    """How long a checkpoint was trained, from its notes.json; 0 where they do not say it."""
+    if not notes.is_file():
+        return 0
+    found = read_json(notes)
+    with reading_back(notes):
+        return float(found.get("minutes", 0))
 
 
 def main():

@@ -542,12 +542,13 @@ def count_skipped(norms, flag):
     return sum(skipped)
 
 
-def check_finite(policy):
-    """Raises UserError where a trainable weight is not a finite number: it is not to be saved."""
-    norm = full_tensor(torch.nn.utils.get_total_norm(policy.trainable())).item()
+def check_finite(parameters):
+    """Raises UserError where a weight is not a finite number: nothing is learned from it, nor is it
+    saved."""
+    norm = full_tensor(torch.nn.utils.get_total_norm(parameters)).item()
     if not math.isfinite(norm):
         raise UserError("the weights are not finite, and are not saved; start again with a lower "
-                        "learning rate, or with another --model")
+                        "learning rate, or with another --model or --teacher")
 
 
 class RoundedAdamW(torch.optim.Optimizer):
@@ -716,6 +717,7 @@ def load_trainable(path, args):
     activations are computed again in the backward pass instead of kept."""
     gc.collect()                # a policy that is not used any more: it refers to itself
     policy = load(str(path), **input_limits(args))
+    check_finite([*policy.parameters()])
     if policy.device.type == "cuda":
         policy.model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -727,6 +729,7 @@ def grow_trees(args, questions, out):
     """Searches the questions, each process its share, and writes the chains that are kept to
     search.jsonl. Raises UserError where there are none."""
     teacher = load(args.teacher or args.model, **input_limits(args))
+    check_finite([*teacher.parameters()])
     print(f"traces: searching {len(questions)} questions with {args.teacher or args.model}")
     dialogue = make_dialogue(args, args.model, teacher)
     if args.mode == "zoom":
@@ -815,7 +818,7 @@ def make_sft(args):
 def save_checkpoint(policy, dialogue, minutes, path):
     """Saves sft/ or rl/: all processes have to call it. Raises UserError where weights are not
     finite, or the disk is full."""
-    check_finite(policy)
+    check_finite(policy.trainable())
     with writing(path):
         policy.save(path, notes={"minutes": minutes}, dialogue=dialogue.to_json())
     gather(None)                # it is there

@@ -324,3 +324,31 @@ def test_going_on_from_a_state_is_exact(tiny_folder, tmp_path, groups, dtype):
     for one, its_optimizer in ((policy, optimizer), (again, other)):
         update(one, None, its_optimizer, groups, 1e-3, ARGS)
     assert all(map(torch.equal, policy.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("text, minutes", [('{"minutes": 3}', 3), ("{}", 0), (None, 0)])
+def test_minutes_of_a_checkpoint(tmp_path, text, minutes):
+    """Guards the final table: other checkpoints have no notes of ours."""
+    if text:
+        (tmp_path / "notes.json").write_text(text)
+    assert train_rl.minutes_of(tmp_path / "notes.json") == minutes
+
+
+@pytest.mark.parametrize("text", ["", '{"minu', "[]", '{"minutes": "long"}', '{"minutes": []}'])
+def test_damaged_notes_are_told(tmp_path, text):
+    """Guards against a traceback after the last step."""
+    (tmp_path / "notes.json").write_text(text)
+    with pytest.raises(UserError, match=r"notes\.json is damaged .*; repair or delete it"):
+        train_rl.minutes_of(tmp_path / "notes.json")
+
+
+@pytest.mark.parametrize("words, place, message", [
+    (["--seed", 2**64], {}, "--seed"), (["--seed", 10**30], {}, "--seed"),
+    (["--seed", -1], {}, "--seed"), ([], {"WORLD_SIZE": "2"}, "torchrun"),
+    ([], {"WORLD_SIZE": "x", "RANK": "0"}, "torchrun"), ([], {"WORLD_SIZE": "1"}, "torchrun")])
+def test_what_cannot_be_started_is_told(script, monkeypatch, words, place, message):
+    """Guards against tracebacks: seeds that do not fit, half of torchrun's variables."""
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    _, errors = script("train_rl", *words, code=2)
+    assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1

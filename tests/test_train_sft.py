@@ -737,10 +737,23 @@ def test_numbers_that_are_not_finite_are_not_kept(policy, question, monkeypatch,
     with pytest.raises(UserError, match="5 gradients in a row .* lower --sft-lr"):
         sft.fine_tune(policy, traces, steps=9, lr=1.0, seed=0)
     with torch.no_grad():
-        policy.trainable()[-1][0] = bad
+        policy.trainable()[0].flatten()[9] = bad
     with pytest.raises(UserError, match="weights are not finite, and are not saved"):
         sft.save_checkpoint(policy, dialogue(), 1.0, tmp_path / "sft")
     assert not (tmp_path / "sft").exists()
+
+
+@pytest.mark.parametrize("name", ["lm_head", "layers.1.mlp.up_proj", "visual.blocks.0.attn.qkv"])
+@pytest.mark.parametrize("flag", ["--model", "--teacher"])
+def test_a_checkpoint_that_is_not_finite_is_refused(arguments, tiny_folder, tmp_path, flag, name):
+    """Guards the search and the training: a NaN in one weight, and every token was the first, or an
+    index out of bounds."""
+    policy = load(tiny_folder, device="cpu")
+    with torch.no_grad():
+        next(p for key, p in policy.state_dict().items() if name in key).flatten()[7] = math.nan
+    policy.save(tmp_path / "spoilt")
+    with pytest.raises(UserError, match="weights are not finite"):
+        sft.make_sft(arguments(flag, str(tmp_path / "spoilt"), "--search-questions", "1"))
 
 
 # --------------------------------------------------------------------------------------- optimizers
