@@ -78,13 +78,11 @@ from train_sft import (
     make_optimizer,
     open_run,
     optimizer_step,
-    read_json,
     reading_back,
     remaining,
     save_checkpoint,
     sft_flags,
     warm_start,
-    write_json,
     writing,
 )
 
@@ -376,7 +374,7 @@ def final_table(args, stages, dialogue, questions, out):
     print(table(rows))
     if rank() == 0:
         with writing(out):
-            write_json(out / "summary.json", summary)
+            write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
         report(out, args, rows, traces)
         print(f"report: {out / 'report.html'}")
 
@@ -385,9 +383,8 @@ def minutes_of(notes):
     """How long a checkpoint was trained, from its notes.json; 0 where they do not say it."""
     if not notes.is_file():
         return 0
-    found = read_json(notes)
     with reading_back(notes):
-        return float(found.get("minutes", 0))
+        return float(json.loads(notes.read_text(encoding="utf-8")).get("minutes", 0))
 
 
 def main():

@@ -227,8 +227,7 @@ def expand(leaf, trace, depth):
     if trace.mode != "zoom":
         step = STEPS[trace.mode].match(turns[0].text, len(leaf.partial))
         if step:
-            turns = []
-            partial = step.string[:step.end()]
+            turns, partial = [], step.string[:step.end()]
             points = parse_points(step[0])
     has_ended = len(turns) == len(trace.turns)
     if any(repeats(point, leaf.points) for point in points):
@@ -293,20 +292,15 @@ def join_turns(node, bad, good, max_crops=4):
     new = [turn for turn in good.turns[shared:]
            if not (turn.crop and repeats(turn.call, bad.zoom_points))]
     calls = len(wrong) + len(new) - 1                        # the last turn answers
-    nothing_wrong = len(wrong) == shared
-    nothing_new = len(new) == 1
-    if nothing_wrong or nothing_new or calls > max_crops:
+    if len(wrong) == shared or len(new) == 1 or calls > max_crops:
         return []
     # What the right one says before it points is of another crop.
     sentences = SENTENCE_GAP.split(new[0].thought)
     while len(sentences) > 1 and not parse_points(sentences[0]):
         sentences.pop(0)
-    before = bad.turns[-1].thought
-    after = " ".join(sentences)
-    thought = f"{before} {BACKTRACK}{after}".strip()
+    thought = f"{bad.turns[-1].thought} {BACKTRACK}{' '.join(sentences)}".strip()
     turning = f"<think>{thought}</think>\n{format_call(new[0].call)}"
-    rest = [turn.text for turn in new[1:]]
-    return [*wrong, turning, *rest]
+    return [*wrong, turning, *(turn.text for turn in new[1:])]
 
 
 def join_thoughts(node, bad, good):
@@ -577,9 +571,7 @@ class RoundedAdamW(torch.optim.Optimizer):
         state["step"] += 1
         t = state["step"]
         generator = torch.Generator(p.device).manual_seed(t * 100_003 + index)
-        tensors = p, p.grad, state["exp_avg"], state["exp_avg_sq"]
-        w, g, m, v = map(own_part, tensors)
-        g = g.float()
+        w, g, m, v = map(own_part, (p, p.grad.float(), state["exp_avg"], state["exp_avg_sq"]))
         m.lerp_(g, 1 - b1)
         v.lerp_(g.square(), 1 - b2)
         spread = (v / (1 - b2**t)).sqrt()
@@ -647,7 +639,7 @@ def open_run(args, last):
     gather(None)                            # all have read what an earlier run left
     if rank() == 0:
         with writing(out / "args.json"):
-            write_json(out / "args.json", earlier | settings)
+            write_text(out / "args.json", json.dumps(earlier | settings, indent=1) + "\n")
     return lock
 
 
@@ -656,9 +648,10 @@ def check_settings(out, settings):
     -> those it was started with"""
     path = out / "args.json"
     if not path.is_file():
-        raise UserError(f"{out} holds nothing to resume, for there is no args.json; leave out "
-                        "--resume, or give another --out")
-    earlier = read_json(path)
+        raise UserError(f"{out} holds nothing to resume: no args.json says what was made there; "
+                        "leave out --resume, or give another --out")
+    with reading_back(path):
+        earlier = dict(**json.loads(path.read_text(encoding="utf-8")))
     other = [f"{name} {earlier[name]}, not {value}" for name, value in settings.items()
              if name in earlier and name not in CAN_CHANGE and earlier[name] != value]
     if other:
@@ -689,10 +682,6 @@ def writing(path):
                         "is finished is kept, and --resume goes on from it") from None
 
 
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
 @contextmanager
 def reading_back(path):
     """The same for a file that the run wrote, and that may be damaged."""
@@ -702,12 +691,6 @@ def reading_back(path):
         why = str(error).splitlines()[0]
         raise UserError(f"{path} is damaged ({why}); repair or delete it, or give another "
                         "--out") from None
-
-
-def read_json(path):
-    """A file with an object -> dict. Raises UserError."""
-    with reading_back(path):
-        return dict(**json.loads(path.read_text(encoding="utf-8")))
 
 
 # ----------------------------------------------------------------------------------- (g) warm start
@@ -739,8 +722,7 @@ def grow_trees(args, questions, out):
     for first in range(0, len(mine), TREES):
         block = mine[first:first + TREES]
         seeds = [f"search {args.seed} {i}" for i in block]
-        asked = [questions[i] for i in block]
-        roots = search(teacher, asked, dialogue, seeds, sampling_of(args),
+        roots = search(teacher, [questions[i] for i in block], dialogue, seeds, sampling_of(args),
                        simulations=args.simulations)
         for seed, root in zip(seeds, roots, strict=True):
             chains = linearise(root, dialogue, args.backtrack)

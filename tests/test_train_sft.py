@@ -942,7 +942,7 @@ def test_a_folder_belongs_to_its_settings(arguments, stage, words, tmp_path):
     for resume in (common, common[:2]):
         with pytest.raises(UserError, match=f"was started with {name} .*; give the same, or ano"):
             sft.open_run(arguments(*resume, *words), [])
-    with pytest.raises(UserError, match="there is no args.json"):
+    with pytest.raises(UserError, match="no args.json says what was made"):
         (tmp_path / "run/args.json").unlink()
         sft.open_run(arguments(*common[:2]), [])
 
