@@ -19,9 +19,7 @@ top-p 1 where the paper has 0.99, for what is trained has to be what was sampled
 Each process samples and learns from its own share of the questions, and all make the same update.
 """
 import argparse
-import fcntl
 import gc
-import hashlib
 import json
 import math
 import time
@@ -40,7 +38,6 @@ from evaluate import (
     eval_flags,
     evaluate,
     figures,
-    open_file,
     questions_of,
     row_of,
     settle,
@@ -50,8 +47,6 @@ from evaluate import (
 )
 from model import (
     Chunk,
-    UserError,
-    full_tensor,
     gather,
     gather_shares,
     is_sharded,
@@ -77,7 +72,19 @@ from rollout import (
     start,
     whole,
 )
-from train_sft import make_optimizer, optimizer_step, remaining, sft_flags, warm_start
+from train_sft import (
+    check_finite,
+    count_skipped,
+    make_optimizer,
+    open_run,
+    optimizer_step,
+    reading_back,
+    remaining,
+    save_checkpoint,
+    sft_flags,
+    warm_start,
+    writing,
+)
 
 
 def rl_flags(parser):
@@ -179,14 +186,12 @@ def update(policy, reference, optimizer, groups, lr, args):
 
 # ----------------------------------------------------------------------------------------- the loop
 
-MOST_SKIPPED = 5            # updates in a row
-
-
 def train(policy, reference, dialogue, args, out):
     """The GRPO loop. Raises UserError where the numbers stop being finite."""
     optimizer = make_optimizer(policy, args.lr)
     first = restore(policy, optimizer, out) if args.resume else 0
-    started, skipped_in_a_row = time.monotonic(), 0
+    started = time.monotonic()
+    norms = []                              # of the gradients of all updates
     for step in range(first, args.steps):
         step_started = time.monotonic()
 
@@ -217,18 +222,15 @@ def train(policy, reference, dialogue, args, out):
                 trace.advantage = advantage
 
         # Update: the step's questions in parts. A gradient that is not finite is left out, by all
-        # processes alike; where that goes on, the run is lost, and is better stopped.
+        # processes alike.
         lr = args.lr * min(1, (step + 1) / max(1, args.warm_up))
         updates = []
         for part in range(0, len(questions), args.update_questions):
             learnt = [traces for i, traces in zip(numbers, groups, strict=True)
                       if part <= i < part + args.update_questions]
             updates.append(update(policy, reference, optimizer, learnt, lr, args))
-            finite = math.isfinite(updates[-1]["grad_norm"])
-            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-            if skipped_in_a_row == MOST_SKIPPED:
-                raise UserError(f"step {step + 1}: {MOST_SKIPPED} gradients in a row were not "
-                                f"finite; start again with a lower --lr than {args.lr:g}")
+            norms.append(updates[-1]["grad_norm"])
+            count_skipped(norms, "--lr")
 
         # Log every trace, and save a state to go on from.
         rows = gather_shares([[row_of(trace) for trace in traces] for traces in groups])
@@ -237,8 +239,10 @@ def train(policy, reference, dialogue, args, out):
                 "sampling_seconds": sampling_seconds}
         print_line(line, args.steps, remaining(started, step + 1 - first, args.steps - first))
         if rank() == 0:
-            append_rows(out / "log.jsonl", [line])
-            append_rows(out / "traces.jsonl", [{"step": step + 1, **row} for row in sum(rows, [])])
+            numbered = [{"step": step + 1, **row} for row in sum(rows, [])]
+            with writing(out / "traces.jsonl"):
+                append_rows(out / "log.jsonl", [line])
+                append_rows(out / "traces.jsonl", numbered)
             if step % args.save_every == 0:
                 trace = groups[0][0]
                 print(f"\n{visible(trace.text())}\n{trace.score}; truth: {trace.question.answer}\n")
@@ -296,35 +300,35 @@ def report(out, args, table_rows, traces):
     """Writes the run's page."""
     trees = out / "trees.txt"               # not there with --traces
     tree = trees.read_text(encoding="utf-8").partition("\n\n")[0] if trees.is_file() else ""
-    write_report(out / "report.html", f"{args.task}, {args.mode}", vars(args),
-                 read_rows(out / "log.jsonl"), table_rows, tree, traces)
+    with writing(out):
+        write_report(out / "report.html", f"{args.task}, {args.mode}", vars(args),
+                     read_rows(out / "log.jsonl"), table_rows, tree, traces)
 
 
 # ---------------------------------------------------------------------------------- save and resume
 
 def save_state(policy, optimizer, out, step):
-    """state.pt: all that is needed to go on after `step`, with any number of processes. Weights
-    that are not finite are not saved: UserError."""
-    norm = full_tensor(torch.nn.utils.get_total_norm(policy.trainable())).item()
-    if not math.isfinite(norm):
-        raise UserError(f"step {step}: the weights are not finite any more, and are not saved; "
-                        "start again with a lower --lr")
+    """state.pt: all that is needed to go on after `step`, with any number of processes. Raises
+    UserError where weights are not finite, or the disk is full."""
+    check_finite(policy.trainable())
     options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = state_dict.get_state_dict(policy, optimizer, options=options)
     if rank() == 0:
         state = {"step": step, "policy": weights, "optimizer": moments}
-        torch.save(state, out / "state.pt.part")
-        move_into_place(out / "state.pt.part", out / "state.pt")
+        with writing(out / "state.pt"):
+            torch.save(state, out / "state.pt.part")
+            move_into_place(out / "state.pt.part", out / "state.pt")
 
 
 def restore(policy, optimizer, out):
     """Goes back to the last state saved, and drops what was logged after it. -> the steps done"""
     path, step = out / "state.pt", 0
     if path.is_file():
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         options = state_dict.StateDictOptions(full_state_dict=True)
-        state_dict.set_state_dict(policy, optimizer, model_state_dict=state["policy"],
-                                  optim_state_dict=state["optimizer"], options=options)
+        with reading_back(path):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state_dict.set_state_dict(policy, optimizer, model_state_dict=state["policy"],
+                                      optim_state_dict=state["optimizer"], options=options)
         step = state["step"]
     if rank() == 0:
         for name in ("log.jsonl", "traces.jsonl"):
@@ -334,50 +338,20 @@ def restore(policy, optimizer, out):
 
 
 def drop_rows_after(path, step):
-    """Drops the rows of later steps, and one that was being written."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
-        write_text(path, "".join(kept))
-
-
-CAN_CHANGE = ("out", "resume", "config", "n", "eval_task", "save_every", "micro_tokens")
-
-
-def open_run(args, out):
-    """Makes or takes up the run folder, and writes its args.json. -> the open file that locks it
-
-    A second run in a folder is refused: one that is going on, a finished one without --resume, and
-    one that is resumed with other settings or questions, which would give the result of neither.
-    Raises UserError."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = (out / "lock").open("w")         # freed by the system, however the process ends
-    try:
-        if rank() == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{out}: another run is writing there; wait for it, or give another "
-                        "--out") from None
-    if not args.resume and any((out / name).exists() for name in ("log.jsonl", "state.pt", "rl")):
-        raise UserError(f"{out} holds a run already; give --resume to go on with it, or another "
-                        "--out")
-    keys = "".join(question.key for question in open_file(args.task, args.image_root))
-    # another file for the test is no other training; whether there is one decides what trains
-    settings = vars(args) | {"all_of_task_trains": bool(args.eval_task),
-                             "sha1_of_questions": hashlib.sha1(keys.encode()).hexdigest()}
-    if args.resume:
-        if not (out / "args.json").is_file():
-            raise UserError(f"{out} holds nothing to resume; leave out --resume")
-        earlier = json.loads((out / "args.json").read_text(encoding="utf-8"))
-        other = [f"{name} {earlier.get(name)}" for name, value in settings.items()
-                 if name not in CAN_CHANGE and earlier.get(name) != value]
-        if other:
-            raise UserError(f"{out} was started with {', '.join(other)}; resume it with the same, "
-                            "or give another --out")
-    gather(None)                            # all have read what an earlier run left
-    if rank() == 0:
-        write_text(out / "args.json", json.dumps(settings, indent=1) + "\n")
-    return lock
+    """Drops the rows of later steps, and what is no row: half a one that was being written, or what
+    a crash of the machine made of one."""
+    if not path.is_file():
+        return
+    kept, damaged = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, KeyError):
+            damaged += bool(line)
+    if damaged:
+        print(f"{path}: {damaged} damaged rows are dropped")
+    write_text(path, "".join(kept))
 
 
 # ------------------------------------------------------------------------------------------ the job
@@ -393,16 +367,24 @@ def final_table(args, stages, dialogue, questions, out):
                                        **sampling_of(args))
         without, _ = evaluate(policy, questions, replace(dialogue, tool=False), args.seed,
                               **sampling_of(args))
-        notes = Path(path) / "notes.json"   # says how long it was trained
-        minutes = json.loads(notes.read_text(encoding="utf-8"))["minutes"] if notes.is_file() else 0
+        minutes = minutes_of(Path(path) / "notes.json")
         summary[name] = found | {"accuracy_no_tool": without["accuracy"], "minutes": minutes}
         rows.append([*cells(name, found, without["accuracy"]), f"{minutes:.1f}"])
     print(f"\n{len(questions)} held-out questions, temperature {args.temperature:g}:")
     print(table(rows))
     if rank() == 0:
-        write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        with writing(out):
+            write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
         report(out, args, rows, traces)
         print(f"report: {out / 'report.html'}")
+
+
+def minutes_of(notes):
+    """How long a checkpoint was trained, from its notes.json; 0 where they do not say it."""
+    if not notes.is_file():
+        return 0
+    with reading_back(notes):
+        return float(json.loads(notes.read_text(encoding="utf-8")).get("minutes", 0))
 
 
 def main():
@@ -414,22 +396,23 @@ def main():
     settle(args, training=True)
     print(describe_settings(args))
     held_out = questions_of(args, "test", args.n)       # now, for a bad file would be found late
-    out = Path(args.out)
-    lock = open_run(args, out)
+    with open_run(args, last=["log.jsonl", "state.pt", "rl"]):
+        run(args, Path(args.out), held_out)
 
+
+def run(args, out, held_out):
+    """The whole job, after its settings are read and its folder is there."""
     policy, reference, dialogue = warm_start(args)
     print(dialogue.describe())
     train(policy, reference, dialogue, args, out)
     gather(None)                            # the log is whole
     minutes = sum(line["seconds"] for line in read_rows(out / "log.jsonl")) / 60
-    policy.save(out / "rl", notes={"minutes": minutes}, dialogue=dialogue.to_json())
-    gather(None)                            # it is there
+    save_checkpoint(policy, dialogue, minutes, out / "rl")
 
     del policy, reference
     gc.collect()                            # a sharded model is part of cycles
     stages = {"base": args.model, "sft": out / "sft", "rl": out / "rl"}
     final_table(args, stages, dialogue, held_out, out)
-    lock.close()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Warm start: tree search for traces, linearising, supervised fine-tuning.
 
 In:  a checkpoint and a file of questions; or, instead of the search, traces in the release's form.
-Out: a run folder: search.jsonl (the chains that the search found), search.json (its settings),
-     trees.txt (for people) and a checkpoint, sft/.
+Out: a run folder: args.json, search.jsonl (the chains that the search found), trees.txt (for
+     people) and a checkpoint, sft/.
 
     python train_sft.py                                    (the tiny run of tests/tiny/recipe.json)
     python train_sft.py --model PATH --task FILE --teacher PATH
@@ -13,13 +13,16 @@ that its value depends on what the crop shows (--search-mode grounded: the paper
 that are converted); without --teacher the policy is its own.
 """
 import argparse
+import fcntl
 import gc
+import hashlib
 import json
 import math
 import random
 import re
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -28,7 +31,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from evaluate import SAME_PLACE, make_question, questions_of, read_rows, read_sft, settle
+from evaluate import SAME_PLACE, make_question, open_file, questions_of, read_rows, read_sft, settle
 from model import (
     Chunk,
     UserError,
@@ -82,8 +85,8 @@ def sft_flags(parser):
     add("--simulations", type=whole(1), default=8, help="of the tree search, a question")
     add("--chains", type=whole(1), help="traces kept a question at most (None: all)")
     add("--backtrack", action=switch, default=True, help="also traces that correct a wrong one")
-    add("--sft-steps", type=whole(0), help="of fine-tuning (None: one epoch; 0: none)")
-    add("--sft-batch", type=whole(1), default=32, help="traces a step")
+    add("--sft-steps", type=whole(0),
+        help="of fine-tuning, of 32 traces each (None: one epoch; 0: none)")
     add("--sft-lr", type=number(), default=1e-6, help="peak learning rate of fine-tuning")
 
 
@@ -190,7 +193,7 @@ def complete(policy, dialogue, nodes, count, sampling):
         # The path is said again to the real tool, and becomes a part of the prompt.
         path = replace(node.start, ids=[], sampled=[], log_probs=[], pictures=[], turns=[])
         for text in node.turns:
-            path.add(Chunk(policy.encode(text) + [policy.tokenizer.eos_token_id]))
+            path.add(whole_turn(policy, text))
             path.add(dialogue.on_turn(policy, path, truncated=False))
         prompt = Chunk(path.prompt.ids + path.ids + policy.encode(node.partial),
                        path.prompt.pictures + path.pictures)
@@ -206,32 +209,38 @@ def complete(policy, dialogue, nodes, count, sampling):
         node.rollouts += group
 
 
+def whole_turn(policy, text):
+    """The tokens of a turn of the policy's, with its end."""
+    return Chunk(policy.encode(text) + [policy.tokenizer.eos_token_id])
+
+
 def expand(leaf, trace, depth):
     """The child of `leaf` that the first new step of a trace leads to: a new one, or the one of the
     same text; None where the step repeats a point of the path.
 
     In the mode `zoom` a step is a turn with its observation. In `grounded` it is a sentence up to
     its point, in `think` a sentence; the last one keeps the answer."""
-    turns = tuple(turn.text for turn in trace.turns)
+    before = len(leaf.turns)
+    turns = trace.turns[:before + 1]
     partial = ""
-    if trace.mode == "zoom":
-        turns = turns[:len(leaf.turns) + 1]
-    elif step := STEPS[trace.mode].match(turns[0], len(leaf.partial)):
-        partial = turns[0][:step.end()]
-        turns = ()
+    points = [turn.call for turn in turns[before:] if turn.crop]
+    if trace.mode != "zoom":
+        step = STEPS[trace.mode].match(turns[0].text, len(leaf.partial))
+        if step:
+            turns, partial = [], step.string[:step.end()]
+            points = parse_points(step[0])
     has_ended = len(turns) == len(trace.turns)
-
-    points = [turn.call for turn in trace.turns[len(leaf.turns):len(turns)] if turn.crop]
-    points += parse_points(partial[len(leaf.partial):])
     if any(repeats(point, leaf.points) for point in points):
         return None
     if partial and leaf.depth + 1 >= depth:                  # too deep: it has to answer
         partial += FORCED
+    texts = tuple(turn.text for turn in turns)
     for sibling in leaf.children:
-        if (sibling.turns, sibling.partial) == (turns, partial):
+        if (sibling.turns, sibling.partial) == (texts, partial):
             return sibling
-    child = Node(leaf.start, turns, partial, leaf, leaf.points + tuple(points), leaf.depth + 1,
-                 trace if has_ended else None)
+    child = Node(leaf.start, texts, partial, leaf, (*leaf.points, *points), leaf.depth + 1)
+    if has_ended:
+        child.trace = trace
     leaf.children.append(child)
     return child
 
@@ -255,10 +264,14 @@ def linearise(root, dialogue, backtrack=True):
     for node in root.walk():
         right, wrong = [], []
         for trace in node.rollouts:
-            # a refused call, too, makes a trace ill-formed
-            if trace.ended == "answer" and all(turn.crop for turn in trace.turns[:-1]):
-                (right if is_correct(trace) else wrong).append(trace)
-        chains += [[turn.text for turn in trace.turns] for trace in right]
+            refused = len(trace.zoom_points) < len(trace.turns) - 1
+            if trace.ended != "answer" or refused:           # it is ill-formed
+                continue
+            if is_correct(trace):
+                right.append(trace)
+                chains.append([turn.text for turn in trace.turns])
+            else:
+                wrong.append(trace)
         if not backtrack:
             continue
         for bad, good in product(wrong, right):
@@ -266,8 +279,8 @@ def linearise(root, dialogue, backtrack=True):
                 chains.append(join_turns(node, bad, good, dialogue.max_crops))
             else:
                 chains.append(join_thoughts(node, bad, good))
-    unique = dict.fromkeys(tuple(chain) for chain in chains if chain)
-    return sorted(map(list, unique), key=lambda chain: sum(map(len, chain)))
+    unique = dict.fromkeys(map(tuple, filter(None, chains)))
+    return sorted(map(list, unique), key=lambda chain: len("".join(chain)))
 
 
 def join_turns(node, bad, good, max_crops=4):
@@ -279,7 +292,7 @@ def join_turns(node, bad, good, max_crops=4):
     new = [turn for turn in good.turns[shared:]
            if not (turn.crop and repeats(turn.call, bad.zoom_points))]
     calls = len(wrong) + len(new) - 1                        # the last turn answers
-    if len(wrong) <= shared or len(new) < 2 or calls > max_crops:
+    if len(wrong) == shared or len(new) == 1 or calls > max_crops:
         return []
     # What the right one says before it points is of another crop.
     sentences = SENTENCE_GAP.split(new[0].thought)
@@ -295,10 +308,11 @@ def join_thoughts(node, bad, good):
     says after the node's path."""
     path = node.partial or "<think>"
     wrong, right = bad.turns[0].thought, good.turns[0].text
-    thought, closed, _ = right.removeprefix(path).partition("</think>")
-    if not (wrong and thought.strip() and closed and right.startswith(path)):
+    rest = right.removeprefix(path).lstrip()
+    thought, closed, _ = rest.partition("</think>")
+    if not (wrong and thought and closed and right.startswith(path)):
         return []
-    return [f"<think>{wrong} {BACKTRACK}{right.removeprefix(path).lstrip()}"]
+    return [f"<think>{wrong} {BACKTRACK}{rest}"]
 
 
 def to_multi_turn(text, max_crops=4, later=0.3, rng=random):
@@ -362,8 +376,8 @@ def row_of_chain(dialogue, question, texts):
     """A line of search.jsonl. Its images are the question's: the tool makes the crops again."""
     truth = question.answer
     if question.kind == "point":
-        truth = str(tuple(np.ravel(truth).round().astype(int).tolist()))
-    images = [str(image) if str(image).startswith("data:") else str(Path(image).absolute())
+        truth = str(tuple(map(round, np.ravel(truth).tolist())))
+    images = [str(image if str(image).startswith("data:") else Path(image).absolute())
               for image in question.images]
     return {"id": question.id, "key": question.key, "images": images, "gt_answer": truth,
             "messages": messages_of(dialogue, question, texts)}
@@ -386,14 +400,14 @@ def read_traces(path, questions=(), image_root=""):
             images = [name if name.startswith("data:") else folder / name for name in row["images"]]
             talk = messages[1:] if messages[0]["role"] == "system" else messages
             roles = [message["role"] for message in talk]
-            places = [message["content"].count("<image>") for message in talk[::2]]
-            turns = roles == ["user", "assistant"] * (len(talk) // 2)
-            if not turns or not places[0] or len(images) not in (places[0], sum(places)):
+            asked, *later = [message["content"].count("<image>") for message in talk[::2]]
+            in_turns = roles == ["user", "assistant"] * (len(talk) // 2)
+            if not in_turns or not asked or len(images) not in (asked, asked + sum(later)):
                 raise ValueError("its roles are not user, assistant, ..., user, assistant, or it "
                                  "has not one image for each <image>")
             question = by_key.get(row.get("key")) or make_question(read_sft, row, line, where)
-            question.images = images[:places[0]]
-            traces.append((question, messages, images[places[0]:]))
+            question.images = images[:asked]
+            traces.append((question, messages, images[asked:]))
         except Exception as error:                     # a foreign file may hold anything
             raise UserError(f"{where}: no trace ({error!r}); it needs 'messages', 'images' and "
                             "'gt_answer'; correct or remove it") from None
@@ -414,7 +428,7 @@ def replay(policy, dialogue, question, messages, crops=()):
     for message in messages[first:]:
         text = policy.clean(message["content"])
         if message["role"] == "assistant":
-            trace.add(Chunk(policy.encode(text) + [policy.tokenizer.eos_token_id]), sampled=True)
+            trace.add(whole_turn(policy, text), sampled=True)
             trace.turns.append(parse_turn(text))
             continue
         shown = []
@@ -443,19 +457,21 @@ def parts_of(text):
 
 # ----------------------------------------------------------------------- (d) supervised fine-tuning
 
-def fine_tune(policy, traces, *, steps, batch, lr, seed, micro_tokens=16_384):
+def fine_tune(policy, traces, *, steps=None, batch=32, lr, seed, micro_tokens=16_384):
     """Maximises the likelihood of the policy's own tokens, of `batch` traces a step (paper: SFT).
-    lr: the peak, after a warm-up over 3 % of the steps; then it falls to 0 by a cosine."""
+    steps None: one epoch. lr: the peak, after a warm-up over 3 % of the steps; then it falls to 0
+    by a cosine."""
+    steps = steps or math.ceil(len(traces) / batch)
     optimizer = make_optimizer(policy, lr)
     rng = random.Random(f"fine-tuning {seed}")
     order = []
     while len(order) < steps * batch:
         order += rng.sample(traces, len(traces))
     started = time.monotonic()
-    skipped = 0
+    norms = []
     policy.train()
     for step in range(steps):
-        chosen = order[step * batch:(step + 1) * batch]
+        chosen, order = order[:batch], order[batch:]
         mine = [[trace] for trace in chosen[rank()::world_size()]]
         filler = [chosen[:1]] if is_sharded(policy) else None
         # One denominator for the whole update, whatever the micro-batches and the processes.
@@ -468,10 +484,10 @@ def fine_tune(policy, traces, *, steps, batch, lr, seed, micro_tokens=16_384):
         loss, = sum_over_processes([own_loss])
         cosine = (1 + math.cos(math.pi * step / steps)) / 2
         warm_up = min(1, (step + 1) / (0.03 * steps))
-        norm = optimizer_step(policy, optimizer, lr * warm_up * cosine, clip=1.0)
-        skipped += not math.isfinite(norm)
+        norms.append(optimizer_step(policy, optimizer, lr * warm_up * cosine, clip=1.0))
+        skipped = count_skipped(norms, "--sft-lr")
         if step % 20 == 19 or step + 1 == steps:
-            print(f"sft {step + 1}/{steps}  loss {loss:.3f}  grad norm {norm:.2f}  skipped "
+            print(f"sft {step + 1}/{steps}  loss {loss:.3f}  grad norm {norms[-1]:.2f}  skipped "
                   f"{skipped}  {remaining(started, step + 1, steps)}")
     policy.eval()
 
@@ -505,6 +521,28 @@ def optimizer_step(policy, optimizer, lr, clip):
     return norm
 
 
+MOST_SKIPPED = 5            # steps in a row
+
+
+def count_skipped(norms, flag):
+    """How many steps were not made, of those with these gradient norms. Raises UserError where the
+    last five were not: then the run is lost, and is better stopped."""
+    skipped = [not math.isfinite(norm) for norm in norms]
+    if skipped[-MOST_SKIPPED:] == [True] * MOST_SKIPPED:
+        raise UserError(f"{MOST_SKIPPED} gradients in a row were not finite; start again with a "
+                        f"lower {flag}")
+    return sum(skipped)
+
+
+def check_finite(parameters):
+    """Raises UserError where a weight is not a finite number: nothing is learned from it, nor is it
+    saved."""
+    norm = full_tensor(torch.nn.utils.get_total_norm(parameters)).item()
+    if not math.isfinite(norm):
+        raise UserError("the weights are not finite, and are not saved; start again with a lower "
+                        "learning rate, or with another --model or --teacher")
+
+
 class RoundedAdamW(torch.optim.Optimizer):
     """AdamW for bfloat16 weights, with moments in float32.
 
@@ -512,37 +550,41 @@ class RoundedAdamW(torch.optim.Optimizer):
     is written back is rounded up or down at random, right on average. The random numbers follow
     from step and parameter alone: a resumed run goes on as it would have."""
 
-    def __init__(self, params, lr, betas=(0.9, 0.999), weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+    def __init__(self, params, lr, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure=None):
         """closure: None, as torch's own functions for saved states give it."""
-        for group in self.param_groups:
-            for index, p in enumerate(group["params"]):
-                if p.grad is not None:
-                    self.update(p, index, *group["betas"], group["lr"], group["weight_decay"])
+        group, = self.param_groups
+        for index, p in enumerate(group["params"]):
+            if p.grad is not None:
+                self.update(p, index, group["lr"], group["weight_decay"])
 
-    def update(self, p, index, b1, b2, lr, weight_decay):
+    def update(self, p, index, lr, weight_decay, b1=0.9, b2=0.999):
         state = self.state[p]
         if not state:
             zeros = torch.zeros_like(p, dtype=torch.float32)
             state.update(step=0, exp_avg=zeros, exp_avg_sq=zeros.clone())
-        state["step"] = t = state["step"] + 1
-        w, m, v, g = map(own_part, (p, state["exp_avg"], state["exp_avg_sq"], p.grad.float()))
+        state["step"] += 1
+        t = state["step"]
+        generator = torch.Generator(p.device).manual_seed(t * 100_003 + index)
+        w, g, m, v = map(own_part, (p, p.grad.float(), state["exp_avg"], state["exp_avg_sq"]))
         m.lerp_(g, 1 - b1)
         v.lerp_(g.square(), 1 - b2)
-        direction = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + 1e-8)
-        generator = torch.Generator(p.device).manual_seed(t * 100_003 + index)
-        w.copy_(rounded(w.float() * (1 - lr * weight_decay) - lr * direction, generator))
+        spread = (v / (1 - b2**t)).sqrt()
+        direction = m / (1 - b1**t) / (spread + 1e-8)
+        exact = w.float() * (1 - lr * weight_decay) - lr * direction
+        w.copy_(rounded(exact, generator))
 
     def load_state_dict(self, state_dict):
         """torch's casts the moments to the type of the weights: they are taken again as saved."""
         super().load_state_dict(state_dict)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for p, name in zip(group["params"], saved["params"], strict=True):
-                for key, value in state_dict["state"].get(name, {}).items():
-                    self.state[p][key] = value if key == "step" else value.to(p.device)
+        (group,), (saved,) = self.param_groups, state_dict["param_groups"]
+        for p, name in zip(group["params"], saved["params"], strict=True):
+            for key, value in state_dict["state"].get(name, {}).items():
+                if key != "step":
+                    self.state[p][key] = value.to(p.device)
 
 
 def own_part(x):
@@ -553,44 +595,110 @@ def own_part(x):
 def rounded(x, generator):
     """float32 -> bfloat16, to one of the two neighbours, the nearer one the more often: the mean
     is x."""
-    noise = torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((x.view(torch.int32) + noise) & -2**16).view(torch.float32).bfloat16()
+    bits = x.view(torch.int32)
+    noise = torch.randint_like(bits, 2**16, generator=generator)
+    return ((bits + noise) & -2**16).view(torch.float32).bfloat16()
 
 
-# ----------------------------------------------------------------------------------- (f) warm start
+# ----------------------------------------------------------------------------------- (f) run folder
 
-# The flags that decide what is found, and with the second ones what is learned from it.
-SEARCH_SETTINGS = ("model", "task", "image_root", "mode", "dialogue", "seed", "max_pixels",
-                   "temperature", "top_p", "turn_tokens", "response_tokens", "teacher",
-                   "search_mode", "search_questions", "simulations", "chains", "backtrack")
-SFT_SETTINGS = (*SEARCH_SETTINGS, "traces", "sft_steps", "sft_batch", "sft_lr")
+STAGES = ("search.jsonl", "sft", "log.jsonl", "state.pt", "rl")      # in the order of their making
+CAN_CHANGE = ("out", "resume", "config", "n", "eval_task", "save_every", "micro_tokens")
+CONTENTS = ("model", "teacher", "traces", "dialogue")    # paths where something else may lie later
 
 
-def settings_of(args, names):
-    return {name: vars(args)[name] for name in names}
+def open_run(args, last):
+    """Makes or takes up the run folder, and writes its args.json. -> the open file that locks it
 
-
-def check_settings(made, notes, args, names):
-    """Raises UserError where `made`, a file or folder that is there, came of other settings than
-    these. notes: a JSON file that has its `settings`."""
+    A folder belongs to one run at a time, and to its settings and files: others would give the
+    result of neither. last: the stages that are only taken up with --resume. Raises UserError."""
+    out = Path(args.out)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / "lock").open("w")     # freed by the system, however the process ends
     try:
-        earlier = json.loads(notes.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{made} is there, but {notes} does not say what it was made with "
-                        f"({error!r}); give another --out, or delete {made}") from None
-    other = [f"{name} {earlier.get(name)}, not {value}"
-             for name, value in settings_of(args, names).items() if earlier.get(name) != value]
-    if other:
-        raise UserError(f"{made} was made with {'; '.join(other)}; give the same settings, or "
-                        "another --out")
-    print(f"{made} is there")
+        if rank() == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out}: another run is writing there; wait for it, or give another "
+                        "--out") from None
+    made = [name for name in STAGES if (out / name).exists()]
+    if not args.resume and set(made) & set(last):
+        raise UserError(f"{out} holds a run already; give --resume to go on with it, or another "
+                        "--out")
+    keys = "".join(question.key for question in open_file(args.task, args.image_root))
+    settings = vars(args) | {"sha1_of_questions": hashlib.sha1(keys.encode()).hexdigest()}
+    for name in CONTENTS:
+        if settings[name]:
+            settings[f"sha1_of_{name}"] = fingerprint(settings[name])
+    if "eval_task" in args:                 # without it, a part of --task is held out
+        settings["all_of_task_trains"] = bool(args.eval_task)
+    earlier = check_settings(out, settings) if made or args.resume else {}
+    gather(None)                            # all have read what an earlier run left
+    if rank() == 0:
+        with writing(out / "args.json"):
+            write_text(out / "args.json", json.dumps(earlier | settings, indent=1) + "\n")
+    return lock
 
+
+def check_settings(out, settings):
+    """Raises UserError where the run in a folder was started with others than these.
+    -> those it was started with"""
+    path = out / "args.json"
+    if not path.is_file():
+        raise UserError(f"{out} holds nothing to resume: no args.json says what was made there; "
+                        "leave out --resume, or give another --out")
+    with reading_back(path):
+        earlier = dict(**json.loads(path.read_text(encoding="utf-8")))
+    other = [f"{name} {earlier[name]}, not {value}" for name, value in settings.items()
+             if name in earlier and name not in CAN_CHANGE and earlier[name] != value]
+    if other:
+        raise UserError(f"{out} was started with {'; '.join(other)}; give the same, or another "
+                        "--out (its sft/ may be that one's --model, its search.jsonl --traces)")
+    return earlier
+
+
+def fingerprint(path):
+    """A hash of what a file or a checkpoint folder holds: another one may lie there later."""
+    path = Path(path)
+    files = [path] if path.is_file() else [*path.glob("*.json"), *path.glob("*.safetensors")]
+    digest = hashlib.sha1()
+    for file in sorted(files):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha1").digest())
+    return digest.hexdigest()
+
+
+@contextmanager
+def writing(path):
+    """Makes any error inside a UserError in a line: of a full disk libraries tell in many ways."""
+    try:
+        yield
+    except Exception as error:
+        why = error.__context__ or error                     # torch hides the first one
+        raise UserError(f"{path} cannot be written ({why}); make room, or give another --out; what "
+                        "is finished is kept, and --resume goes on from it") from None
+
+
+@contextmanager
+def reading_back(path):
+    """The same for a file that the run wrote, and that may be damaged."""
+    try:
+        yield
+    except Exception as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged ({why}); repair or delete it, or give another "
+                        "--out") from None
+
+
+# ----------------------------------------------------------------------------------- (g) warm start
 
 def load_trainable(path, args):
     """A checkpoint to be trained, sharded if it is large: all processes have to call it. On a GPU,
     activations are computed again in the backward pass instead of kept."""
     gc.collect()                # a policy that is not used any more: it refers to itself
     policy = load(str(path), **input_limits(args))
+    check_finite([*policy.parameters()])
     if policy.device.type == "cuda":
         policy.model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -602,6 +710,7 @@ def grow_trees(args, questions, out):
     """Searches the questions, each process its share, and writes the chains that are kept to
     search.jsonl. Raises UserError where there are none."""
     teacher = load(args.teacher or args.model, **input_limits(args))
+    check_finite([*teacher.parameters()])
     print(f"traces: searching {len(questions)} questions with {args.teacher or args.model}")
     dialogue = make_dialogue(args, args.model, teacher)
     if args.mode == "zoom":
@@ -618,19 +727,18 @@ def grow_trees(args, questions, out):
             most = min(args.chains or len(chains), len(chains))
             chains = random.Random(seed).sample(chains, most)
             rows = [row_of_chain(dialogue, root.start.question, chain) for chain in chains]
-            taken = [f"taken: {in_a_line(''.join(chain))}" for chain in chains]
-            found.append((rows, "\n".join([describe_tree(root), *taken])))
-    found = gather_shares(found)
-    rows = [row for rows, _ in found for row in rows]
+            taken = [f"\ntaken: {in_a_line(''.join(chain))}" for chain in chains]
+            found.append((rows, describe_tree(root) + "".join(taken)))
+    rows_of_trees, trees = zip(*gather_shares(found), strict=True)
+    rows = sum(rows_of_trees, [])
     if not rows:
         raise UserError(f"{args.task}: the search found no right trace in {len(questions)} "
                         "questions; give a stronger --teacher or more --search-questions")
     if rank() == 0:
-        notes = {"settings": settings_of(args, SEARCH_SETTINGS)}
-        write_text(out / "search.json", json.dumps(notes, indent=1) + "\n")
-        write_text(out / "trees.txt", "\n\n".join(tree for _, tree in found) + "\n")
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        write_text(out / "search.jsonl", "".join(lines))
+        with writing(out / "search.jsonl"):
+            write_text(out / "trees.txt", "\n\n".join(trees) + "\n")
+            write_text(out / "search.jsonl", "".join(lines))
     gather(None)                # it is there
 
 
@@ -642,7 +750,7 @@ def learn_traces(args, out):
         path = out / "search.jsonl"
         questions = questions_of(args, "train", args.search_questions)
         if gather(path.is_file())[0]:
-            check_settings(path, out / "search.json", args, SEARCH_SETTINGS)
+            print(f"{path} is there")
         else:
             grow_trees(args, questions, out)
     recorded = read_traces(path, questions, args.image_root)
@@ -662,16 +770,13 @@ def learn_traces(args, out):
             traces.append(trace)
         else:
             dropped[scored.why or "its answer is wrong"] += 1
-    several = sum(len(trace.zoom_points) > 1 for trace in traces)
-    print(f"sft: {len(traces)} of {len(recorded)} traces are right, well-formed and grounded, "
-          f"{several} of them with several zoom calls")
+    print(f"sft: {len(traces)} of {len(recorded)} traces are right, well-formed and grounded")
     for why, times in dropped.most_common(5):
         print(f"sft: {times} dropped: {why}")
     if not traces:
         raise UserError(f"{path}: none of its {len(recorded)} traces is right, well-formed and "
                         f"grounded in the mode {args.mode}; look at them, or give other --traces")
-    steps = args.sft_steps or math.ceil(len(traces) / args.sft_batch)
-    fine_tune(policy, traces, steps=steps, batch=args.sft_batch, lr=args.sft_lr, seed=args.seed,
+    fine_tune(policy, traces, steps=args.sft_steps, lr=args.sft_lr, seed=args.seed,
               micro_tokens=args.micro_tokens)
     return policy
 
@@ -679,19 +784,24 @@ def learn_traces(args, out):
 def make_sft(args):
     """Makes the run's sft/, unless it is there: search, traces, fine-tuning. -> its path"""
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     sft = out / "sft"
     if gather(sft.is_dir())[0]:
-        check_settings(sft, sft / "notes.json", args, SFT_SETTINGS)
+        print(f"{sft} is there")
         return sft
     started = time.monotonic()
     policy = load_trainable(args.model, args) if args.sft_steps == 0 else learn_traces(args, out)
     minutes = (time.monotonic() - started) / 60
-    notes = {"minutes": minutes, "settings": settings_of(args, SFT_SETTINGS)}
-    dialogue = make_dialogue(args, args.model, policy)
-    policy.save(sft, notes=notes, dialogue=dialogue.to_json())
-    gather(None)                # it is there
+    save_checkpoint(policy, make_dialogue(args, args.model, policy), minutes, sft)
     return sft
+
+
+def save_checkpoint(policy, dialogue, minutes, path):
+    """Saves sft/ or rl/: all processes have to call it. Raises UserError where weights are not
+    finite, or the disk is full."""
+    check_finite(policy.trainable())
+    with writing(path):
+        policy.save(path, notes={"minutes": minutes}, dialogue=dialogue.to_json())
+    gather(None)                # it is there
 
 
 def warm_start(args):
@@ -710,10 +820,8 @@ def main():
     args = parse(parser, "rollout", "train_sft")
     settle(args, training=True)
     print(describe_settings(args))
-    sft = Path(args.out) / "sft"
-    if sft.is_dir() and not args.resume:
-        raise UserError(f"{sft} is there already; give --resume to keep it, or another --out")
-    print(f"done: {make_sft(args)}")
+    with open_run(args, last=["sft"]):
+        print(f"done: {make_sft(args)}")
 
 
 if __name__ == "__main__":

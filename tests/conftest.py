@@ -25,16 +25,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1",
                "PYTHONPATH": os.pathsep.join(sys.path[:2])}    # of the processes that tests start
 
+import make_base
 import numpy as np
 import pytest
 import torch
-from make_base import make_tiny, strings
+from make_base import SPECIAL_TOKENS, make_tiny, strings
 from PIL import Image, ImageDraw
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2Tokenizer
 
 import evaluate as evaluation
 from model import Sequence, load
-from rollout import start
+from rollout import format_call, start
+from train_sft import BACKTRACK
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "tests/tiny/base"
@@ -52,6 +54,44 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_tiny(folder, strings())
     shutil.copy(BASE / "dialogue.json", folder)
+    return str(folder)
+
+
+def lines_of_traces():
+    """Some hundred turns in the grammar of the dialogues, to train a tokenizer on."""
+    rng = random.Random(0)
+    for _ in range(300):
+        point = rng.randrange(900), rng.randrange(900)
+        place = rng.choice(["A chair at {}.", "The lamp {}", "There is a cup at {}.\nThe sign {}."])
+        thought = place.format(point, point)
+        yield f"<think>{thought}</think>\n{format_call(point)}"
+        yield f"<think>{BACKTRACK}{thought} It is so.\nYes.</think>\n"
+        for option in "ABCDEF":
+            yield f"<answer>{option}</answer>\n<answer> {option} </answer>"
+
+
+@pytest.fixture(scope="session")
+def merged_folder(tmp_path_factory):
+    """A checkpoint of random weights whose tokenizer, as the Qwen models' own does, has tokens in
+    which a stop, a bracket or an answer runs into a tag: ").</", ")</", ".\n", ">B"."""
+    trained = Qwen2Tokenizer(vocab={}, merges=[]).train_new_from_iterator(
+        lines_of_traces(), vocab_size=600, show_progress=False)
+    parts = json.loads(trained.backend_tokenizer.to_str())["model"]
+    plain = [token for token in parts["vocab"] if token not in SPECIAL_TOKENS]
+    vocab = {token: i for i, token in enumerate(plain)}
+    pairs = [tuple(pair) for pair in parts["merges"]]
+
+    def make_tokenizer(**how):               # with these instead of the bytes alone
+        return Qwen2Tokenizer(**how | {"vocab": vocab, "merges": pairs})
+    folder = tmp_path_factory.mktemp("models") / "merged"
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_base, "Qwen2Tokenizer", make_tokenizer)
+        make_tiny(folder, [])
+    shutil.copy(BASE / "dialogue.json", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for token in (").</", ")</", ".\n", ">B"):
+        assert len(tokenizer.encode(token)) == 1, token
     return str(folder)
 
 

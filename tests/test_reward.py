@@ -1,22 +1,37 @@
 """What the reward promises. Each test names the bug that it guards against."""
 import random
 import time
+from contextlib import suppress
 from dataclasses import astuple, replace
 
 import pytest
 
 import reward
+from evaluate import parse_options
 from reward import (
     Action,
     Weights,
     answer_point,
+    format_fault,
+    grounding_fault,
     match_action,
     match_answer,
     match_point,
+    option_text,
     parse_action,
     score,
 )
-from rollout import Frame, Question, ToolError, Trace, Turn, crop_box, parse_call, parse_turn
+from rollout import (
+    Frame,
+    Question,
+    ToolError,
+    Trace,
+    Turn,
+    crop_box,
+    parse_call,
+    parse_points,
+    parse_turn,
+)
 
 FRAME = Frame(input_size=(100, 50), original_size=(1000, 500))
 CHOICES = ("blue", "red", "dark green")
@@ -640,3 +655,50 @@ def test_no_answer_can_break_the_reward():
         texts = [mutated(rng, zooming(20, 20)), final(answer, mutated(rng, "a (5, 5)"))]
         result = score(trace(*texts, about=about, mode=rng.choice(list(GOOD))))
         assert 0 <= result.total <= (1.16 if result.correct else 0.56)
+
+
+SOURCES = [zooming(20, 20), final(), final("(15, 12)", "a [5, 5]"), final("(B) red"),
+           final("type [5] [red shoes] [1]"), final("stop [red]", "Built (1990, 2005), at (7, 7)."),
+           "Which?\n(A) blue\n(B) red", "type [5] [red shoes] [1]", "scroll [down]", "(B) red",
+           "option b", "(15, 12)",
+           '{"name": "search_coordinate", "arguments": {"coordinate": [20, 30]}}']
+
+
+def read_in_every_way(text):
+    """Each parser and each comparison of answers, on one text."""
+    parse_points(text)
+    parse_options(text)
+    option_text(text)
+    option_text(text, CHOICES)
+    answer_point(text)
+    match_answer(text, "B", CHOICES)
+    match_point(text, BOX, FRAME)
+    match_action(text, "type [5] [red shoes]")
+    with suppress(ToolError):
+        parse_call(text)
+    with suppress(ValueError):
+        parse_action(text)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_mutated_texts():
+    """An answer, a call, a question or a whole turn may be anything: no parser raises what its
+    caller does not expect, and in each mode no wrong trace has more than any right one."""
+    rng = random.Random(1)
+    asked = [question(), question("B", "choice", CHOICES), question(BOX, "point"),
+             question("type [5] [red shoes]", "action"), question("stop [red]", "action")]
+    totals = {(mode, correct): set() for mode in GOOD for correct in (0, 1)}
+    for i in range(100_000):
+        text = mutated(rng, SOURCES[i % len(SOURCES)])
+        read_in_every_way(text)
+        mode = rng.choice(list(GOOD))
+        texts = [zooming(20 + i % 70, 20), text] if mode == "zoom" else [text]
+        read = trace(*texts, mode=mode, about=asked[i // 7 % 5])
+        if read.answer is None:
+            read.ended = "stopped"
+        found = score(read)
+        assert found.format == (not format_fault(read))
+        assert found.grounded == (not grounding_fault(read))
+        totals[mode, int(found.correct)].add(found.total)
+    for mode in GOOD:
+        assert max(totals[mode, 0]) <= min(totals[mode, 1])

@@ -183,13 +183,13 @@ def test_a_lost_run_is_stopped(policy, tmp_path, monkeypatch):
     monkeypatch.setattr(train_rl, "optimizer_step", lambda *_: next(norms))
     monkeypatch.setattr(train_rl, "report", lambda *_: None)
     parts = json.loads((BASE / "dialogue.json").read_text())
-    with pytest.raises(UserError, match="step 4: 5 gradients in a row .* lower --lr"):
+    with pytest.raises(UserError, match="5 gradients in a row .* lower --lr"):
         train_rl.train(policy, policy, Dialogue(**parts), args, tmp_path)
     logged = [row["skipped"] for row in train_rl.read_rows(tmp_path / "log.jsonl")]
     assert logged == [1, 2, 2]
     with torch.no_grad():
         policy.trainable()[0].fill_(math.nan)
-    with pytest.raises(UserError, match="not finite any more"):
+    with pytest.raises(UserError, match="weights are not finite, and are not saved"):
         train_rl.save_state(policy, make_optimizer(policy, 1e-3), tmp_path, 1)
     assert not (tmp_path / "state.pt").exists()
 
@@ -209,7 +209,7 @@ def test_the_papers_settings(monkeypatch):
     """Guards the defaults: with --model and --task every number is the paper's, in several turns
     and in one; without, the tiny run's."""
     common = dict(lr=1e-6, kl=0.01, questions=128, update_questions=64, steps=500, temperature=1.0,
-                  top_p=1.0, sft_lr=1e-6, sft_batch=32, sft_steps=None, diversity=0.2)
+                  top_p=1.0, sft_lr=1e-6, sft_steps=None, diversity=0.2)
     zoom = dict(group=8, warm_up=25, clip_norm=0.2, turn_tokens=1024, response_tokens=4608)
     single = dict(group=5, warm_up=0, clip_norm=1.0, turn_tokens=2048, response_tokens=2048)
     for mode, expected in (("zoom", zoom), ("grounded", single), ("think", single)):
@@ -231,39 +231,70 @@ def test_settings_that_teach_nothing_or_wrongly(monkeypatch, words, message):
         arguments(monkeypatch, *words)
 
 
-def test_one_run_at_a_time(monkeypatch, tmp_path):
-    """Guards a run folder: a second run in it, at the same time or later, wrote over the first."""
-    args = arguments(monkeypatch, "--out", tmp_path)
-    lock = train_rl.open_run(args, tmp_path)
-    with pytest.raises(UserError, match="another run is writing there"):
-        train_rl.open_run(args, tmp_path)
-    lock.close()
-    (tmp_path / "log.jsonl").touch()
-    with pytest.raises(UserError, match="holds a run already; give --resume"):
-        train_rl.open_run(args, tmp_path)
-    args.resume = True
-    train_rl.open_run(args, tmp_path).close()
-
-
 def test_a_run_is_resumed_as_it_was_started(monkeypatch, tmp_path, data):
-    """Guards results that are half of one setting and half of another, or of other questions; and
-    that what does not change the training may change."""
+    """Guards results that are half of one setting and half of another; and that what does not
+    change the training may change, another file for the test among it."""
     rows = [json.loads(line) for line in TASK.read_text().splitlines()[:20]]
-    common = ["--task", data("a.jsonl", rows), "--config", BASE.parent / "recipe.json"]
-    args = arguments(monkeypatch, *common)
+    common = ["--task", data("a.jsonl", rows), "--config", BASE.parent / "recipe.json", "--out",
+              tmp_path / "run"]
+
+    def opened(*words):
+        args = arguments(monkeypatch, *common, *words)
+        train_rl.open_run(args, last=["log.jsonl"]).close()
     with pytest.raises(UserError, match="nothing to resume"):
-        train_rl.open_run(arguments(monkeypatch, *common, "--resume"), tmp_path / "run")
-    train_rl.open_run(args, tmp_path / "run").close()
-    may_change = ["--n", 3, "--save-every", 2, "--micro-tokens", 1, "--eval-task", TASK]
-    train_rl.open_run(arguments(monkeypatch, *common, "--resume", *may_change),
-                      tmp_path / "run").close()
+        opened("--resume")
+    opened()
+    (tmp_path / "run/log.jsonl").touch()
+    with pytest.raises(UserError, match="holds a run already; give --resume"):
+        opened()
+    opened("--resume", "--n", 3, "--save-every", 2, "--micro-tokens", 1, "--eval-task", TASK)
     for words in (["--kl", 0.5], ["--steps", 3], ["--eval-task", ""]):
-        with pytest.raises(UserError, match="was started with .*; resume it with the same"):
-            train_rl.open_run(arguments(monkeypatch, *common, "--resume", *words), tmp_path / "run")
-    data("a.jsonl", rows[1:])
-    open_file.cache_clear()
-    with pytest.raises(UserError, match="sha1_of_questions"):
-        train_rl.open_run(arguments(monkeypatch, *common, "--resume"), tmp_path / "run")
+        with pytest.raises(UserError, match="was started with .*; give the same, or another"):
+            opened("--resume", *words)
+
+
+def test_a_warm_start_with_all_questions_has_none_for_a_test(monkeypatch, tmp_path, data):
+    """Guards the final table: what was searched while --eval-task held the test is not held out of
+    a later run without it; a folder of train_sft.py is taken up, but for other flags they share."""
+    rows = [json.loads(line) for line in TASK.read_text().splitlines()[:20]]
+    common = ["--task", data("a.jsonl", rows), "--model", BASE, "--out", tmp_path / "run"]
+    train_rl.open_run(arguments(monkeypatch, *common, "--eval-task", TASK), []).close()
+    (tmp_path / "run/sft").mkdir()
+    with pytest.raises(UserError, match="all_of_task_trains True, not False"):
+        train_rl.open_run(arguments(monkeypatch, *common), [])
+    warm_start = arguments(monkeypatch, *common)
+    for name in ("eval_task", "lr", "steps"):
+        delattr(warm_start, name)
+    (tmp_path / "run/args.json").write_text(json.dumps(vars(warm_start), default=str))
+    train_rl.open_run(arguments(monkeypatch, *common, "--lr", 1), []).close()
+    with pytest.raises(UserError, match="started with lr 1.0, not 2.0"):
+        train_rl.open_run(arguments(monkeypatch, *common, "--lr", 2), [])
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4", b"\0" * 999, "half"])
+def test_a_damaged_state_is_told(tiny_folder, tmp_path, content):
+    """Guards against a traceback on state.pt after a crash of the machine."""
+    policy = load(tiny_folder, device="cpu")
+    optimizer = make_optimizer(policy, 1e-3)
+    train_rl.save_state(policy, optimizer, tmp_path, 1)
+    path = tmp_path / "state.pt"
+    path.write_bytes(path.read_bytes()[:50_000] if content == "half" else content)
+    with pytest.raises(UserError, match=r"state\.pt is damaged .*; repair or delete it") as error:
+        train_rl.restore(policy, optimizer, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage, rows", [
+    ('{"step": 2, "a', 0), ('{"step": 2, "a": 1\n', 0), ("\0" * 50, 0), ("\0\0\n[]\n7\n", 0),
+    ('{"st\n{"step": 2, "b": 0}\n', 1)])
+def test_rows_that_a_crash_damaged_are_dropped(tmp_path, capsys, damage, rows):
+    """Guards the log: a row cut in its middle, and NULs, made it unreadable, and a run could not go
+    on; they are counted."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n' + damage)
+    train_rl.drop_rows_after(path, 2)
+    assert len(train_rl.read_rows(path)) == 1 + rows
+    assert "damaged rows are dropped" in capsys.readouterr().out
 
 
 def test_rows_of_later_steps_are_dropped(tmp_path):
@@ -293,3 +324,31 @@ def test_going_on_from_a_state_is_exact(tiny_folder, tmp_path, groups, dtype):
     for one, its_optimizer in ((policy, optimizer), (again, other)):
         update(one, None, its_optimizer, groups, 1e-3, ARGS)
     assert all(map(torch.equal, policy.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("text, minutes", [('{"minutes": 3}', 3), ("{}", 0), (None, 0)])
+def test_minutes_of_a_checkpoint(tmp_path, text, minutes):
+    """Guards the final table: other checkpoints have no notes of ours."""
+    if text:
+        (tmp_path / "notes.json").write_text(text)
+    assert train_rl.minutes_of(tmp_path / "notes.json") == minutes
+
+
+@pytest.mark.parametrize("text", ["", '{"minu', "[]", '{"minutes": "long"}', '{"minutes": []}'])
+def test_damaged_notes_are_told(tmp_path, text):
+    """Guards against a traceback after the last step."""
+    (tmp_path / "notes.json").write_text(text)
+    with pytest.raises(UserError, match=r"notes\.json is damaged .*; repair or delete it"):
+        train_rl.minutes_of(tmp_path / "notes.json")
+
+
+@pytest.mark.parametrize("words, place, message", [
+    (["--seed", 2**64], {}, "--seed"), (["--seed", 10**30], {}, "--seed"),
+    (["--seed", -1], {}, "--seed"), ([], {"WORLD_SIZE": "2"}, "torchrun"),
+    ([], {"WORLD_SIZE": "x", "RANK": "0"}, "torchrun"), ([], {"WORLD_SIZE": "1"}, "torchrun")])
+def test_what_cannot_be_started_is_told(script, monkeypatch, words, place, message):
+    """Guards against tracebacks: seeds that do not fit, half of torchrun's variables."""
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    _, errors = script("train_rl", *words, code=2)
+    assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1

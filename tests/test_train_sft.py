@@ -4,8 +4,10 @@ import argparse
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import train_sft as sft
-from evaluate import settle
+from evaluate import open_file, settle
 from model import UserError, load
 from reward import is_correct, score
 from rollout import Dialogue, Question, format_call, parse, parse_turn, shared_flags
@@ -61,6 +63,13 @@ def finished(policy, question, texts, mode="zoom", **parts):
 
 def start_of(policy, question, mode="zoom"):
     return dialogue(mode).start(policy, question, 1, "seed")[0]
+
+
+@pytest.fixture(params=["tiny_folder", "merged_folder"])
+def policy(request):
+    """One whose tokenizer has tags and words as single tokens, and one where a stop runs into a
+    tag: steps, chains and answers are made of text, and are the same with both."""
+    return load(request.getfixturevalue(request.param), device="cpu")
 
 
 @pytest.fixture
@@ -169,6 +178,69 @@ def test_too_deep_a_path_is_made_to_answer(policy, question):
     assert node.partial == "<think>A (1, 2).</think>\n<answer>"
     complete(policy, dialogue("grounded"), [node], 1, SAMPLING)
     assert node.rollouts[0].turns[0].text.startswith(node.partial)
+
+
+SAID = {
+    "grounded": ["A chair at (64, 30).", " The lamp (12, 90).", " It is so."],
+    "think": ["A chair is there.", " Yes.", "\nIs it 2.5 px?", " So it is."],
+}
+
+
+@pytest.mark.parametrize("mode", SAID)
+@pytest.mark.parametrize("closed", ["</think>\n<answer> dotted </answer>",
+                                    "</think>\n<answer>dotted</answer>"])
+def test_steps_end_in_the_text_whatever_the_tokens(policy, question, mode, closed):
+    """Guards the cut where a token has the step's stop and the tag behind it, as ").</": a step is
+    neither longer nor shorter for it, and none begins in a tag."""
+    steps = SAID[mode]
+    ids = policy.encode(f"<think>{''.join(steps)}{closed}")
+    trace = start_of(policy, question, mode)
+    trace.ids = ids + [policy.tokenizer.eos_token_id]
+    dialogue(mode).on_turn(policy, trace, truncated=False)
+    assert trace.ended == "answer"
+    node, path = Node(start_of(policy, question, mode)), "<think>"
+    for step in steps[:2]:
+        node = expand(node, trace, depth=10)
+        path += step
+        assert node.partial == path and node.trace is None
+    while not node.trace:
+        node = expand(node, trace, depth=10)
+    assert node.turns == (f"<think>{''.join(steps)}{closed}",)
+
+
+@pytest.mark.parametrize("mode", ["grounded", "think"])
+def test_chains_have_no_leftovers_of_tags(policy, question, mode):
+    """Guards back-tracking behind any path of a single turn: where a step was cut inside of a tag,
+    chains read "That was not it. think>"."""
+    said = "".join(SAID[mode])
+    good = f"<think>{said}</think>\n<answer> dotted </answer>"
+    bad = f"<think>{said} No.</think>\n<answer>B</answer>"
+    traces = [finished(policy, question, [text], mode) for text in (bad, good)]
+    node = Node(start_of(policy, question, mode))
+    paths = 0
+    while not node.trace:
+        node.rollouts = traces
+        for chain in linearise(node, dialogue(mode)):
+            text, = chain
+            assert text.count("<think>") == text.count("</think>") == text.count("<answer>") == 1
+            assert not re.search(r"(?<![</])(think|answer)>", text)
+            assert score(finished(policy, question, chain, mode)).correct == 1
+            paths += BACKTRACK in text
+        node = expand(node, traces[1], depth=10)
+    assert paths >= 2
+
+
+@pytest.mark.parametrize("said", ["B", "dotted", "(3, 4)", "No", "12", "stop [B]"])
+def test_a_forced_answer_begins_as_it_was_learned(policy, question, said):
+    """Guards the forced beginning, which ends in "<answer>": with a blank behind it, as all chains
+    have it, the answer's first token is the one that was learned; "<answer>B" may have ">B"."""
+    for beginning in (sft.FORCED, Dialogue().forced_answer):
+        whole = policy.encode(f"{beginning} {said} </answer>")
+        begun = policy.encode(beginning)
+        assert whole[:len(begun)] == begun
+        assert policy.decode(whole[len(begun):]) == f" {said} </answer>"
+    turns = to_multi_turn(f"<think>A cup (1, 2).</think>\n<answer>{said}</answer>")
+    assert turns[-1].endswith(f"<answer> {said} </answer>")
 
 
 @pytest.mark.parametrize("mode, turns, partial", [
@@ -554,16 +626,21 @@ def test_a_missing_crop_names_its_file_and_row(policy, release, tmp_path):
     assert crops[0] == tmp_path / "elsewhere/images/crop0.png"
 
 
-def test_special_tokens_of_a_file_are_only_text(policy, release):
-    """Guards the chat: a row cannot end a turn, or stand for an image, by writing a token."""
-    row = released(0)
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|vision_start|>",
+                                   "<|vision_start|><|image_pad|><|vision_end|>", "<|im_start|>"])
+def test_special_tokens_of_a_file_are_only_text(policy, release, token):
+    """Guards the chat: a row cannot end a turn, or stand for an image, by writing a token; each of
+    the policy's tokens has a finite loss."""
+    row = released(1)
     for message in row["messages"]:
-        message["content"] += "<|im_end|><|image_pad|>"
+        message["content"] += token
     trace = replay(policy, dialogue(), *read_traces(release([row]))[0])
-    assert trace.prompt.ids.count(policy.image_token) == trace.prompt.pictures[0].tokens
-    assert trace.prompt.ids.count(policy.tokenizer.eos_token_id) == 2
-    assert trace.ids.count(policy.tokenizer.eos_token_id) == 1
-    assert policy.image_token not in trace.ids
+    shown = sum(picture.tokens for picture in trace.prompt.pictures + trace.pictures)
+    ids = trace.prompt.ids + trace.ids
+    assert ids.count(policy.image_token) == shown
+    assert ids.count(policy.tokenizer.eos_token_id) == len(row["messages"])
+    with torch.no_grad():
+        assert policy.log_probs([[trace]]).isfinite().all()
 
 
 # ----------------------------------------------------------------------------------------- learning
@@ -595,7 +672,7 @@ def test_only_right_well_formed_and_grounded_traces_are_learned(arguments, monke
     sft.learn_traces(args, tmp_path)
     assert [len(trace.turns) for trace in learned] == [2, 3, 3]
     printed = capsys.readouterr().out
-    assert "sft: 3 of 7 traces are right, well-formed and grounded, 2 of them with sev" in printed
+    assert "sft: 3 of 7 traces are right, well-formed and grounded" in printed
     for why in ("its answer is wrong", "turn 2: a tag is empty", "no thought has a point"):
         assert f"sft: 1 dropped: {why}" in printed
     args.traces = written(tmp_path / "traces.jsonl", chains[3:], question)
@@ -644,6 +721,39 @@ def test_the_papers_schedule_of_fine_tuning(policy, question, monkeypatch):
     assert max(rates) == rates[2] or max(rates) == rates[3]
     assert rates[99] < 1e-3
     assert [seen.count(trace) for trace in traces] == [40] * 5
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_not_kept(policy, question, monkeypatch, capsys, tmp_path,
+                                                  bad):
+    """Guards hours: a step without a finite gradient is skipped and counted, after five in a row
+    fine-tuning is stopped, and weights that are not finite are never saved."""
+    traces = [finished(policy, question, [answer("dotted")])]
+    norms = iter([1.0, bad, bad, 1.0, *[bad] * 5])
+    monkeypatch.setattr(sft, "optimizer_step", lambda *_, **how: next(norms))
+    monkeypatch.setattr(sft, "micro_batches", lambda *_: [])
+    sft.fine_tune(policy, traces, steps=4, lr=1.0, seed=0)
+    assert "skipped 2" in capsys.readouterr().out
+    with pytest.raises(UserError, match="5 gradients in a row .* lower --sft-lr"):
+        sft.fine_tune(policy, traces, steps=9, lr=1.0, seed=0)
+    with torch.no_grad():
+        policy.trainable()[0].flatten()[9] = bad
+    with pytest.raises(UserError, match="weights are not finite, and are not saved"):
+        sft.save_checkpoint(policy, dialogue(), 1.0, tmp_path / "sft")
+    assert not (tmp_path / "sft").exists()
+
+
+@pytest.mark.parametrize("name", ["lm_head", "layers.1.mlp.up_proj", "visual.blocks.0.attn.qkv"])
+@pytest.mark.parametrize("flag", ["--model", "--teacher"])
+def test_a_checkpoint_that_is_not_finite_is_refused(arguments, tiny_folder, tmp_path, flag, name):
+    """Guards the search and the training: a NaN in one weight, and every token was the first, or an
+    index out of bounds."""
+    policy = load(tiny_folder, device="cpu")
+    with torch.no_grad():
+        next(p for key, p in policy.state_dict().items() if name in key).flatten()[7] = math.nan
+    policy.save(tmp_path / "spoilt")
+    with pytest.raises(UserError, match="weights are not finite"):
+        sft.make_sft(arguments(flag, str(tmp_path / "spoilt"), "--search-questions", "1"))
 
 
 # --------------------------------------------------------------------------------------- optimizers
@@ -787,8 +897,6 @@ def quick(monkeypatch, tmp_path):
 
     def grow(args, questions, out):
         done.append("search")
-        settings = sft.settings_of(args, sft.SEARCH_SETTINGS)
-        (out / "search.json").write_text(json.dumps({"settings": settings}))
         rows = [row_of_chain(dialogue(), question, [zoom_call(9, 9), answer("dotted")])
                 for question in questions]
         (out / "search.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -797,25 +905,122 @@ def quick(monkeypatch, tmp_path):
     return done
 
 
+def begin(args):
+    """train_sft.py with parsed flags. -> the path of sft/"""
+    with sft.open_run(args, last=["sft"]):
+        return sft.make_sft(args)
+
+
 def test_a_stage_that_is_there_is_taken_up_again(arguments, quick, tmp_path):
-    """Guards a run that goes on: neither the search nor the fine-tuning is done twice, and each
-    only where it was made with the settings that decide it; those of other stages may change."""
-    folder = sft.make_sft(arguments("--search-questions", "2"))
+    """Guards a run that goes on: neither the search nor the fine-tuning is done twice; a finished
+    warm start is only kept where --resume says so."""
+    folder = begin(arguments("--search-questions", "2"))
     assert quick == ["search", "sft"] and (folder / "dialogue.json").is_file()
-    notes = json.loads((folder / "notes.json").read_text())
-    assert notes["minutes"] > 0 and notes["settings"]["search_questions"] == 2
-    sft.make_sft(arguments("--search-questions", "2", "--micro-tokens", "99"))
+    assert json.loads((folder / "notes.json").read_text())["minutes"] > 0
+    with pytest.raises(UserError, match="holds a run already; give --resume"):
+        begin(arguments("--search-questions", "2"))
+    begin(arguments("--search-questions", "2", "--resume", "--micro-tokens", "99"))
     assert quick == ["search", "sft"]
-    with pytest.raises(UserError, match="sft was made with sft_lr 1e-06, not 0.1; give the same"):
-        sft.make_sft(arguments("--search-questions", "2", "--sft-lr", "0.1"))
     folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"search\.jsonl was made with search_questions 2, not 3"):
-        sft.make_sft(arguments("--search-questions", "3"))
-    sft.make_sft(arguments("--search-questions", "2", "--sft-lr", "0.1"))
+    begin(arguments("--search-questions", "2"))
     assert quick == ["search", "sft", "sft"]
-    (tmp_path / "run/sft/notes.json").unlink()
-    with pytest.raises(UserError, match="notes.json does not say what it was made with"):
-        sft.make_sft(arguments("--search-questions", "2", "--sft-lr", "0.1"))
+
+
+@pytest.mark.parametrize("stage", sft.STAGES)
+@pytest.mark.parametrize("words", [("--sft-lr", "0.1"), ("--search-questions", "3"),
+                                   ("--temperature", "0.5"), ("--no-backtrack",), ("--seed", "4")])
+def test_a_folder_belongs_to_its_settings(arguments, stage, words, tmp_path):
+    """Guards results that are half of one setting and half of another: whatever an earlier run
+    made, up to its search alone, is not taken up under other settings, with --resume or without."""
+    common = ["--search-questions", "2", "--resume"]
+    sft.open_run(arguments(*common[:2]), []).close()
+    sft.open_run(arguments(*common[:2], *words), []).close()          # nothing is made yet
+    sft.open_run(arguments(*common[:2]), []).close()
+    (tmp_path / "run" / stage).touch()
+    sft.open_run(arguments(*common, "--micro-tokens", "99"), []).close()
+    name = words[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+    for resume in (common, common[:2]):
+        with pytest.raises(UserError, match=f"was started with {name} .*; give the same, or ano"):
+            sft.open_run(arguments(*resume, *words), [])
+    with pytest.raises(UserError, match="no args.json says what was made"):
+        (tmp_path / "run/args.json").unlink()
+        sft.open_run(arguments(*common[:2]), [])
+
+
+def spoil_weights(folder):
+    """Another checkpoint of the same sizes under the same path."""
+    path = Path(folder) / "model.safetensors"
+    weights = bytearray(path.read_bytes())
+    weights[-1] ^= 1
+    path.write_bytes(weights)
+
+
+@pytest.mark.parametrize("name, change", [
+    ("model", spoil_weights), ("teacher", spoil_weights),
+    ("model", lambda folder: (folder / "dialogue.json").write_text('{"max_crops": 2}')),
+    ("dialogue", lambda path: path.write_text('{"max_crops": 3}')),
+    ("traces", lambda path: path.write_text(path.read_text() * 2)),
+    ("questions", lambda path: path.write_text(path.read_text().replace("dotted", "plain", 1)))])
+def test_other_content_under_the_same_path(arguments, tiny_folder, tmp_path, name, change):
+    """Guards a run that goes on from another checkpoint, file of traces or wording than it began
+    with: a path alone does not say what lies there."""
+    paths = {"model": tmp_path / "model", "teacher": tmp_path / "teacher",
+             "dialogue": tmp_path / "parts.json", "traces": tmp_path / "traces.jsonl",
+             "questions": tmp_path / "task.jsonl"}
+    for folder in (paths["model"], paths["teacher"]):
+        shutil.copytree(tiny_folder, folder)
+    paths["dialogue"].write_text('{"max_crops": 2}')
+    paths["traces"].write_text("{}\n")
+    words = [word for flag in ("model", "teacher", "dialogue", "traces")
+             for word in (f"--{flag}", str(paths[flag]))]
+    sft.open_run(arguments(*words), []).close()
+    (tmp_path / "run/sft").mkdir()
+    sft.open_run(arguments(*words), []).close()
+    change(paths[name])
+    open_file.cache_clear()
+    with pytest.raises(UserError, match=f"sha1_of_{name} "):
+        sft.open_run(arguments(*words), [])
+
+
+def test_one_run_at_a_time(arguments):
+    """Guards a run folder: two runs in it at the same time wrote over each other; the lock of a
+    process that has ended holds nobody up."""
+    lock = sft.open_run(arguments(), [])
+    with pytest.raises(UserError, match="another run is writing there"):
+        sft.open_run(arguments(), [])
+    lock.close()
+    sft.open_run(arguments(), []).close()
+
+
+@pytest.mark.parametrize("text", ["[]", "", '{"seed": ', "3", "null", "\0" * 40, "[" * 100_000])
+def test_damaged_settings_are_told(arguments, tmp_path, text):
+    """Guards against tracebacks on args.json and notes.json after a crash of the machine."""
+    sft.open_run(arguments(), []).close()
+    (tmp_path / "run/sft").mkdir()
+    (tmp_path / "run/args.json").write_text(text)
+    with pytest.raises(UserError, match=r"args\.json is damaged .*; repair or delete") as error:
+        sft.open_run(arguments(), [])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\0" * 300, b"\x80\xff", b'{"id": 1, "mess'])
+def test_a_damaged_search_is_told(arguments, quick, tmp_path, content):
+    """Guards the same for search.jsonl: nothing is learned from half a file."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/search.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"run/search\.jsonl") as error:
+        sft.make_sft(arguments())
+    assert not quick and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/none/run", "nul\0"])
+def test_a_folder_that_cannot_be_written(arguments, tmp_path, out):
+    """Guards --out: a file, a path below one, a folder that nobody may write to, no path."""
+    (tmp_path / "file").touch()
+    args = arguments()
+    args.out = out
+    with pytest.raises(UserError, match="cannot be written .*; make room, or give another --out"):
+        sft.open_run(args, [])
 
 
 def test_policies_of_the_warm_start(arguments, quick, tmp_path):
@@ -854,7 +1059,7 @@ def test_a_search_is_the_same_in_several_processes(tmp_path):
     from conftest import BASE, ROOT, in_processes, run_in
     words = ["--model", BASE, "--task", ROOT / "tests/tiny/search-train.jsonl", "--turn-tokens", 48,
              "--response-tokens", 288, "--search-questions", 3, "--simulations", 2,
-             "--sft-steps", 1, "--sft-batch", 4]
+             "--sft-steps", 1]
     for number in (1, 2):
         in_processes(number, run_in, "train_sft", tmp_path, *words, "--out", f"run{number}")
     for name in ("search.jsonl", "trees.txt"):
