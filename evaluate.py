@@ -28,18 +28,28 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import pairwise
 from multiprocessing.connection import Listener, wait
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
-from string import punctuation
 
 import numpy as np
 from PIL import Image
 from transformers.utils import cached_file
 
 from model import Policy, UserError, gather, load, rank, world_size, write_text
-from reward import USAGE, distinct_crops, in_region, normalise, option_text, parse_action, score
+from reward import (
+    ROBOSPATIAL,
+    SAME_PLACE,
+    Unusable,
+    as_box,
+    distinct_crops,
+    official_rule,
+    parse_action,
+    score,
+    scored_by,
+    targets_hit,
+    true_thoughts,
+)
 from rollout import (
     OVERLONG,
     SINGLE_TURN,
@@ -61,19 +71,18 @@ from rollout import (
     whole,
 )
 
-# ----------------------------------------------------------------- data sets: how a row is answered
+# ------------------------------------------------------------------------------- data sets: formats
 
-# "(A) red or (B) blue. Please answer ..."; and "A. red", a line each
-OPTIONS = (re.compile(r"\(([A-Z])\)\s*(.*?)(?=[\s,;]*(?:\b(?:or|and)\s*)?\([A-Z]\)|\n|$"
-                      r"|[.!?。]\s*(?:Hint|Note|Please|Answer|Choose|Pick|Select|Respond|Reply|Give"
-                      r"|Write|Return|Output|Provide|Say)\b)"),
-           re.compile(r"^\s*([A-Z])[.):、][^\S\n]*(.+)$", re.M))
-NO_OPTION = re.compile(r"\W*(or|and)?\W*", re.I)         # of "answer with (A) or (B)."
-LETTER = re.compile(r"\(?[a-z]\)?")
-BOX = re.compile(r"[(\[]?\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]?")
-NUMBERS = re.compile(r"[(\[]+\s*-?[\d.]+(?:[\s,()\[\]]+-?[\d.]+)+\s*[)\]]+")
-ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S | re.I)
-BARE_ACTION = re.compile(r"stop|scroll (up|down)")       # these words may stand on a sign, too
+# A reader makes a Question of a row, with the row's own names of images. An answer in words is as
+# the row has it, and `make_question` finds out how it is scored; an answer that needs the image's
+# size is a function of it. Sources: the data cards and the evaluation code of each.
+
+FACET = " | "    # between the parts of a category, "mobile | text": scores are given by each part
+PLATFORMS = {"ios": "mobile", "android": "mobile", "windows": "desktop", "macos": "desktop"}
+ASKS_FOR_SHARES = re.compile(r"\s*Your answer should be formatted as a list of tuples.*", re.S)
+CATEGORIES = ("category", "question_type", "sub_task", "data_source")    # fields, the first counts
+# without one: of BLINK in a row's id, of V*Bench in its image's folder
+CATEGORY = re.compile(r"^(?:val|test)_(\S+)_\d+ |(direct_attributes|relative_position)")
 # What an answer of a kind shall look like, for rows that do not say it ("Description: the search
 # button").
 HINTS = {
@@ -86,94 +95,6 @@ SAID = {
     "point": r"\(x,\s*y\)|\[x,\s*y\]|<answer>",
     "choice": r"<answer>|\b(answer|respond|reply)\b[^.:\n]{0,40}\b(letter|text|option)",
 }
-
-
-class Unusable(Exception):
-    """Why a row cannot be asked or scored."""
-
-
-def parse_options(text):
-    """The options' texts in the order of their letters, or ().
-
-    "Which?\\nA. Yes, left\\nB. No" -> ("Yes, left", "No")"""
-    text = unicodedata.normalize("NFKC", text).rpartition("Answer Choices:")[2]
-    for pattern in OPTIONS:
-        # a preamble or a hint may name the letters, too: each A begins a list, the longest counts,
-        # and of equals the last
-        lists = [[]]
-        for letter, option in pattern.findall(text):
-            if letter == "A":
-                lists.append([])
-            next_one = LETTERS.index(letter) == len(lists[-1])
-            if next_one and not NO_OPTION.fullmatch(option):
-                lists[-1].append(option.strip())
-        longest = max(reversed(lists), key=len)
-        if len(longest) > 1:
-            return tuple(longest)
-    return ()
-
-
-def as_box(values, limit=1_000_000):
-    """Corners (x1, y1, x2, y2), checked. limit: 1 for shares of the image's sides."""
-    x1, y1, x2, y2 = values
-    if not (0 <= x1 <= x2 <= limit and 0 <= y1 <= y2 <= limit):      # NaN is refused, too
-        unit = "[0, 1]" if limit == 1 else "px"
-        raise Unusable(f"{list(values)} are not the corners of a box in {unit}")
-    return tuple(values)
-
-
-def scored_by(text, answer, label=False):
-    """How the answer to a question is scored: the `kind`, `answer` and `choices` of a Question.
-
-    Four whole numbers are a box that a point has to hit, a web action is an action. The letter or
-    the text of one of the question's options is a choice, and is kept as it is written; where
-    `label` is set, a letter is never an option's text. All else ("yes", too) is a string."""
-    in_list = isinstance(answer, list)
-    no_number = isinstance(answer, float) and not math.isfinite(answer)
-    if no_number or type(answer) not in (str, int, float, list):
-        answer = ""
-    answer = str(answer).strip()
-    plain = normalise(answer)
-    if not any(map(str.isprintable, answer)):
-        raise Unusable("it has no answer in words")
-    if BOX.fullmatch(plain):
-        corners = list(map(int, re.findall(r"\d+", plain)))
-        return {"kind": "point", "answer": as_box(corners)}
-    if in_list or NUMBERS.fullmatch(plain):
-        raise Unusable(f"its answer, {answer}, is neither in words nor a box (x1, y1, x2, y2) in "
-                       "whole px")
-    on_web_page = "OBJECTIVE:" in text
-    if ACTION.fullmatch(answer) or on_web_page and BARE_ACTION.fullmatch(plain):
-        parse_action(answer)
-        return {"kind": "action", "answer": answer}
-    choices = parse_options(text)
-    texts = [normalise(choice) for choice in choices]
-    letter = LETTER.fullmatch(plain)
-    by_text = plain in texts and not (label and letter)
-    # a letter, perhaps with its text: "B", "(b)", "B. blue"
-    option = plain if by_text else option_text(answer, choices)
-    if option not in texts:
-        if choices and letter:
-            raise Unusable(f"its answer, {answer}, is none of its {len(choices)} options")
-        return {"kind": "string", "answer": answer}
-    index = texts.index(option)
-    answer = choices[index] if by_text and not letter else LETTERS[index]
-    return {"kind": "choice", "answer": answer, "choices": choices}
-
-
-# ------------------------------------------------------------------------------- data sets: formats
-
-# A reader makes a Question of a row, with the row's own names of images. An answer in words is as
-# the row has it, and `make_question` finds out how it is scored; an answer that needs the image's
-# size is a function of it. Sources: the data cards and the evaluation code of each.
-
-FACET = " | "    # between the parts of a category, "mobile | text": scores are given by each part
-PLATFORMS = {"ios": "mobile", "android": "mobile", "windows": "desktop", "macos": "desktop"}
-ASKS_FOR_SHARES = re.compile(r"\s*Your answer should be formatted as a list of tuples.*", re.S)
-ROBOSPATIAL = "RoboSpatial-Home"    # its scores are by its own rule: see `official_rule`
-CATEGORIES = ("category", "question_type", "sub_task", "data_source")    # fields, the first counts
-# without one: of BLINK in a row's id, of V*Bench in its image's folder
-CATEGORY = re.compile(r"^(?:val|test)_(\S+)_\d+ |(direct_attributes|relative_position)")
 
 
 def read_conversation(row):
@@ -527,17 +448,14 @@ def settle(args, training):
 
 # --------------------------------------------------------------- what is kept of a trace, and shown
 
-PUNCTUATION = str.maketrans("", "", punctuation + " ")
 # The behaviours that the paper counts in traces: there by GPT-4o, here by rules. `regions` counts
 # the points in thoughts and zoom calls, but those at one place once; the others count such phrases.
 # To go back to a place after another one is a verification, too.
-SAME_PLACE = 10    # px of the model input; points that are nearer to each other are at one place
 PHRASES = {
     "subgoals": "first|next|then|let me|let's|need to|I will|I'll",
     "verifications": "check|checking|verify|confirm|confirms|make sure|indeed",
     "backtracks": "not it|not here|wait|instead|actually|on second thought|at first",
 }
-READABLE = 0.3     # share of a region's width, and of its height, that a crop has to show
 TEXT_SHOWN = 8_000                                 # characters of a text
 # letters and marks that are not seen though they count as printable
 UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0e\uffa0"
@@ -597,70 +515,6 @@ def row_of(trace):
         if any(near) and not near[-1]:
             row["verifications"] += 1
     return row
-
-
-def official_rule(trace, correct):
-    """Whether the answer is right by the public code's rule. correct: by our own.
-
-    RoboSpatial-Home's own: a prefix will do for yes or no, and the first of several points counts.
-    Answers in words, as in ViGoRL's evaluation: without punctuation, blanks and capitals, the truth
-    is a part of the answer. So "left or right" is right for "right", and "blue" for "B"."""
-    question, answer = trace.question, trace.answer or ""
-    robospatial = question.category.startswith(ROBOSPATIAL)
-    if question.kind == "point" and robospatial:
-        first = map(trace.frames[0].to_original, parse_points(answer)[:1])
-        return any(in_region(point, question.answer) for point in first)
-    if question.kind not in ("choice", "string"):
-        return correct
-    if robospatial:
-        return answer.strip().casefold().startswith(question.answer.casefold())
-    truth = question.answer.translate(PUNCTUATION).lower()
-    return truth in answer.translate(PUNCTUATION).lower()
-
-
-def targets_hit(trace):
-    """See `row_of`. What a question is about are its regions, or the box that is its answer."""
-    question, points = trace.question, trace.zoom_points
-    if trace.mode != "zoom":
-        points = [point for turn in trace.turns for point in turn.points]
-    targets = [region["box"] for region in question.regions]
-    if question.kind == "point" and not targets:
-        targets = [question.answer]
-    if not targets:
-        return []
-    points = [trace.frames[0].to_original(point) for point in points]
-    return [any(in_region(point, target) for target in targets) for point in points]
-
-
-def true_thoughts(trace):
-    """See `row_of`. True is a thought that names the region nearest to the crop's middle of those
-    that it shows enough of, and no other region of the file; none where it shows none."""
-    if not trace.question.regions:
-        return []
-    names = sorted(trace.question.names, key=len, reverse=True)    # "dark red" is not "red"
-    pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, names))})(?!\w)", re.I)
-    found = []
-    for before, turn in pairwise(trace.turns):
-        if before.crop:
-            said = set(pattern.findall(turn.thought.casefold()))
-            found.append(said == names_in(before.crop, trace.question.regions))
-    return found
-
-
-def names_in(crop, regions):
-    """{name} of the most central region that can be read in a crop, or {}. All boxes are in px of
-    the original."""
-    x1, y1, x2, y2 = crop
-    found = []
-    for region in regions:
-        left, top, right, bottom = region["box"]
-        width = min(right, x2) - max(left, x1)
-        height = min(bottom, y2) - max(top, y1)
-        if width >= READABLE * (right - left) and height >= READABLE * (bottom - top):
-            across = abs(left + right - x1 - x2)
-            down = abs(top + bottom - y1 - y2)
-            found.append((max(across, down), region["name"].casefold()))
-    return {min(found)[1]} if found else set()
 
 
 # -------------------------------------------------------------------------------------- evaluation

@@ -25,8 +25,11 @@ import math
 import re
 import unicodedata
 from dataclasses import dataclass
+from itertools import pairwise
+from string import ascii_uppercase as LETTERS
+from string import punctuation
 
-from rollout import NUMBER, format_point, in_box
+from rollout import NUMBER, format_point, in_box, parse_points
 
 # --------------------------------------------------------------------------------- answers in words
 
@@ -219,6 +222,94 @@ def match_action(answer, truth):
             and compared(done.text) == compared(wanted.text))
 
 
+# --------------------------------------------------------- how the answer to a question is scored
+
+# "(A) red or (B) blue. Please answer ..."; and "A. red", a line each
+OPTIONS = (re.compile(r"\(([A-Z])\)\s*(.*?)(?=[\s,;]*(?:\b(?:or|and)\s*)?\([A-Z]\)|\n|$"
+                      r"|[.!?。]\s*(?:Hint|Note|Please|Answer|Choose|Pick|Select|Respond|Reply|Give"
+                      r"|Write|Return|Output|Provide|Say)\b)"),
+           re.compile(r"^\s*([A-Z])[.):、][^\S\n]*(.+)$", re.M))
+NO_OPTION = re.compile(r"\W*(or|and)?\W*", re.I)         # of "answer with (A) or (B)."
+LETTER_ALONE = re.compile(r"\(?[a-z]\)?")
+BOX = re.compile(r"[(\[]?\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]?")
+OTHER_NUMBERS = re.compile(r"[(\[]+\s*-?[\d.]+(?:[\s,()\[\]]+-?[\d.]+)+\s*[)\]]+")
+ACTION = re.compile(rf"({'|'.join(USAGE)})\s*\[.*\]|(new|close)_tab|go_(back|forward)", re.S | re.I)
+BARE_ACTION = re.compile(r"stop|scroll (up|down)")       # these words may stand on a sign, too
+
+
+class Unusable(Exception):
+    """Why a row cannot be asked or scored."""
+
+
+def parse_options(text):
+    """The options' texts in the order of their letters, or ().
+
+    "Which?\\nA. Yes, left\\nB. No" -> ("Yes, left", "No")"""
+    text = unicodedata.normalize("NFKC", text).rpartition("Answer Choices:")[2]
+    for pattern in OPTIONS:
+        # a preamble or a hint may name the letters, too: each A begins a list, the longest counts,
+        # and of equals the last
+        lists = [[]]
+        for letter, option in pattern.findall(text):
+            if letter == "A":
+                lists.append([])
+            next_one = LETTERS.index(letter) == len(lists[-1])
+            if next_one and not NO_OPTION.fullmatch(option):
+                lists[-1].append(option.strip())
+        longest = max(reversed(lists), key=len)
+        if len(longest) > 1:
+            return tuple(longest)
+    return ()
+
+
+def as_box(values, limit=1_000_000):
+    """Corners (x1, y1, x2, y2), checked. limit: 1 for shares of the image's sides."""
+    x1, y1, x2, y2 = values
+    if not (0 <= x1 <= x2 <= limit and 0 <= y1 <= y2 <= limit):      # NaN is refused, too
+        unit = "[0, 1]" if limit == 1 else "px"
+        raise Unusable(f"{list(values)} are not the corners of a box in {unit}")
+    return tuple(values)
+
+
+def scored_by(text, answer, label=False):
+    """How the answer to a question is scored: the `kind`, `answer` and `choices` of a Question.
+
+    Four whole numbers are a box that a point has to hit, a web action is an action. The letter or
+    the text of one of the question's options is a choice, and is kept as it is written; where
+    `label` is set, a letter is never an option's text. All else ("yes", too) is a string."""
+    in_list = isinstance(answer, list)
+    no_number = isinstance(answer, float) and not math.isfinite(answer)
+    if no_number or type(answer) not in (str, int, float, list):
+        answer = ""
+    answer = str(answer).strip()
+    plain = normalise(answer)
+    if not any(map(str.isprintable, answer)):
+        raise Unusable("it has no answer in words")
+    if BOX.fullmatch(plain):
+        corners = list(map(int, re.findall(r"\d+", plain)))
+        return {"kind": "point", "answer": as_box(corners)}
+    if in_list or OTHER_NUMBERS.fullmatch(plain):
+        raise Unusable(f"its answer, {answer}, is neither in words nor a box (x1, y1, x2, y2) in "
+                       "whole px")
+    on_web_page = "OBJECTIVE:" in text
+    if ACTION.fullmatch(answer) or on_web_page and BARE_ACTION.fullmatch(plain):
+        parse_action(answer)
+        return {"kind": "action", "answer": answer}
+    choices = parse_options(text)
+    texts = [normalise(choice) for choice in choices]
+    letter = LETTER_ALONE.fullmatch(plain)
+    by_text = plain in texts and not (label and letter)
+    # a letter, perhaps with its text: "B", "(b)", "B. blue"
+    option = plain if by_text else option_text(answer, choices)
+    if option not in texts:
+        if choices and letter:
+            raise Unusable(f"its answer, {answer}, is none of its {len(choices)} options")
+        return {"kind": "string", "answer": answer}
+    index = texts.index(option)
+    answer = choices[index] if by_text and not letter else LETTERS[index]
+    return {"kind": "choice", "answer": answer, "choices": choices}
+
+
 # ------------------------------------------------------------------------------------------- format
 
 TAG = re.compile(r"(</?(?:think|tool_call|answer|observation)>)")
@@ -395,3 +486,77 @@ def score(trace, weights=None):
     total = weights.total(correct, format, grounded, diversity)
     return Score(total, correct, format, grounded, diversity, len(trace.zoom_points),
                  format_why or grounding_why)
+
+
+# ------------------------------------------------------------- whether a trace is true of the image
+
+ROBOSPATIAL = "RoboSpatial-Home"    # whose answers have a rule of their own
+PUNCTUATION = str.maketrans("", "", punctuation + " ")
+SAME_PLACE = 10    # px of the model input; points that are nearer to each other are at one place
+READABLE = 0.3     # share of a region's width, and of its height, that a crop has to show
+
+
+def official_rule(trace, correct):
+    """Whether the answer is right by the public code's rule. correct: by our own.
+
+    RoboSpatial-Home's own: a prefix will do for yes or no, and the first of several points counts.
+    Answers in words, as in ViGoRL's evaluation: without punctuation, blanks and capitals, the truth
+    is a part of the answer. So "left or right" is right for "right", and "blue" for "B"."""
+    question, answer = trace.question, trace.answer or ""
+    robospatial = question.category.startswith(ROBOSPATIAL)
+    if question.kind == "point" and robospatial:
+        first = map(trace.frames[0].to_original, parse_points(answer)[:1])
+        return any(in_region(point, question.answer) for point in first)
+    if question.kind not in ("choice", "string"):
+        return correct
+    if robospatial:
+        return answer.strip().casefold().startswith(question.answer.casefold())
+    truth = question.answer.translate(PUNCTUATION).lower()
+    return truth in answer.translate(PUNCTUATION).lower()
+
+
+def targets_hit(trace):
+    """Whether each point of a trace lies on what the question is about: its regions, or the box
+    that is its answer. See `evaluate.row_of`."""
+    question, points = trace.question, trace.zoom_points
+    if trace.mode != "zoom":
+        points = [point for turn in trace.turns for point in turn.points]
+    targets = [region["box"] for region in question.regions]
+    if question.kind == "point" and not targets:
+        targets = [question.answer]
+    if not targets:
+        return []
+    points = [trace.frames[0].to_original(point) for point in points]
+    return [any(in_region(point, target) for target in targets) for point in points]
+
+
+def true_thoughts(trace):
+    """Whether each thought behind a crop is true of it: it names the region nearest to the crop's
+    middle of those that it shows enough of, and no other region of the file; none where it shows
+    none. See `evaluate.row_of`."""
+    if not trace.question.regions:
+        return []
+    names = sorted(trace.question.names, key=len, reverse=True)    # "dark red" is not "red"
+    pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, names))})(?!\w)", re.I)
+    found = []
+    for before, turn in pairwise(trace.turns):
+        if before.crop:
+            said = set(pattern.findall(turn.thought.casefold()))
+            found.append(said == names_in(before.crop, trace.question.regions))
+    return found
+
+
+def names_in(crop, regions):
+    """{name} of the most central region that can be read in a crop, or {}. All boxes are in px of
+    the original."""
+    x1, y1, x2, y2 = crop
+    found = []
+    for region in regions:
+        left, top, right, bottom = region["box"]
+        width = min(right, x2) - max(left, x1)
+        height = min(bottom, y2) - max(top, y1)
+        if width >= READABLE * (right - left) and height >= READABLE * (bottom - top):
+            across = abs(left + right - x1 - x2)
+            down = abs(top + bottom - y1 - y2)
+            found.append((max(across, down), region["name"].casefold()))
+    return {min(found)[1]} if found else set()

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from evaluate import SAME_PLACE, make_question, open_file, questions_of, read_rows, read_sft, settle
+from evaluate import make_question, open_file, questions_of, read_rows, read_sft, settle
 from model import (
     Chunk,
     UserError,
@@ -48,7 +48,7 @@ from model import (
     world_size,
     write_text,
 )
-from reward import is_correct, score
+from reward import SAME_PLACE, is_correct, score
 from rollout import (
     POINT,
     Trace,

@@ -24,17 +24,22 @@ from conftest import (
 from PIL import Image
 
 from evaluate import (
-    Unusable,
     open_file,
-    parse_options,
     questions_of,
-    scored_by,
     settle,
     usable,
     visible,
 )
 from model import UserError
-from reward import match_action, match_answer, match_point, option_text
+from reward import (
+    Unusable,
+    match_action,
+    match_answer,
+    match_point,
+    option_text,
+    parse_options,
+    scored_by,
+)
 from rollout import Frame
 
 

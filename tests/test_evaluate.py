@@ -17,15 +17,13 @@ from evaluate import (
     evaluate,
     figures,
     interval,
-    official_rule,
     open_file,
     read_answers,
     row_of,
     table,
-    targets_hit,
-    true_thoughts,
 )
 from model import UserError, load, rank
+from reward import official_rule, targets_hit, true_thoughts
 from rollout import (
     Dialogue,
     Frame,

@@ -7,7 +7,6 @@ from dataclasses import astuple, replace
 import pytest
 
 import reward
-from evaluate import parse_options
 from reward import (
     Action,
     Weights,
@@ -19,6 +18,7 @@ from reward import (
     match_point,
     option_text,
     parse_action,
+    parse_options,
     score,
 )
 from rollout import (
