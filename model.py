@@ -188,6 +188,24 @@ def reading(path, part):
                         "complete weights and tokenizer, or a hub id") from error
 
 
+def names_of_transformers_4(folder):
+    """The config and tokenizer_config of a folder that transformers 5 wrote, {name: parts}, with
+    the names that 4.57, and vLLM with it, looks for; version 5 knows both."""
+    config, tokenizer_config = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("config", "tokenizer_config"))
+    text_config = config["text_config"]
+    rope = text_config.pop("rope_parameters")
+    text_config["rope_theta"] = rope.pop("rope_theta")
+    if "type" in rope:                                   # two names of one thing, which may differ
+        del rope["rope_type"]
+    text_config["rope_scaling"] = rope
+    text_config["tie_word_embeddings"] = config["tie_word_embeddings"]
+    special = tokenizer_config.pop("extra_special_tokens", [])
+    tokenizer_config["additional_special_tokens"] = special
+    return {"config": config, "tokenizer_config": tokenizer_config}
+
+
 def move_into_place(part, final):
     """Renames a finished file or folder to its final name, over what was there."""
     if final.is_dir():
@@ -260,6 +278,7 @@ class Policy(nn.Module):
         self.model.save_pretrained(part, state_dict=state)
         self.tokenizer.save_pretrained(part)
         self.image_processor.save_pretrained(part)
+        notes |= names_of_transformers_4(part)
         for name, note in notes.items():
             text = json.dumps(note, indent=1, ensure_ascii=False)
             (part / f"{name}.json").write_text(text + "\n", encoding="utf-8")

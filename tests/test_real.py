@@ -294,6 +294,31 @@ def test_what_we_save_is_what_we_loaded(hub, tmp_path):
     assert (again.forbidden == policy.forbidden).all()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_we_save_has_the_names_of_transformers_4(tied, hub, tmp_path):
+    """Guards the public code and its vLLM, which run transformers 4.57: of version 5's own names it
+    makes a model without m-RoPE, an output matrix that is missing, and no tokenizer."""
+    shutil.copytree(hub[0], tmp_path / "in")
+    edit(tmp_path / "in/config.json", tie_word_embeddings=tied, rope_theta=2e6)
+    config = AutoConfig.from_pretrained(tmp_path / "in")
+    state = Qwen2_5_VLForConditionalGeneration(config).state_dict()
+    remove(tmp_path / "in", "model.safetensors.index.json", SECOND)
+    safe_save_file({name: weight.clone() for name, weight in state.items()},
+                   tmp_path / "in/model.safetensors", metadata={"format": "pt"})
+    load(str(tmp_path / "in"), device="cpu").save(tmp_path / "out")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    text = written["text_config"]
+    assert text["rope_scaling"] == {"type": "mrope", "mrope_section": [2, 3, 3]}
+    assert text["rope_theta"] == 2e6 and "rope_parameters" not in text
+    assert text["tie_word_embeddings"] is written["tie_word_embeddings"] is tied
+    tokens = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert tokens["additional_special_tokens"] == SPECIAL[1:]
+    assert "extra_special_tokens" not in tokens
+    again = AutoConfig.from_pretrained(tmp_path / "out")
+    assert again.text_config.rope_parameters == config.text_config.rope_parameters
+    assert again.tie_word_embeddings == tied
+
+
 def test_an_output_matrix_of_its_own(hub, tmp_path):
     """Guards the 7B, whose embedding and output matrix are two: read as tied, its logits would be
     nonsense."""
