@@ -444,18 +444,28 @@ class Policy(nn.Module):
         positions = torch.cat(batch.positions, 1)[:, None]                       # (3, 1, N)
         return self.hidden(x, positions, layout)[0]
 
-    def log_softmax(self, hidden, temperature=1.0):
+    def log_softmax(self, hidden, temperature=1.0, penalty=1.0, seen=()):
         """Hidden states (N, hidden) -> log-probabilities (N, vocabulary) of the distribution that
-        is sampled from, float32."""
+        is sampled from, float32. penalty, seen: see choose."""
         logits = self.model.lm_head(hidden).float()
+        if penalty != 1:
+            repeated = torch.zeros_like(logits, dtype=torch.bool)
+            for row, ids in zip(repeated, seen, strict=True):
+                row[ids] = True
+            lower = torch.where(logits < 0, logits * penalty, logits / penalty)
+            logits = torch.where(repeated, lower, logits)
         return torch.log_softmax(logits.masked_fill(self.forbidden, -torch.inf) / temperature, -1)
 
-    def choose(self, hidden, rngs, temperature=1.0, top_p=1.0):
+    def choose(self, hidden, rngs, temperature=1.0, top_p=1.0, top_k=0, penalty=1.0, seen=()):
         """Samples a token from each of N hidden states (N, hidden), by the next number of each of N
         random rngs. -> N tokens, N log-probabilities, as lists
 
-        temperature 0: the likeliest token, and no number is drawn."""
-        log_probs = self.log_softmax(hidden, temperature or 1.0)                 # (N, vocabulary)
+        temperature 0: the likeliest token, and no number is drawn. top_k 0: all tokens. penalty:
+        logits of the token ids in seen, N lists, are divided by it, negative ones multiplied."""
+        log_probs = self.log_softmax(hidden, temperature or 1.0, penalty, seen)  # (N, vocabulary)
+        if top_k:
+            least = log_probs.topk(min(top_k, log_probs.shape[1])).values[:, -1:]
+            log_probs = log_probs.masked_fill(log_probs < least, -torch.inf).log_softmax(-1)
         if top_p < 1:
             log_probs = nucleus(log_probs, top_p)
         if temperature == 0:
@@ -722,13 +732,15 @@ class Row:
 class Engine:
     """Runs many groups of continuations at once, each row decoded at its own pace.
 
-    policy, and: temperature (0: greedy), top_p, turn_tokens (sampled tokens a turn at most),
-    response_tokens (all tokens behind the prompt at most), cache_tokens (K/V columns at most:
-    decides how many groups run at once; one always does; None: half of a GPU's free memory)."""
+    policy, and: temperature (0: greedy), top_p, top_k (0: all), repetition_penalty (of all tokens
+    before, the prompt's too), turn_tokens (sampled tokens a turn at most), response_tokens (all
+    tokens behind the prompt at most), cache_tokens (K/V columns at most: decides how many groups
+    run at once; one always does; None: half of a GPU's free memory)."""
 
-    def __init__(self, policy, *, temperature=1.0, top_p=1.0, turn_tokens=1024,
-                 response_tokens=2048, cache_tokens=None):
-        self.policy, self.temperature, self.top_p = policy, temperature, top_p
+    def __init__(self, policy, *, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0,
+                 turn_tokens=1024, response_tokens=2048, cache_tokens=None):
+        self.policy, self.repetition_penalty = policy, repetition_penalty
+        self.sampling = temperature, top_p, top_k, repetition_penalty
         self.turn_tokens, self.response_tokens = turn_tokens, response_tokens
         self.cache_tokens = cache_tokens
 
@@ -823,8 +835,10 @@ class Engine:
     def sample(self, rows, hidden, on_turn):
         """Samples a token of each row and appends it, and what on_turn answers where a turn ends.
         -> the rows that are done"""
-        rngs, done = [row.sequence.rng for row in rows], []
-        tokens, log_probs = self.policy.choose(hidden, rngs, self.temperature, self.top_p)
+        rngs, done, seen = [row.sequence.rng for row in rows], [], ()
+        if self.repetition_penalty != 1:
+            seen = [row.sequence.prompt.ids + row.sequence.ids for row in rows]
+        tokens, log_probs = self.policy.choose(hidden, rngs, *self.sampling, seen)
         for row, token, log_prob in zip(rows, tokens, log_probs, strict=True):
             sequence = row.sequence
             sequence.ids.append(token)

@@ -21,7 +21,16 @@ from conftest import (
     prompts,
     recorded,
 )
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import model
 from model import (
@@ -364,17 +373,19 @@ def test_windows_in_a_batch_are_those_one_by_one(many_sizes):
         assert (ours - theirs).abs().max() < 1e-5
 
 
-def test_greedy_tokens_are_those_of_generate(policy, tiny_folder):
-    """Guards sampling and stopping: temperature 0 must give what `generate` gives."""
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+def test_greedy_tokens_are_those_of_generate(policy, tiny_folder, penalty):
+    """Guards sampling and stopping: temperature 0 must give what `generate` gives; a penalty of
+    repetition counts the prompt's tokens, too."""
     (sequence,) = group = next(prompts(policy, 1, 1))
     pictures = sequence.prompt.pictures
     ids = torch.tensor([sequence.prompt.ids])
     out = plain_model(tiny_folder).generate(
         input_ids=ids, pixel_values=pixel_values(policy, pictures), max_new_tokens=12,
         image_grid_thw=torch.tensor([pictures[0].grid]), do_sample=False,
-        mm_token_type_ids=(ids == policy.image_token).int(),
+        mm_token_type_ids=(ids == policy.image_token).int(), repetition_penalty=penalty,
         suppress_tokens=policy.forbidden.nonzero()[:, 0].tolist())
-    roll(policy, [group], temperature=0, turn_tokens=12)
+    roll(policy, [group], temperature=0, turn_tokens=12, repetition_penalty=penalty)
     assert sequence.ids == out[0, ids.shape[1]:].tolist()
 
 
@@ -426,6 +437,31 @@ def test_nucleus():
     log_probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     assert torch.allclose(nucleus(log_probs, 0.8).exp(), torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
     assert torch.allclose(nucleus(log_probs, 0.1).exp(), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k, penalty", [
+    (1.0, 0.9, 20, 1.0), (0.7, 1.0, 3, 1.3), (1.4, 0.6, 0, 0.8), (0.01, 0.001, 1, 1.05),
+    (1.0, 0.99, 10**6, 2.0)])
+def test_sampling_is_that_of_hugging_face(policy, temperature, top_p, top_k, penalty):
+    """Guards top-k and the penalty of repetition, and the order of them all: tokens and recorded
+    log-probabilities must be of the distribution that Hugging Face's processors leave."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(200, policy.text_config.hidden_size, generator=generator)
+    seen = [random.Random(i).choices(range(policy.text_config.vocab_size), k=i) for i in range(200)]
+    tokens, log_probs = policy.choose(hidden, [random.Random(i) for i in range(200)], temperature,
+                                      top_p, top_k, penalty, seen)
+    processors = [SuppressTokensLogitsProcessor(policy.forbidden.nonzero()[:, 0].tolist()),
+                  TemperatureLogitsWarper(temperature)]
+    processors += [TopKLogitsWarper(top_k)] if top_k else []
+    processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    repetition = RepetitionPenaltyLogitsProcessor(penalty)
+    logits = policy.model.lm_head(hidden).detach()
+    rows = [repetition(torch.tensor([ids]).long(), row[None]) if ids else row[None]
+            for ids, row in zip(seen, logits, strict=True)]
+    theirs = LogitsProcessorList(processors)(None, torch.cat(rows)).log_softmax(-1)
+    right = invert(theirs, [random.Random(i).getrandbits(32) / 2**32 for i in range(200)])
+    assert tokens == right[:, 0].tolist()
+    assert torch.allclose(torch.tensor(log_probs), theirs.gather(1, right)[:, 0], atol=1e-5)
 
 
 def test_tokens_follow_the_distribution():
