@@ -153,10 +153,23 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
         raise UserError(f"{path}: its tokenizer ({len(tokenizer)} tokens) or its chat template is "
                         "missing; put tokenizer.json, tokenizer_config.json and chat_template.json "
                         "of that model beside its config.json")
+    with reading(path, "its chat template"):
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\0"}]
+        end = tokenizer.apply_chat_template(chat, tokenize=False).partition("\0")[2].strip()
+    if end != tokenizer.eos_token:
+        raise UserError(f"{path}: its tokenizer's end token is {tokenizer.eos_token!r}, but its "
+                        f"chat template ends a turn with {end!r}; put tokenizer_config.json of "
+                        "that model beside its config.json")
 
-    most = min(processor.size["longest_edge"], max_pixels or math.inf)
-    least = min(processor.size["shortest_edge"], most)
-    processor.size = {"shortest_edge": least, "longest_edge": most}
+    size, vision = processor.size, model.config.vision_config
+    most, least = size.longest_edge or size.max_pixels, size.shortest_edge or size.min_pixels
+    patch, merge = vision.patch_size, vision.spatial_merge_size
+    if not (most and least and (processor.patch_size, processor.merge_size) == (patch, merge)):
+        raise UserError(f"{path}: preprocessor_config.json has to have patch_size {patch} and "
+                        f"merge_size {merge}, as config.json, and a size of shortest_edge and "
+                        "longest_edge, in pixels; get it again")
+    most = min(most, max_pixels or math.inf)
+    processor.size = {"shortest_edge": min(least, most), "longest_edge": most}
     model.model.language_model.config._attn_implementation = "layout"
     model.model.visual.config._attn_implementation = "flash_by_length"
     # The patch embedding is a convolution whose kernel covers a patch; as the matrix product that

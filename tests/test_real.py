@@ -231,6 +231,31 @@ def test_numbers_of_the_checkpoint(hub):
     assert small.picture(Image.new("RGB", (200, 100))).tokens == 8
 
 
+@pytest.mark.parametrize("fields, bounds", [
+    (dict(size={"min_pixels": 3200, "max_pixels": 50_000}), (3200, 50_000)),
+    (dict(size={"min_pixels": 60_000, "max_pixels": 50_000}), (50_000, 50_000)),
+    (dict(size={"shortest_edge": 3300, "longest_edge": 51_000}), (3300, 51_000)),
+    (dict(size={"min_pixels": 1, "max_pixels": 2}, min_pixels=3400, max_pixels=52_000),
+     (3400, 52_000)),
+    (dict(min_pixels=3500, max_pixels=53_000), (3500, 53_000))])
+def test_the_bounds_of_the_model_input_under_all_their_names(fields, bounds, hub, tmp_path):
+    """Guards preprocessor_config.json of several versions: bounds under another name were none, and
+    the first image ended in a TypeError."""
+    folder = shutil.copytree(hub[0], tmp_path / "in")
+    edit(folder / "preprocessor_config.json", **{"min_pixels": None, "max_pixels": None} | fields)
+    policy = load(str(folder), device="cpu")
+    for each in (policy, load_again(policy, tmp_path)):
+        assert tuple(each.image_processor.size[f"{edge}_edge"]
+                     for edge in ("shortest", "longest")) == bounds
+    large = policy.picture(Image.new("RGB", (900, 900))).image
+    assert bounds[1] * 0.7 < large.width * large.height <= bounds[1]
+
+
+def load_again(policy, folder):
+    policy.save(folder / "again")
+    return load(str(folder / "again"), device="cpu")
+
+
 def test_the_chat_of_the_real_template(hub, tmp_path):
     """Guards prompts and observations: a system message that the template adds by itself, an end
     token said twice; questions that hold special tokens; a template that only chat_template.json
@@ -570,6 +595,7 @@ def test_from_fine_tuning_to_evaluation_as_the_checkpoint_speaks(
 GOOD = talk(SAT, "No")
 CONFIG, SECOND = "config.json", "model-00002-of-00002.safetensors"
 TOKENIZER = ["tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt"]
+PIXELS, NO_BOUNDS = "preprocessor_config.json", {"min_pixels": None, "max_pixels": None}
 
 
 def halve(file):
@@ -608,10 +634,23 @@ def lose_the_template(folder):
      ["12 weights are missing", "layers.2.", " again"]),
     (lambda f: edit(f / CONFIG, intermediate_size=80),
      ["6 weights", "of another size", " again"]),
-    (lambda f: remove(f, "preprocessor_config.json"), ["preprocessor_config.json"]),
+    (lambda f: remove(f, PIXELS), [PIXELS, "give a folder with"]),
     (lambda f: remove(f, *TOKENIZER), ["(1 tokens)", "put tokenizer.json"]),
     (lambda f: remove(f, *TOKENIZER[1:]), ["(22 tokens)", "put tokenizer.json"]),
-    (lose_the_template, ["chat template is missing", "chat_template.json"])])
+    (lose_the_template, ["chat template is missing", "chat_template.json"]),
+    (lambda f: remove(f, "tokenizer_config.json"),
+     ["'<|endoftext|>'", "'<|im_end|>'", "put tokenizer_config.json"]),
+    (lambda f: edit(f / TOKENIZER[0], eos_token="<|endoftext|>"),
+     ["'<|endoftext|>'", "'<|im_end|>'", "put tokenizer_config.json"]),
+    (lambda f: edit(f / "chat_template.json", chat_template=TEMPLATE.replace("im_end", "box_end")),
+     ["'<|im_end|>'", "'<|box_end|>'", "put tokenizer_config.json"]),
+    (lambda f: edit(f / "chat_template.json", chat_template=TEMPLATE[:400]),
+     ["chat template cannot be read"]),
+    (lambda f: edit(f / PIXELS, patch_size=16), [PIXELS, "patch_size 14", "get it again"]),
+    (lambda f: edit(f / PIXELS, merge_size=1), [PIXELS, "merge_size 2", "get it again"]),
+    (lambda f: edit(f / PIXELS, **NO_BOUNDS, size=224), [PIXELS, "longest_edge", "get it again"]),
+    (lambda f: edit(f / PIXELS, **NO_BOUNDS, size={"shortest_edge": 56}),
+     [PIXELS, "longest_edge", "get it again"])])
 def test_bad_checkpoints_are_told_in_a_line(harm, message, hub, call, data, tmp_path):
     """Guards against tracebacks, and worse: transformers goes on with random weights for those that
     a folder lacks, and with an empty tokenizer where there is none."""
