@@ -1,6 +1,7 @@
 """The policy: load, encode, sample, score, save. It knows tokens and images, and nothing of tasks.
 
-In:  a Hugging Face folder or hub id of the Qwen2.5-VL family, and dialogues of text and PIL images.
+In:  a Hugging Face folder or hub id of Qwen2.5-VL or Qwen3-VL, and dialogues of text and PIL
+     images.
 Out: `Sequence`s of sampled tokens with their log-probabilities, log-probabilities with gradients,
      checkpoints.
 
@@ -61,6 +62,9 @@ logging.disable_progress_bar()
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 torch.backends.cuda.enable_cudnn_sdp(False)
 
+# The model types that are supported (the second: its dense models), and the coordinates that they
+# point in, see rollout.Dialogue.
+COORDINATES = {"qwen2_5_vl": "input", "qwen3_vl": "thousandths"}
 MAX_LOGITS = 2**26          # floats in the largest (tokens, vocabulary) tensor: 256 MiB
 MAX_VISION_PATCHES = 2**16  # patches in one pass of the vision tower
 REPLICATED = 100_000_000    # parameters of a model at most of which each process has a copy
@@ -75,8 +79,9 @@ class Picture:
     """An image as the model sees it.
 
     image: RGB, of the model input's size; grid (t, h, w) in patches; tokens: how many stand for it;
-    features (tokens, hidden): what the vision tower makes of it. Once they are there the image is
-    dropped."""
+    features (tokens, hidden): what the vision tower makes of it; with DeepStack (tokens, (1 + D) *
+    hidden): behind them, those that are added after each of the first D layers of the language
+    model. Once they are there the image is dropped."""
     # Pixels are kept as bytes: what the tower gets, floats and each twice, is eight times as large.
     image: Image.Image | None
     grid: tuple[int, int, int]
@@ -117,7 +122,7 @@ class Sequence:
 # ------------------------------------------------------------------------------------ load and save
 
 def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None):
-    """Loads a checkpoint folder or hub id of the Qwen2.5-VL family. -> Policy
+    """Loads a checkpoint folder or hub id of Qwen2.5-VL or Qwen3-VL. -> Policy
 
     max_pixels: the model input's area (px) at most, where the checkpoint's own bound is not lower;
     max_image_side: its longest side (px). dtype: if not given the checkpoint's own on a GPU,
@@ -175,7 +180,7 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
     # The patch embedding is a convolution whose kernel covers a patch; as the matrix product that
     # it is, it takes a third of the time on a CPU.
     embed = model.model.visual.patch_embed
-    embed.forward = lambda patches: F.linear(patches, embed.proj.weight.flatten(1))
+    embed.forward = lambda patches: F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias)
     return Policy(model.to(device), tokenizer, processor, max_image_side).eval()
 
 
@@ -183,9 +188,9 @@ def read_config(path):
     """The config of a checkpoint folder or hub id; no weights are read. Raises UserError."""
     with reading(path, "config.json"):
         config = AutoConfig.from_pretrained(path)
-    if config.model_type != "qwen2_5_vl":
-        raise UserError(f"{path}: model type '{config.model_type}' is not Qwen2.5-VL's; give a "
-                        "checkpoint of that family")
+    if config.model_type not in COORDINATES:
+        raise UserError(f"{path}: model type '{config.model_type}' is not supported; give a "
+                        "checkpoint of Qwen2.5-VL, or of a dense Qwen3-VL")
     return config
 
 
@@ -249,9 +254,10 @@ class Policy(nn.Module):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.max_image_side = max_image_side         # px, of the model input; None: any
         config = model.config
-        self.text_config = config.text_config
-        self.kv_shape = (self.text_config.num_hidden_layers, self.text_config.num_key_value_heads,
-                         self.text_config.hidden_size // self.text_config.num_attention_heads)
+        self.coordinates = COORDINATES[config.model_type]
+        self.text_config = text = config.text_config
+        head_dim = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
+        self.kv_shape = text.num_hidden_layers, text.num_key_value_heads, head_dim
         self.image_token = config.image_token_id
         self.merge = config.vision_config.spatial_merge_size           # patches a token, each side
         self.token_px = config.vision_config.patch_size * self.merge   # px a token, each side
@@ -390,8 +396,8 @@ class Policy(nn.Module):
         return out["pixel_values"]
 
     def features(self, pictures):
-        """Vision features of several pictures, each (tokens, hidden). They are computed once,
-        without gradients, and kept in the pictures."""
+        """Vision features of several pictures, see Picture. They are computed once, without
+        gradients, and kept in the pictures."""
         new = [picture for picture in dict.fromkeys(pictures) if picture.features is None]
         new.sort(key=lambda picture: picture.grid)
         for part in split_by_size(new, lambda picture: math.prod(picture.grid), MAX_VISION_PATCHES):
@@ -402,24 +408,31 @@ class Policy(nn.Module):
         return [picture.features for picture in pictures]
 
     def run_vision_tower(self, pictures):
-        """Pictures in the order of their sizes -> features, each (tokens, hidden)."""
+        """Pictures in the order of their sizes -> the features of each."""
         pixels = self.pixel_values(pictures).to(self.device, self.model.dtype)
         # Those of one size are given to it as the frames of one film: it encodes each frame by
         # itself, and works out positions and windows once for all of them.
         frames = groupby(picture.grid for picture in pictures)
         grids = [(len(list(same)), height, width) for (_, height, width), same in frames]
         grids = torch.tensor(grids, device=self.device)
-        out = self.model.model.get_image_features(pixels, grids).pooler_output
-        return torch.cat(out).split([picture.tokens for picture in pictures])
+        out = self.model.model.get_image_features(pixels, grids)
+        depths = [out.pooler_output, *getattr(out, "deepstack_features", ())]
+        features = torch.cat([torch.cat(features) for features in depths], 1)
+        return features.split([picture.tokens for picture in pictures])
 
     def embed(self, ids, pictures):
-        """Token ids (list, N) and the pictures of their image tokens -> embeddings (N, hidden)."""
+        """Token ids (list, N) and the pictures of their image tokens -> embeddings (N, hidden), and
+        DeepStack's arguments of the language model, {} without it."""
         ids = torch.tensor(ids, device=self.device)
         x = self.model.model.language_model.embed_tokens(ids)                    # (N, hidden)
-        if pictures:
-            places = (ids == self.image_token).nonzero()[:, 0]
-            x = x.index_put((places,), torch.cat(self.features(pictures)).to(x.dtype))
-        return x
+        if not pictures:
+            return x, {}
+        seen = ids == self.image_token
+        features = torch.cat(self.features(pictures)).to(x.dtype)
+        features, *deeper = features.split(x.shape[1], 1)                        # (tokens, hidden)
+        x = x.index_put((seen.nonzero()[:, 0],), features)
+        stack = dict(visual_pos_masks=seen[None], deepstack_visual_embeds=deeper) if deeper else {}
+        return x, stack
 
     def positions(self, ids, pictures, start=0):
         """m-RoPE positions (3, N) of a chunk that starts at position `start`, and the one after it.
@@ -442,20 +455,19 @@ class Policy(nn.Module):
 
     # ------------------------------------------------------------- hidden states, log-probabilities
 
-    def hidden(self, x, positions, layout):
+    def hidden(self, x, positions, layout, **stack):
         """Embeddings (B, L, hidden) at positions (3, B, L) through the language model -> (B, L,
-        hidden). layout: what attends to what."""
-        masks = {"full_attention": None, "sliding_attention": None}      # the layout is the mask
+        hidden). layout: what attends to what; stack: see embed."""
         out = self.model.model.language_model(
-            inputs_embeds=x, position_ids=positions.to(self.device), attention_mask=masks,
-            use_cache=False, layout=layout)
+            inputs_embeds=x, position_ids=positions.to(self.device), use_cache=False,
+            layout=layout, **stack)
         return out.last_hidden_state
 
     def hidden_of(self, batch, layout):
         """A PackedBatch of N tokens -> (N, hidden)."""
-        x = self.embed(batch.ids, batch.pictures)[None]                          # (1, N, hidden)
-        positions = torch.cat(batch.positions, 1)[:, None]                       # (3, 1, N)
-        return self.hidden(x, positions, layout)[0]
+        x, stack = self.embed(batch.ids, batch.pictures)                         # (N, hidden)
+        positions = torch.cat(batch.positions, 1)                                # (3, N)
+        return self.hidden(x[None], positions[:, None], layout, **stack)[0]
 
     def log_softmax(self, hidden, temperature=1.0, penalty=1.0, seen=()):
         """Hidden states (N, hidden) -> log-probabilities (N, vocabulary) of the distribution that
@@ -838,7 +850,7 @@ class Engine:
     def decode(self, rows):
         """Reads the one unread token of each row. -> hidden states (rows, hidden)"""
         layout = DecodeLayout(self.cache, rows)
-        x = self.policy.embed([row.sequence.ids[-1] for row in rows], [])        # (N, hidden)
+        x, _ = self.policy.embed([row.sequence.ids[-1] for row in rows], [])     # (N, hidden)
         positions = torch.tensor([row.position for row in rows]).expand(3, -1)   # (3, N)
         for row in rows:
             row.position += 1

@@ -25,6 +25,8 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     LogitsProcessorList,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
@@ -54,6 +56,44 @@ from model import (
     world_size,
     write_text,
 )
+
+
+def as_qwen3(folder, out):
+    """Writes a Qwen3-VL with random weights, of the tokenizer and the sizes of a tiny Qwen2.5-VL,
+    but with heads that are no share of the hidden size, and grouped queries."""
+    shutil.copytree(folder, out)
+    config = json.loads((out / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    kept = {name: config[name] for name in config if name.endswith("_token_id")}
+    rope = dict(rope_type="default", mrope_section=[4, 2, 2], mrope_interleaved=True)
+    heads = dict(num_attention_heads=6, num_key_value_heads=2, head_dim=16)
+    sizes = {name: text[name] for name in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "eos_token_id",
+        "initializer_range")}
+    vision = {name: vision[name] for name in (
+        "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size",
+        "spatial_merge_size", "temporal_patch_size", "initializer_range")}
+    deep = dict(depth=3, deepstack_visual_indexes=[0, 2], num_position_embeddings=36)
+    torch.manual_seed(1)
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
+        text_config=sizes | heads | dict(rope_scaling=rope, rope_theta=5e6),
+        vision_config=vision | deep, tie_word_embeddings=False, **kept))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:                              # no bias is zero, no norm is one
+                p.add_(0.1 * torch.randn_like(p))
+    model.generation_config.eos_token_id = text["eos_token_id"]
+    model.save_pretrained(out)
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def tiny_folder(request, tiny_folder, tmp_path_factory):
+    """All promises are those of both families."""
+    if request.param == "qwen2_5_vl":
+        return tiny_folder
+    folder = tmp_path_factory.mktemp("models") / request.param
+    as_qwen3(tiny_folder, folder)
+    return str(folder)
 
 
 def roll(policy, groups, turns=1, **sampling):
@@ -206,7 +246,8 @@ def test_scores_are_not_rounded_to_bfloat16(tiny_folder):
     for std in (10, 30):
         torch.manual_seed(std)
         for layer in text.layers:
-            torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=std)
+            keys = layer.self_attn.k_proj.bias                       # Qwen3's have a norm instead
+            torch.nn.init.normal_(layer.self_attn.k_norm.weight if keys is None else keys, std=std)
         groups = list(prompts(policy, 6, 4))
         pixels = [policy.pixel_values(group[0].prompt.pictures) for group in groups]
         roll(policy, groups, turn_tokens=40)
@@ -350,8 +391,9 @@ def test_features_of_many_sizes_are_those_of_each_alone(many_sizes):
     found = policy.features(pictures + pictures[2:4])
     assert all(picture.image is None and not picture.features.requires_grad for picture in pictures)
     for features, (pixels, grid) in zip(found, inputs + inputs[2:4], strict=True):
-        alone = policy.model.model.get_image_features(pixels, torch.tensor([grid])).pooler_output
-        assert (features - alone[0]).abs().max() < 1e-5
+        out = policy.model.model.get_image_features(pixels, torch.tensor([grid]))
+        alone = [out.pooler_output[0], *(deep[0] for deep in getattr(out, "deepstack_features", ()))]
+        assert (features - torch.cat(alone, 1)).abs().max() < 1e-5
 
 
 def test_windows_in_a_batch_are_those_one_by_one(many_sizes):
