@@ -668,18 +668,21 @@ class Dialogue:
         settings = "  ".join(f"{name}={value!r}" for name, value in parts.items())
         return indented(f"dialogue: {settings}")
 
+    def in_unit(self, text):
+        """A prompt or hint, in the unit of the policy's coordinates."""
+        return text.replace("in pixels", f"in {UNITS[self.coordinates]}")
+
     def prompt(self, policy, question):
         """-> the Chunk after which the policy speaks, and the Frames of the question's images."""
         images = question.load()
-        text, unit = question.text, f"in {UNITS[self.coordinates]}"
+        text = question.text
         if self.hints and question.hint:
-            text += "\n" + question.hint.replace("in pixels", unit)
+            text += "\n" + self.in_unit(question.hint)
         content = [{"type": "image"}] * len(images)
         content.append({"type": "text", "text": policy.clean(text)})
         messages = [{"role": "user", "content": content}]
         if system := self.system_prompts.get(self.mode):
-            system = system.replace("in pixels", unit)
-            messages.insert(0, {"role": "system", "content": system})
+            messages.insert(0, {"role": "system", "content": self.in_unit(system)})
         try:
             chunk = policy.prompt(messages, images)
         except UserError as error:       # an image's size, by one who does not know the row

@@ -349,10 +349,10 @@ def messages_of(dialogue, question, texts):
     """A chain as chat messages, the release's form: "<image>" stands where images are."""
     asked = "<image>" * len(question.images) + question.text
     if dialogue.hints and question.hint:
-        asked += "\n" + question.hint
+        asked += "\n" + dialogue.in_unit(question.hint)
     messages = [{"role": "user", "content": asked}]
     if system := dialogue.system_prompts.get(dialogue.mode):
-        messages.insert(0, {"role": "system", "content": system})
+        messages.insert(0, {"role": "system", "content": dialogue.in_unit(system)})
     before = dialogue.before_dotted if dialogue.crop_dot else dialogue.before_crop
     for text in texts:
         messages.append({"role": "assistant", "content": text})

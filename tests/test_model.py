@@ -392,8 +392,9 @@ def test_features_of_many_sizes_are_those_of_each_alone(many_sizes):
     assert all(picture.image is None and not picture.features.requires_grad for picture in pictures)
     for features, (pixels, grid) in zip(found, inputs + inputs[2:4], strict=True):
         out = policy.model.model.get_image_features(pixels, torch.tensor([grid]))
-        alone = [out.pooler_output[0], *(deep[0] for deep in getattr(out, "deepstack_features", ()))]
-        assert (features - torch.cat(alone, 1)).abs().max() < 1e-5
+        depths = [out.pooler_output, *getattr(out, "deepstack_features", ())]
+        alone = torch.cat([image for (image,) in depths], 1)
+        assert (features - alone).abs().max() < 1e-5
 
 
 def test_windows_in_a_batch_are_those_one_by_one(many_sizes):
