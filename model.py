@@ -23,11 +23,11 @@ import os
 import random
 import re
 import shutil
-from collections import deque
+from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import compress, groupby
+from functools import lru_cache, partial
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -412,8 +412,8 @@ class Policy(nn.Module):
         pixels = self.pixel_values(pictures).to(self.device, self.model.dtype)
         # Those of one size are given to it as the frames of one film: it encodes each frame by
         # itself, and works out positions and windows once for all of them.
-        frames = groupby(picture.grid for picture in pictures)
-        grids = [(len(list(same)), height, width) for (_, height, width), same in frames]
+        frames = Counter(picture.grid for picture in pictures)
+        grids = [(count, *sides) for (_, *sides), count in frames.items()]
         grids = torch.tensor(grids, device=self.device)
         out = self.model.model.get_image_features(pixels, grids)
         depths = [out.pooler_output, *getattr(out, "deepstack_features", ())]
@@ -439,19 +439,19 @@ class Policy(nn.Module):
 
         Text counts on in all three rows. An image stands at one time; its tokens count down and
         across from there, and the text behind it goes on after its longer side."""
-        parts, end = [], 0                                   # tokens that have positions
+        after = start + len(ids)
+        positions = torch.arange(start, after).repeat(3, 1)
+        end = 0                                              # of the image before
         for picture in pictures:
             first = ids.index(self.image_token, end)
-            origin = start + first - end
-            _, height, width = (side // self.merge for side in picture.grid)     # in tokens
-            grid = [torch.arange(side) for side in (1, height, width)]
-            parts.append(torch.arange(start, origin).expand(3, -1))
-            parts.append(torch.cartesian_prod(*grid).T + origin)                 # (3, tokens)
-            start = origin + max(height, width)
             end = first + picture.tokens
-        after = start + len(ids) - end
-        parts.append(torch.arange(start, after).expand(3, -1))
-        return torch.cat(parts, 1), after
+            _, height, width = (side // self.merge for side in picture.grid)     # in tokens
+            steps = torch.ones(1, height, width).nonzero().T                     # (3, tokens)
+            positions[:, first:end] = positions[:, first, None] + steps
+            fewer = picture.tokens - max(height, width)
+            positions[:, end:] -= fewer
+            after -= fewer
+        return positions, after
 
     # ------------------------------------------------------------- hidden states, log-probabilities
 
@@ -478,7 +478,7 @@ class Policy(nn.Module):
             for row, ids in zip(repeated, seen, strict=True):
                 row[ids] = True
             lower = torch.where(logits < 0, logits * penalty, logits / penalty)
-            logits = torch.where(repeated, lower, logits)
+            logits = lower.where(repeated, logits)
         return torch.log_softmax(logits.masked_fill(self.forbidden, -torch.inf) / temperature, -1)
 
     def choose(self, hidden, rngs, temperature=1.0, top_p=1.0, top_k=0, penalty=1.0, seen=()):
@@ -489,8 +489,8 @@ class Policy(nn.Module):
         logits of the token ids in seen, N lists, are divided by it, negative ones multiplied."""
         log_probs = self.log_softmax(hidden, temperature or 1.0, penalty, seen)  # (N, vocabulary)
         if top_k:
-            least = log_probs.topk(min(top_k, log_probs.shape[1])).values[:, -1:]
-            log_probs = log_probs.masked_fill(log_probs < least, -torch.inf).log_softmax(-1)
+            best, _ = log_probs.topk(min(top_k, len(self.forbidden)))
+            log_probs = without(log_probs, log_probs < best[:, -1:])
         if top_p < 1:
             log_probs = nucleus(log_probs, top_p)
         if temperature == 0:
@@ -509,11 +509,13 @@ class Policy(nn.Module):
         tokens = torch.tensor(batch.ids, device=self.device)[targets]            # (N,)
 
         def log_probs_of(h, t):
-            return self.log_softmax(h, temperature).gather(1, t[:, None])[:, 0]
+            log_probs = self.log_softmax(h, temperature)                         # (n, vocabulary)
+            return log_probs.gather(1, t[:, None])[:, 0]
         # In parts, whose logits are computed again for the gradients: few are in memory at a time.
         size = max(1, MAX_LOGITS // self.text_config.vocab_size)
         parts = zip(hidden.split(size), tokens.split(size), strict=True)
-        return torch.cat([checkpoint(log_probs_of, *part, use_reentrant=False) for part in parts])
+        found = [checkpoint(log_probs_of, *part, use_reentrant=False) for part in parts]
+        return torch.cat(found)
 
     forward = log_probs
 
@@ -572,7 +574,12 @@ def nucleus(log_probs, top_p):
     ordered, index = log_probs.sort(-1, descending=True)
     beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
     dropped = torch.zeros_like(beyond).scatter(-1, index, beyond)
-    return torch.log_softmax(log_probs.masked_fill(dropped, -torch.inf), -1)
+    return without(log_probs, dropped)
+
+
+def without(log_probs, dropped):
+    """The distribution without the dropped tokens (bool), renormalised."""
+    return log_probs.masked_fill(dropped, -torch.inf).log_softmax(-1)
 
 
 # -------------------------------------------------------------------------- attention and its cache
@@ -586,12 +593,13 @@ def layout_attention(module, q, k, v, attention_mask, scaling, layout, **kwargs)
 def window_attention(module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
     """The same of the vision tower: q, k, v (1, H, N, D), N patches of windows or images that begin
     at cu_seq_lens_q (W + 1,). All windows of one length are a batch: one call, not one a window."""
-    out, starts = torch.empty_like(q), cu_seq_lens_q[:-1]
+    qkv = torch.cat([q, k, v])                                                   # (3, H, N, D)
+    out = torch.empty_like(q)
     lengths = cu_seq_lens_q.diff()                                               # (W,)
     for length in lengths.unique().tolist():
-        offsets = torch.arange(length, device=q.device)
-        index = starts[lengths == length][:, None] + offsets                     # (w, length)
-        windows = [x[0, :, index].transpose(0, 1) for x in (q, k, v)]            # (w, H, length, D)
+        starts = cu_seq_lens_q[:-1][lengths == length]                           # (w,)
+        index = starts[:, None] + torch.arange(length, device=q.device)          # (w, length)
+        windows = qkv[:, :, index].transpose(1, 2)                               # (3, w, H, L, D)
         attended = F.scaled_dot_product_attention(*windows, scale=scaling)
         out[0, :, index] = attended.transpose(0, 1)                              # (H, w, length, D)
     return out.transpose(1, 2), None
@@ -602,9 +610,17 @@ ALL_ATTENTION_FUNCTIONS.register("layout", layout_attention)
 ALL_ATTENTION_FUNCTIONS.register("flash_by_length", window_attention)
 
 
-def causal_attention(q, k, v, scale):
-    """q (B, H, L, D), k, v (B, Hk, M, D), M >= L: the queries are the last L of the M columns.
-    -> (B, H, L, D)"""
+def split_chunks(q, k, v, lengths):
+    """q (1, H, N, D), k, v (1, Hk, N, D) of N tokens, chunks end to end -> an iterator of q and kv
+    (2, Hk, L, D) of each chunk"""
+    kv = torch.cat([k, v])
+    return zip(q.split(lengths, 2), kv.split(lengths, 2), strict=True)
+
+
+def causal_attention(q, kv, scale):
+    """q (1, H, L, D), kv (2, Hk, M, D), M >= L: the queries are the last L of the M columns.
+    -> (1, H, L, D)"""
+    k, v = kv.split(1)
     mask = causal_lower_right(q.shape[2], k.shape[2])        # a bias that the flash kernel knows
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
@@ -618,17 +634,15 @@ class TrainLayout:
         self.lengths = [[sum(group)] if len(group) == 2 else group for group in lengths]
 
     def __call__(self, layer, q, k, v, scale):
-        flat = sum(self.lengths, [])
-        parts = zip(q.split(flat, 2), k.split(flat, 2), v.split(flat, 2), strict=True)
+        chunks = split_chunks(q, k, v, sum(self.lengths, []))
         out = []
         for _, *responses in self.lengths:
-            q, prompt_k, prompt_v = next(parts)
-            out.append(causal_attention(q, prompt_k, prompt_v, scale))
+            q, prompt = next(chunks)
+            out.append(causal_attention(q, prompt, scale))
             for _ in responses:
-                q, k, v = next(parts)
-                k = torch.cat([prompt_k, k], 2)                                  # (1, Hk, P + L, D)
-                v = torch.cat([prompt_v, v], 2)
-                out.append(causal_attention(q, k, v, scale))
+                q, own = next(chunks)
+                kv = torch.cat([prompt, own], 2)                                 # (2, Hk, P + L, D)
+                out.append(causal_attention(q, kv, scale))
         return torch.cat(out, 2)
 
 
@@ -638,12 +652,10 @@ class Cache:
 
     def __init__(self, policy, slots, rows, prompt_columns, own_columns):
         layers, heads, dim = policy.kv_shape                                     # , Hk, D
-        options = dict(dtype=policy.model.dtype, device=policy.device)
-        prompt = 2, slots, heads, prompt_columns, dim                            # (2, S, Hk, P, D)
-        own = 2, slots, heads, rows, own_columns, dim                        # (2, S, Hk, G, T, D)
-        self.slots, self.rows = slots, rows                                      # S, G
-        self.prompt = [torch.zeros(prompt, **options) for _ in range(layers)]
-        self.own = [torch.zeros(own, **options) for _ in range(layers)]
+        zeros = partial(torch.zeros, dtype=policy.model.dtype, device=policy.device)
+        self.slots = slots                                                       # S
+        self.prompt = zeros(layers, 2, slots, heads, prompt_columns, dim)    # (2, S, Hk, P, D) each
+        self.own = zeros(layers, 2, slots, heads, rows, own_columns, dim)    # (2, S, Hk, G, T, D)
 
 
 class ReadLayout:
@@ -654,23 +666,24 @@ class ReadLayout:
         self.cache, self.first_rows, self.rows = cache, first_rows, rows
 
     def __call__(self, layer, q, k, v, scale):
-        prompt, own = self.cache.prompt[layer], self.cache.own[layer]
+        prompt = self.cache.prompt[layer]
+        own = self.cache.own[layer]
         lengths = [row.prompt_length for row in self.first_rows]
         lengths += [row.unread for row in self.rows]
-        parts = zip(q.split(lengths, 2), torch.cat([k, v]).split(lengths, 2), strict=True)
+        chunks = split_chunks(q, k, v, lengths)
         out = []
         for row in self.first_rows:
-            q, kv = next(parts)                                                  # kv (2, Hk, L, D)
+            q, kv = next(chunks)                                                 # kv (2, Hk, L, D)
             prompt[:, row.slot, :, :row.prompt_length] = kv
-            out.append(causal_attention(q, kv[:1], kv[1:], scale))
+            out.append(causal_attention(q, kv, scale))
         for row in self.rows:
-            q, kv = next(parts)
+            q, kv = next(chunks)
             seat = own[:, row.slot, :, row.number]                               # (2, Hk, T, D)
             end = row.read + row.unread
             seat[:, :, row.read:end] = kv
             of_prompt = prompt[:, row.slot, :, :row.prompt_length]
             kv = torch.cat([of_prompt, seat[:, :, :end]], 2)
-            out.append(causal_attention(q, kv[:1], kv[1:], scale))
+            out.append(causal_attention(q, kv, scale))
         return torch.cat(out, 2)
 
 
@@ -682,39 +695,43 @@ class DecodeLayout:
     group, and each row's own K/V is read where it lies."""
 
     def __init__(self, cache, rows):
-        self.cache, self.rows, device = cache, cache.rows, cache.own[0].device
-        numbers = [(row.slot, row.number, row.read, row.prompt_length) for row in rows]
-        numbers = torch.tensor(numbers)
-        slot, _, column, self.prompt_width = numbers.amax(0).tolist()            # the highest: P
-        self.slots, self.own_width = slot + 1, column + 1                        # S, T
-        slots, numbers, columns, prompt_lengths = numbers.to(device).T            # (N,) each
-        self.seats, self.columns = (slots, numbers), columns
+        seats = [(row.slot, row.number, row.read, row.prompt_length) for row in rows]
+        seats = torch.tensor(seats)                                              # (N, 4)
+        slot, _, column, self.prompt_width = seats.amax(0).tolist()              # the highest: P
+        self.slots = slot + 1                                                    # S
+        self.own_width = column + 1                                              # T
+        self.cache = cache
+        device = cache.own.device
+        slots, numbers, self.columns, prompt_lengths = seats.to(device).T        # (N,) each
+        self.seats = slots, numbers
         # A row sees its prompt and its own columns up to this one.
         seen_prompt = torch.arange(self.prompt_width, device=device) < prompt_lengths[:, None]
-        seen_own = torch.arange(self.own_width, device=device) <= columns[:, None]
+        seen_own = torch.arange(self.own_width, device=device) <= self.columns[:, None]
         seen = torch.cat([seen_prompt, seen_own], 1)                             # (N, P + T)
-        bias = torch.zeros(self.slots, cache.rows, seen.shape[1], device=device)
-        bias[self.seats] = torch.where(seen, 0.0, -torch.inf)
+        shape = self.slots, cache.own.shape[4], seen.shape[1]
+        bias = torch.zeros(shape, device=device)                                 # (S, G, P + T)
+        bias[self.seats] = seen.log()                                            # 0, or -inf
         self.bias = bias[:, None, :, None]                                   # (S, 1, G, 1, P + T)
 
     def __call__(self, layer, q, k, v, scale):
-        N, H, _, D = q.shape
-        S, Hk, G, P, T = self.slots, k.shape[1], self.rows, self.prompt_width, self.own_width
         slots, numbers = self.seats
-        own = self.cache.own[layer]
-        own[:, slots, :, numbers, self.columns] = torch.stack([k[:, :, 0], v[:, :, 0]], 1)
-        prompt_k, prompt_v = self.cache.prompt[layer][:, :S, :, :P]              # (S, Hk, P, D)
-        own_k, own_v = own[:, :S, :, :, :T]                                      # (S, Hk, G, T, D)
+        prompt = self.cache.prompt[layer, :, :self.slots]
+        own = self.cache.own[layer, :, :self.slots]
+        own[:, slots, :, numbers, self.columns] = torch.stack([k, v], 1).squeeze(3)
+        prompt_k, prompt_v = prompt[..., :self.prompt_width, :]                  # (S, Hk, P, D)
+        own_k, own_v = own[..., :self.own_width, :]                              # (S, Hk, G, T, D)
 
         # f query heads share one head of keys and values.
-        queries = q.new_zeros(S, Hk, G, H // Hk, D)                              # (S, Hk, G, f, D)
-        queries[slots, :, numbers] = q.view(N, Hk, -1, D)
+        by_head = q.unflatten(1, (k.shape[1], -1)).squeeze(3)                    # (N, Hk, f, D)
+        queries = q.new_zeros(own_k.shape[:3] + by_head.shape[2:])               # (S, Hk, G, f, D)
+        queries[slots, :, numbers] = by_head
         of_prompt = product(queries, prompt_k.mT)                                # (S, Hk, G, f, P)
         of_own = product(queries, own_k.mT)                                      # (S, Hk, G, f, T)
         scores = torch.cat([of_prompt, of_own], -1) * scale + self.bias
-        to_prompt, to_own = scores.softmax(-1).to(q.dtype).split([P, T], -1)
+        weights = scores.softmax(-1).to(q.dtype)
+        to_prompt, to_own = weights.tensor_split([self.prompt_width], -1)
         out = product(to_prompt, prompt_v) + product(to_own, own_v)              # (S, Hk, G, f, D)
-        return out[slots, :, numbers].view(N, H, 1, D).to(q.dtype)
+        return out[slots, :, numbers].view(q.shape).to(q.dtype)
 
 
 def product(x, kv):
