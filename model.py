@@ -160,19 +160,21 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
                         "of that model beside its config.json")
     with reading(path, "its chat template"):
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\0"}]
-        end = tokenizer.apply_chat_template(chat, tokenize=False).partition("\0")[2].strip()
+        _, _, end = tokenizer.apply_chat_template(chat, tokenize=False).partition("\0")
+    end = end.strip()
     if end != tokenizer.eos_token:
         raise UserError(f"{path}: its tokenizer's end token is {tokenizer.eos_token!r}, but its "
                         f"chat template ends a turn with {end!r}; put tokenizer_config.json of "
                         "that model beside its config.json")
 
-    size, vision = processor.size, model.config.vision_config
-    most, least = size.longest_edge or size.max_pixels, size.shortest_edge or size.min_pixels
-    patch, merge = vision.patch_size, vision.spatial_merge_size
-    if not (most and least and (processor.patch_size, processor.merge_size) == (patch, merge)):
-        raise UserError(f"{path}: preprocessor_config.json has to have patch_size {patch} and "
-                        f"merge_size {merge}, as config.json, and a size of shortest_edge and "
-                        "longest_edge, in pixels; get it again")
+    vision, size = model.config.vision_config, processor.size
+    sides = vision.patch_size, vision.spatial_merge_size
+    least = size.shortest_edge or size.min_pixels
+    most = size.longest_edge or size.max_pixels
+    if not least or not most or sides != (processor.patch_size, processor.merge_size):
+        raise UserError(f"{path}: preprocessor_config.json has to have patch_size, merge_size "
+                        f"{sides}, as config.json, and a size of shortest_edge and longest_edge, "
+                        "in pixels; get it again")
     most = min(most, max_pixels or math.inf)
     processor.size = {"shortest_edge": min(least, most), "longest_edge": most}
     model.model.language_model.config._attn_implementation = "layout"
@@ -251,21 +253,24 @@ class Policy(nn.Module):
 
     def __init__(self, model, tokenizer, image_processor, max_image_side=None):
         super().__init__()
-        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
-        self.max_image_side = max_image_side         # px, of the model input; None: any
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.max_image_side = max_image_side or math.inf               # px, of the model input
         config = model.config
         self.coordinates = COORDINATES[config.model_type]
         self.text_config = text = config.text_config
         head_dim = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
         self.kv_shape = text.num_hidden_layers, text.num_key_value_heads, head_dim
         self.image_token = config.image_token_id
-        self.merge = config.vision_config.spatial_merge_size           # patches a token, each side
-        self.token_px = config.vision_config.patch_size * self.merge   # px a token, each side
+        vision = config.vision_config
+        self.merge = vision.spatial_merge_size                         # patches a token, each side
+        self.token_px = vision.patch_size * self.merge                 # px a token, each side
 
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.end_tokens = {tokenizer.eos_token_id, *ends} - {None}
-        forbidden = torch.zeros(self.text_config.vocab_size, dtype=torch.bool, device=model.device)
+        forbidden = torch.zeros(text.vocab_size, dtype=torch.bool, device=model.device)
         forbidden[len(tokenizer):] = True            # rows of the matrix that stand for no token
         forbidden[[config.image_token_id, config.video_token_id,
                    config.vision_start_token_id, config.vision_end_token_id]] = True
@@ -317,30 +322,30 @@ class Policy(nn.Module):
 
         rounded False: before the sides are rounded to whole tokens."""
         size = self.image_processor.size
-        scale = min(1, (self.max_image_side or math.inf) / max(width, height))
-        width, height = max(1, round(width * scale)), max(1, round(height * scale))
+        least, most = size["shortest_edge"], size["longest_edge"]
+        scale = min(1, self.max_image_side / max(width, height))
+        width = max(1, round(width * scale))
+        height = max(1, round(height * scale))
         if not rounded:
-            scale = min(1, math.sqrt(size["longest_edge"] / (width * height)))
+            scale = min(1, math.sqrt(most / (width * height)))
             return int(width * scale), int(height * scale)
         try:
-            height, width = smart_resize(height, width, self.token_px, size["shortest_edge"],
-                                         size["longest_edge"])
+            height, width = smart_resize(height, width, self.token_px, least, most)
         except ValueError as error:
             raise UserError(f"an image of {width}x{height} px cannot be encoded: {error}") from None
         return width, height
 
     def picture(self, image):
         """PIL image -> Picture. Transparency is ignored."""
-        size = self.input_size(*image.size)
+        size = width, height = self.input_size(*image.size)
         image = image.convert("RGB").resize(size, self.image_processor.resample)
-        columns, rows = (side // self.image_processor.patch_size for side in size)
-        return Picture(image, (1, rows, columns), rows * columns // self.merge**2)
+        patch = self.image_processor.patch_size
+        grid = 1, height // patch, width // patch
+        return Picture(image, grid, math.prod(grid) // self.merge**2)
 
     def chunk(self, text, images=()):
         """Text in which every "<|image_pad|>" stands for one of `images` (PIL or Picture)."""
         first, *rest = text.split(self.tokenizer.convert_ids_to_tokens(self.image_token))
-        if len(rest) != len(images):
-            raise ValueError(f"{len(rest)} image places in the text, {len(images)} images")
         chunk = Chunk(self.encode(first))
         for image, text_behind in zip(images, rest, strict=True):
             picture = image if isinstance(image, Picture) else self.picture(image)
@@ -404,7 +409,8 @@ class Policy(nn.Module):
             with torch.no_grad():
                 features = self.run_vision_tower(part)
             for picture, its_features in zip(part, features, strict=True):
-                picture.features, picture.image = its_features, None
+                picture.features = its_features
+                picture.image = None
         return [picture.features for picture in pictures]
 
     def run_vision_tower(self, pictures):
@@ -417,8 +423,9 @@ class Policy(nn.Module):
         grids = torch.tensor(grids, device=self.device)
         out = self.model.model.get_image_features(pixels, grids)
         depths = [out.pooler_output, *getattr(out, "deepstack_features", ())]
-        features = torch.cat([torch.cat(features) for features in depths], 1)
-        return features.split([picture.tokens for picture in pictures])
+        features = torch.cat([torch.cat(depth) for depth in depths], 1)
+        lengths = [picture.tokens for picture in pictures]
+        return features.split(lengths)
 
     def embed(self, ids, pictures):
         """Token ids (list, N) and the pictures of their image tokens -> embeddings (N, hidden), and
@@ -467,7 +474,8 @@ class Policy(nn.Module):
         """A PackedBatch of N tokens -> (N, hidden)."""
         x, stack = self.embed(batch.ids, batch.pictures)                         # (N, hidden)
         positions = torch.cat(batch.positions, 1)                                # (3, N)
-        return self.hidden(x[None], positions[:, None], layout, **stack)[0]
+        hidden = self.hidden(x[None], positions[:, None], layout, **stack)       # (1, N, hidden)
+        return hidden[0]
 
     def log_softmax(self, hidden, temperature=1.0, penalty=1.0, seen=()):
         """Hidden states (N, hidden) -> log-probabilities (N, vocabulary) of the distribution that
@@ -496,8 +504,10 @@ class Policy(nn.Module):
         if temperature == 0:
             tokens = log_probs.argmax(-1, keepdim=True)                          # (N, 1)
         else:
-            tokens = invert(log_probs, [rng.getrandbits(32) / 2**32 for rng in rngs])
-        return tokens[:, 0].tolist(), log_probs.gather(1, tokens)[:, 0].tolist()
+            uniforms = [rng.getrandbits(32) / 2**32 for rng in rngs]
+            tokens = invert(log_probs, uniforms)                                 # (N, 1)
+        chosen = log_probs.gather(1, tokens)                                     # (N, 1)
+        return tokens[:, 0].tolist(), chosen[:, 0].tolist()
 
     def log_probs(self, groups, temperature=1.0):
         """Log-probabilities, with gradients, of every sampled token: each prompt is run once.
@@ -564,8 +574,9 @@ def invert(log_probs, uniforms):
 
     A token of probability 0 is never the first."""
     cumulated = log_probs.exp().cumsum(-1, dtype=torch.float64)                  # (N, vocabulary)
-    uniforms = torch.tensor(uniforms, dtype=torch.float64, device=log_probs.device)
-    return torch.searchsorted(cumulated, uniforms[:, None] * cumulated[:, -1:], right=True)
+    uniforms = cumulated.new_tensor(uniforms)
+    wanted = uniforms[:, None] * cumulated[:, -1:]                               # (N, 1)
+    return torch.searchsorted(cumulated, wanted, right=True)
 
 
 def nucleus(log_probs, top_p):
@@ -610,17 +621,9 @@ ALL_ATTENTION_FUNCTIONS.register("layout", layout_attention)
 ALL_ATTENTION_FUNCTIONS.register("flash_by_length", window_attention)
 
 
-def split_chunks(q, k, v, lengths):
-    """q (1, H, N, D), k, v (1, Hk, N, D) of N tokens, chunks end to end -> an iterator of q and kv
-    (2, Hk, L, D) of each chunk"""
-    kv = torch.cat([k, v])
-    return zip(q.split(lengths, 2), kv.split(lengths, 2), strict=True)
-
-
-def causal_attention(q, kv, scale):
-    """q (1, H, L, D), kv (2, Hk, M, D), M >= L: the queries are the last L of the M columns.
+def causal_attention(q, k, v, scale):
+    """q (1, H, L, D), k, v (1, Hk, M, D), M >= L: the queries are the last L of the M columns.
     -> (1, H, L, D)"""
-    k, v = kv.split(1)
     mask = causal_lower_right(q.shape[2], k.shape[2])        # a bias that the flash kernel knows
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
@@ -634,15 +637,17 @@ class TrainLayout:
         self.lengths = [[sum(group)] if len(group) == 2 else group for group in lengths]
 
     def __call__(self, layer, q, k, v, scale):
-        chunks = split_chunks(q, k, v, sum(self.lengths, []))
+        flat = sum(self.lengths, [])
+        chunks = zip(*(x.split(flat, 2) for x in (q, k, v)), strict=True)
         out = []
         for _, *responses in self.lengths:
-            q, prompt = next(chunks)
-            out.append(causal_attention(q, prompt, scale))
+            q, prompt_k, prompt_v = next(chunks)
+            out.append(causal_attention(q, prompt_k, prompt_v, scale))
             for _ in responses:
-                q, own = next(chunks)
-                kv = torch.cat([prompt, own], 2)                                 # (2, Hk, P + L, D)
-                out.append(causal_attention(q, kv, scale))
+                q, k, v = next(chunks)
+                k = torch.cat([prompt_k, k], 2)                                  # (1, Hk, P + L, D)
+                v = torch.cat([prompt_v, v], 2)
+                out.append(causal_attention(q, k, v, scale))
         return torch.cat(out, 2)
 
 
@@ -654,6 +659,7 @@ class Cache:
         layers, heads, dim = policy.kv_shape                                     # , Hk, D
         zeros = partial(torch.zeros, dtype=policy.model.dtype, device=policy.device)
         self.slots = slots                                                       # S
+        self.rows = rows                                                         # G
         self.prompt = zeros(layers, 2, slots, heads, prompt_columns, dim)    # (2, S, Hk, P, D) each
         self.own = zeros(layers, 2, slots, heads, rows, own_columns, dim)    # (2, S, Hk, G, T, D)
 
@@ -670,12 +676,13 @@ class ReadLayout:
         own = self.cache.own[layer]
         lengths = [row.prompt_length for row in self.first_rows]
         lengths += [row.unread for row in self.rows]
-        chunks = split_chunks(q, k, v, lengths)
+        kv = torch.cat([k, v])                                                   # (2, Hk, N, D)
+        chunks = zip(q.split(lengths, 2), kv.split(lengths, 2), strict=True)
         out = []
         for row in self.first_rows:
             q, kv = next(chunks)                                                 # kv (2, Hk, L, D)
             prompt[:, row.slot, :, :row.prompt_length] = kv
-            out.append(causal_attention(q, kv, scale))
+            out.append(causal_attention(q, *kv.split(1), scale))
         for row in self.rows:
             q, kv = next(chunks)
             seat = own[:, row.slot, :, row.number]                               # (2, Hk, T, D)
@@ -683,7 +690,7 @@ class ReadLayout:
             seat[:, :, row.read:end] = kv
             of_prompt = prompt[:, row.slot, :, :row.prompt_length]
             kv = torch.cat([of_prompt, seat[:, :, :end]], 2)
-            out.append(causal_attention(q, kv, scale))
+            out.append(causal_attention(q, *kv.split(1), scale))
         return torch.cat(out, 2)
 
 
@@ -697,29 +704,26 @@ class DecodeLayout:
     def __init__(self, cache, rows):
         seats = [(row.slot, row.number, row.read, row.prompt_length) for row in rows]
         seats = torch.tensor(seats)                                              # (N, 4)
-        slot, _, column, self.prompt_width = seats.amax(0).tolist()              # the highest: P
-        self.slots = slot + 1                                                    # S
-        self.own_width = column + 1                                              # T
-        self.cache = cache
-        device = cache.own.device
-        slots, numbers, self.columns, prompt_lengths = seats.to(device).T        # (N,) each
+        slot, _, column, width = seats.amax(0).tolist()                          # the highest
+        self.prompt = cache.prompt[:, :, :slot + 1, :, :width]      # (layers, 2, S, Hk, P, D)
+        self.own = cache.own[:, :, :slot + 1, :, :, :column + 1]    # (layers, 2, S, Hk, G, T, D)
+        slots, numbers, self.columns, lengths = seats.to(cache.own.device).T     # (N,) each
         self.seats = slots, numbers
         # A row sees its prompt and its own columns up to this one.
-        seen_prompt = torch.arange(self.prompt_width, device=device) < prompt_lengths[:, None]
-        seen_own = torch.arange(self.own_width, device=device) <= self.columns[:, None]
+        device = lengths.device
+        seen_prompt = torch.arange(width, device=device) < lengths[:, None]      # (N, P)
+        seen_own = torch.arange(column + 1, device=device) <= self.columns[:, None]
         seen = torch.cat([seen_prompt, seen_own], 1)                             # (N, P + T)
-        shape = self.slots, cache.own.shape[4], seen.shape[1]
-        bias = torch.zeros(shape, device=device)                                 # (S, G, P + T)
+        bias = torch.zeros(slot + 1, cache.rows, seen.shape[1], device=device)
         bias[self.seats] = seen.log()                                            # 0, or -inf
         self.bias = bias[:, None, :, None]                                   # (S, 1, G, 1, P + T)
 
     def __call__(self, layer, q, k, v, scale):
         slots, numbers = self.seats
-        prompt = self.cache.prompt[layer, :, :self.slots]
-        own = self.cache.own[layer, :, :self.slots]
+        own = self.own[layer]
         own[:, slots, :, numbers, self.columns] = torch.stack([k, v], 1).squeeze(3)
-        prompt_k, prompt_v = prompt[..., :self.prompt_width, :]                  # (S, Hk, P, D)
-        own_k, own_v = own[..., :self.own_width, :]                              # (S, Hk, G, T, D)
+        own_k, own_v = own                                                       # (S, Hk, G, T, D)
+        prompt_k, prompt_v = self.prompt[layer]                                  # (S, Hk, P, D)
 
         # f query heads share one head of keys and values.
         by_head = q.unflatten(1, (k.shape[1], -1)).squeeze(3)                    # (N, Hk, f, D)
@@ -729,7 +733,7 @@ class DecodeLayout:
         of_own = product(queries, own_k.mT)                                      # (S, Hk, G, f, T)
         scores = torch.cat([of_prompt, of_own], -1) * scale + self.bias
         weights = scores.softmax(-1).to(q.dtype)
-        to_prompt, to_own = weights.tensor_split([self.prompt_width], -1)
+        to_prompt, to_own = weights.tensor_split([of_prompt.shape[-1]], -1)
         out = product(to_prompt, prompt_v) + product(to_own, own_v)              # (S, Hk, G, f, D)
         return out[slots, :, numbers].view(q.shape).to(q.dtype)
 
@@ -781,9 +785,11 @@ class Engine:
 
     def __init__(self, policy, *, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0,
                  turn_tokens=1024, response_tokens=2048, cache_tokens=None):
-        self.policy, self.repetition_penalty = policy, repetition_penalty
+        self.policy = policy
+        self.repetition_penalty = repetition_penalty
         self.sampling = temperature, top_p, top_k, repetition_penalty
-        self.turn_tokens, self.response_tokens = turn_tokens, response_tokens
+        self.turn_tokens = turn_tokens
+        self.response_tokens = response_tokens
         self.cache_tokens = cache_tokens
 
     @torch.no_grad()
@@ -832,12 +838,12 @@ class Engine:
 
     def make_cache(self, groups):
         """A Cache for the longest prompt, and for as many of the groups as there is memory for."""
-        rows = max(len(group) for group in groups)
+        rows = max(map(len, groups))
         prompt_columns = max(len(group[0].prompt.ids) for group in groups)
         self.cache = None                                    # frees the one of the run before
         cache_tokens = self.cache_tokens or free_columns(self.policy)
-        fits = cache_tokens // (prompt_columns + rows * self.response_tokens)
-        slots = max(1, min(fits, len(groups)))
+        columns = prompt_columns + rows * self.response_tokens           # of a group
+        slots = max(1, min(cache_tokens // columns, len(groups)))
         return Cache(self.policy, slots, rows, prompt_columns, self.response_tokens)
 
     def read(self, started, rows):
@@ -867,22 +873,27 @@ class Engine:
     def decode(self, rows):
         """Reads the one unread token of each row. -> hidden states (rows, hidden)"""
         layout = DecodeLayout(self.cache, rows)
-        x, _ = self.policy.embed([row.sequence.ids[-1] for row in rows], [])     # (N, hidden)
-        positions = torch.tensor([row.position for row in rows]).expand(3, -1)   # (3, N)
+        ids = [row.sequence.ids[-1] for row in rows]
+        positions = [row.position for row in rows]
+        x, _ = self.policy.embed(ids, [])                                        # (N, hidden)
+        positions = torch.tensor(positions).expand(3, -1)                        # (3, N)
         for row in rows:
             row.position += 1
             row.read += 1
-        return self.policy.hidden(x[:, None], positions[..., None], layout)[:, 0]
+        hidden = self.policy.hidden(x[:, None], positions[..., None], layout)    # (N, 1, hidden)
+        return hidden[:, 0]
 
     def sample(self, rows, hidden, on_turn):
         """Samples a token of each row and appends it, and what on_turn answers where a turn ends.
         -> the rows that are done"""
-        rngs, done, seen = [row.sequence.rng for row in rows], [], ()
+        sequences = [row.sequence for row in rows]
+        rngs = [sequence.rng for sequence in sequences]
+        seen = ()
         if self.repetition_penalty != 1:
-            seen = [row.sequence.prompt.ids + row.sequence.ids for row in rows]
+            seen = [sequence.prompt.ids + sequence.ids for sequence in sequences]
         tokens, log_probs = self.policy.choose(hidden, rngs, *self.sampling, seen)
-        for row, token, log_prob in zip(rows, tokens, log_probs, strict=True):
-            sequence = row.sequence
+        done = []
+        for row, sequence, token, log_prob in zip(rows, sequences, tokens, log_probs, strict=True):
             sequence.ids.append(token)
             sequence.sampled.append(True)
             sequence.log_probs.append(log_prob)
@@ -935,8 +946,9 @@ def gather_shares(values):
     """The values of all items in their order, on every process. values: of this process's items,
     number rank, rank + world_size, and so on."""
     shares = gather(values)
-    total = sum(len(share) for share in shares)
-    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
+    processes = len(shares)
+    total = sum(map(len, shares))
+    return [shares[i % processes][i // processes] for i in range(total)]
 
 
 def sum_over_processes(numbers):

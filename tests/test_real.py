@@ -762,8 +762,8 @@ def lose_the_template(folder):
      ["'<|im_end|>'", "'<|box_end|>'", "put tokenizer_config.json"]),
     (lambda f: edit(f / "chat_template.json", chat_template=TEMPLATE[:400]),
      ["chat template cannot be read"]),
-    (lambda f: edit(f / PIXELS, patch_size=16), [PIXELS, "patch_size 14", "get it again"]),
-    (lambda f: edit(f / PIXELS, merge_size=1), [PIXELS, "merge_size 2", "get it again"]),
+    (lambda f: edit(f / PIXELS, patch_size=16), [PIXELS, "(14, 2)", "get it again"]),
+    (lambda f: edit(f / PIXELS, merge_size=1), [PIXELS, "(14, 2)", "get it again"]),
     (lambda f: edit(f / PIXELS, **NO_BOUNDS, size=224), [PIXELS, "longest_edge", "get it again"]),
     (lambda f: edit(f / PIXELS, **NO_BOUNDS, size={"shortest_edge": 56}),
      [PIXELS, "longest_edge", "get it again"])])
