@@ -704,19 +704,16 @@ class DecodeLayout:
     def __init__(self, cache, rows):
         seats = [(row.slot, row.number, row.read, row.prompt_length) for row in rows]
         seats = torch.tensor(seats)                                              # (N, 4)
-        slot, _, column, width = seats.amax(0).tolist()                          # the highest
-        self.prompt = cache.prompt[:, :, :slot + 1, :, :width]      # (layers, 2, S, Hk, P, D)
-        self.own = cache.own[:, :, :slot + 1, :, :, :column + 1]    # (layers, 2, S, Hk, G, T, D)
+        slot, _, column, prompt_width = seats.amax(0).tolist()                   # the highest
+        self.prompt = cache.prompt[:, :, :slot + 1, :, :prompt_width]   # (layers, 2, S, Hk, P, D)
+        self.own = cache.own[:, :, :slot + 1, :, :, :column + 1]     # (layers, 2, S, Hk, G, T, D)
         slots, numbers, self.columns, lengths = seats.to(cache.own.device).T     # (N,) each
         self.seats = slots, numbers
         # A row sees its prompt and its own columns up to this one.
-        device = lengths.device
-        seen_prompt = torch.arange(width, device=device) < lengths[:, None]      # (N, P)
-        seen_own = torch.arange(column + 1, device=device) <= self.columns[:, None]
-        seen = torch.cat([seen_prompt, seen_own], 1)                             # (N, P + T)
-        bias = torch.zeros(slot + 1, cache.rows, seen.shape[1], device=device)
-        bias[self.seats] = seen.log()                                            # 0, or -inf
-        self.bias = bias[:, None, :, None]                                   # (S, 1, G, 1, P + T)
+        seen = torch.cat([below(lengths, prompt_width), below(self.columns + 1, column + 1)], 1)
+        shape = slot + 1, 1, cache.rows, 1, seen.shape[1]                    # (S, 1, G, 1, P + T)
+        self.bias = torch.zeros(shape, device=seen.device)
+        self.bias[slots, 0, numbers, 0] = seen.log()                             # 0, or -inf
 
     def __call__(self, layer, q, k, v, scale):
         slots, numbers = self.seats
@@ -736,6 +733,11 @@ class DecodeLayout:
         to_prompt, to_own = weights.tensor_split([of_prompt.shape[-1]], -1)
         out = product(to_prompt, prompt_v) + product(to_own, own_v)              # (S, Hk, G, f, D)
         return out[slots, :, numbers].view(q.shape).to(q.dtype)
+
+
+def below(limits, width):
+    """Which of the numbers 0 to width - 1 are below each of N limits. -> (N, width), bool"""
+    return torch.arange(width, device=limits.device) < limits[:, None]
 
 
 def product(x, kv):
