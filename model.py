@@ -1,6 +1,7 @@
 """The policy: load, encode, sample, score, save. It knows tokens and images, and nothing of tasks.
 
-In:  a Hugging Face folder or hub id of the Qwen2.5-VL family, and dialogues of text and PIL images.
+In:  a Hugging Face folder or hub id of Qwen2.5-VL or Qwen3-VL, and dialogues of text and PIL
+     images.
 Out: `Sequence`s of sampled tokens with their log-probabilities, log-probabilities with gradients,
      checkpoints.
 
@@ -22,11 +23,11 @@ import os
 import random
 import re
 import shutil
-from collections import deque
+from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import compress, groupby
+from functools import lru_cache, partial
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,6 +62,9 @@ logging.disable_progress_bar()
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 torch.backends.cuda.enable_cudnn_sdp(False)
 
+# The model types that are supported (the second: its dense models), and the coordinates that they
+# point in, see rollout.Dialogue.
+COORDINATES = {"qwen2_5_vl": "input", "qwen3_vl": "thousandths"}
 MAX_LOGITS = 2**26          # floats in the largest (tokens, vocabulary) tensor: 256 MiB
 MAX_VISION_PATCHES = 2**16  # patches in one pass of the vision tower
 REPLICATED = 100_000_000    # parameters of a model at most of which each process has a copy
@@ -75,8 +79,9 @@ class Picture:
     """An image as the model sees it.
 
     image: RGB, of the model input's size; grid (t, h, w) in patches; tokens: how many stand for it;
-    features (tokens, hidden): what the vision tower makes of it. Once they are there the image is
-    dropped."""
+    features (tokens, hidden): what the vision tower makes of it; with DeepStack (tokens, (1 + D) *
+    hidden): behind them, those that are added after each of the first D layers of the language
+    model. Once they are there the image is dropped."""
     # Pixels are kept as bytes: what the tower gets, floats and each twice, is eight times as large.
     image: Image.Image | None
     grid: tuple[int, int, int]
@@ -117,7 +122,7 @@ class Sequence:
 # ------------------------------------------------------------------------------------ load and save
 
 def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None):
-    """Loads a checkpoint folder or hub id of the Qwen2.5-VL family. -> Policy
+    """Loads a checkpoint folder or hub id of Qwen2.5-VL or Qwen3-VL. -> Policy
 
     max_pixels: the model input's area (px) at most, where the checkpoint's own bound is not lower;
     max_image_side: its longest side (px). dtype: if not given the checkpoint's own on a GPU,
@@ -153,16 +158,31 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
         raise UserError(f"{path}: its tokenizer ({len(tokenizer)} tokens) or its chat template is "
                         "missing; put tokenizer.json, tokenizer_config.json and chat_template.json "
                         "of that model beside its config.json")
+    with reading(path, "its chat template"):
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\0"}]
+        _, _, end = tokenizer.apply_chat_template(chat, tokenize=False).partition("\0")
+    end = end.strip()
+    if end != tokenizer.eos_token:
+        raise UserError(f"{path}: its tokenizer's end token is {tokenizer.eos_token!r}, but its "
+                        f"chat template ends a turn with {end!r}; put tokenizer_config.json of "
+                        "that model beside its config.json")
 
-    most = min(processor.size["longest_edge"], max_pixels or math.inf)
-    least = min(processor.size["shortest_edge"], most)
-    processor.size = {"shortest_edge": least, "longest_edge": most}
+    vision, size = model.config.vision_config, processor.size
+    sides = vision.patch_size, vision.spatial_merge_size
+    least = size.shortest_edge or size.min_pixels
+    most = size.longest_edge or size.max_pixels
+    if not least or not most or sides != (processor.patch_size, processor.merge_size):
+        raise UserError(f"{path}: preprocessor_config.json has to have patch_size, merge_size "
+                        f"{sides}, as config.json, and a size of shortest_edge and longest_edge, "
+                        "in pixels; get it again")
+    most = min(most, max_pixels or math.inf)
+    processor.size = {"shortest_edge": min(least, most), "longest_edge": most}
     model.model.language_model.config._attn_implementation = "layout"
     model.model.visual.config._attn_implementation = "flash_by_length"
     # The patch embedding is a convolution whose kernel covers a patch; as the matrix product that
     # it is, it takes a third of the time on a CPU.
     embed = model.model.visual.patch_embed
-    embed.forward = lambda patches: F.linear(patches, embed.proj.weight.flatten(1))
+    embed.forward = lambda patches: F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias)
     return Policy(model.to(device), tokenizer, processor, max_image_side).eval()
 
 
@@ -170,9 +190,9 @@ def read_config(path):
     """The config of a checkpoint folder or hub id; no weights are read. Raises UserError."""
     with reading(path, "config.json"):
         config = AutoConfig.from_pretrained(path)
-    if config.model_type != "qwen2_5_vl":
-        raise UserError(f"{path}: model type '{config.model_type}' is not Qwen2.5-VL's; give a "
-                        "checkpoint of that family")
+    if config.model_type not in COORDINATES:
+        raise UserError(f"{path}: model type '{config.model_type}' is not supported; give a "
+                        "checkpoint of Qwen2.5-VL, or of a dense Qwen3-VL")
     return config
 
 
@@ -186,6 +206,24 @@ def reading(path, part):
         why = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"{path}: {part} cannot be read ({why}); give a folder with config.json, "
                         "complete weights and tokenizer, or a hub id") from error
+
+
+def names_of_transformers_4(folder):
+    """The config and tokenizer_config of a folder that transformers 5 wrote, {name: parts}, with
+    the names that 4.57, and vLLM with it, looks for; version 5 knows both."""
+    config, tokenizer_config = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("config", "tokenizer_config"))
+    text_config = config["text_config"]
+    rope = text_config.pop("rope_parameters")
+    text_config["rope_theta"] = rope.pop("rope_theta")
+    if "type" in rope:                                   # two names of one thing, which may differ
+        del rope["rope_type"]
+    text_config["rope_scaling"] = rope
+    text_config["tie_word_embeddings"] = config["tie_word_embeddings"]
+    special = tokenizer_config.pop("extra_special_tokens", [])
+    tokenizer_config["additional_special_tokens"] = special
+    return {"config": config, "tokenizer_config": tokenizer_config}
 
 
 def move_into_place(part, final):
@@ -215,20 +253,24 @@ class Policy(nn.Module):
 
     def __init__(self, model, tokenizer, image_processor, max_image_side=None):
         super().__init__()
-        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
-        self.max_image_side = max_image_side         # px, of the model input; None: any
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.max_image_side = max_image_side or math.inf               # px, of the model input
         config = model.config
-        self.text_config = config.text_config
-        self.kv_shape = (self.text_config.num_hidden_layers, self.text_config.num_key_value_heads,
-                         self.text_config.hidden_size // self.text_config.num_attention_heads)
+        self.coordinates = COORDINATES[config.model_type]
+        self.text_config = text = config.text_config
+        head_dim = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
+        self.kv_shape = text.num_hidden_layers, text.num_key_value_heads, head_dim
         self.image_token = config.image_token_id
-        self.merge = config.vision_config.spatial_merge_size           # patches a token, each side
-        self.token_px = config.vision_config.patch_size * self.merge   # px a token, each side
+        vision = config.vision_config
+        self.merge = vision.spatial_merge_size                         # patches a token, each side
+        self.token_px = vision.patch_size * self.merge                 # px a token, each side
 
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.end_tokens = {tokenizer.eos_token_id, *ends} - {None}
-        forbidden = torch.zeros(self.text_config.vocab_size, dtype=torch.bool, device=model.device)
+        forbidden = torch.zeros(text.vocab_size, dtype=torch.bool, device=model.device)
         forbidden[len(tokenizer):] = True            # rows of the matrix that stand for no token
         forbidden[[config.image_token_id, config.video_token_id,
                    config.vision_start_token_id, config.vision_end_token_id]] = True
@@ -260,6 +302,7 @@ class Policy(nn.Module):
         self.model.save_pretrained(part, state_dict=state)
         self.tokenizer.save_pretrained(part)
         self.image_processor.save_pretrained(part)
+        notes |= names_of_transformers_4(part)
         for name, note in notes.items():
             text = json.dumps(note, indent=1, ensure_ascii=False)
             (part / f"{name}.json").write_text(text + "\n", encoding="utf-8")
@@ -279,30 +322,30 @@ class Policy(nn.Module):
 
         rounded False: before the sides are rounded to whole tokens."""
         size = self.image_processor.size
-        scale = min(1, (self.max_image_side or math.inf) / max(width, height))
-        width, height = max(1, round(width * scale)), max(1, round(height * scale))
+        least, most = size["shortest_edge"], size["longest_edge"]
+        scale = min(1, self.max_image_side / max(width, height))
+        width = max(1, round(width * scale))
+        height = max(1, round(height * scale))
         if not rounded:
-            scale = min(1, math.sqrt(size["longest_edge"] / (width * height)))
+            scale = min(1, math.sqrt(most / (width * height)))
             return int(width * scale), int(height * scale)
         try:
-            height, width = smart_resize(height, width, self.token_px, size["shortest_edge"],
-                                         size["longest_edge"])
+            height, width = smart_resize(height, width, self.token_px, least, most)
         except ValueError as error:
             raise UserError(f"an image of {width}x{height} px cannot be encoded: {error}") from None
         return width, height
 
     def picture(self, image):
         """PIL image -> Picture. Transparency is ignored."""
-        size = self.input_size(*image.size)
+        size = width, height = self.input_size(*image.size)
         image = image.convert("RGB").resize(size, self.image_processor.resample)
-        columns, rows = (side // self.image_processor.patch_size for side in size)
-        return Picture(image, (1, rows, columns), rows * columns // self.merge**2)
+        patch = self.image_processor.patch_size
+        grid = 1, height // patch, width // patch
+        return Picture(image, grid, math.prod(grid) // self.merge**2)
 
     def chunk(self, text, images=()):
         """Text in which every "<|image_pad|>" stands for one of `images` (PIL or Picture)."""
         first, *rest = text.split(self.tokenizer.convert_ids_to_tokens(self.image_token))
-        if len(rest) != len(images):
-            raise ValueError(f"{len(rest)} image places in the text, {len(images)} images")
         chunk = Chunk(self.encode(first))
         for image, text_behind in zip(images, rest, strict=True):
             picture = image if isinstance(image, Picture) else self.picture(image)
@@ -358,92 +401,113 @@ class Policy(nn.Module):
         return out["pixel_values"]
 
     def features(self, pictures):
-        """Vision features of several pictures, each (tokens, hidden). They are computed once,
-        without gradients, and kept in the pictures."""
+        """Vision features of several pictures, see Picture. They are computed once, without
+        gradients, and kept in the pictures."""
         new = [picture for picture in dict.fromkeys(pictures) if picture.features is None]
         new.sort(key=lambda picture: picture.grid)
         for part in split_by_size(new, lambda picture: math.prod(picture.grid), MAX_VISION_PATCHES):
             with torch.no_grad():
                 features = self.run_vision_tower(part)
             for picture, its_features in zip(part, features, strict=True):
-                picture.features, picture.image = its_features, None
+                picture.features = its_features
+                picture.image = None
         return [picture.features for picture in pictures]
 
     def run_vision_tower(self, pictures):
-        """Pictures in the order of their sizes -> features, each (tokens, hidden)."""
+        """Pictures in the order of their sizes -> the features of each."""
         pixels = self.pixel_values(pictures).to(self.device, self.model.dtype)
         # Those of one size are given to it as the frames of one film: it encodes each frame by
         # itself, and works out positions and windows once for all of them.
-        frames = groupby(picture.grid for picture in pictures)
-        grids = [(len(list(same)), height, width) for (_, height, width), same in frames]
+        frames = Counter(picture.grid for picture in pictures)
+        grids = [(count, *sides) for (_, *sides), count in frames.items()]
         grids = torch.tensor(grids, device=self.device)
-        out = self.model.model.get_image_features(pixels, grids).pooler_output
-        return torch.cat(out).split([picture.tokens for picture in pictures])
+        out = self.model.model.get_image_features(pixels, grids)
+        depths = [out.pooler_output, *getattr(out, "deepstack_features", ())]
+        features = torch.cat([torch.cat(depth) for depth in depths], 1)
+        lengths = [picture.tokens for picture in pictures]
+        return features.split(lengths)
 
     def embed(self, ids, pictures):
-        """Token ids (list, N) and the pictures of their image tokens -> embeddings (N, hidden)."""
+        """Token ids (list, N) and the pictures of their image tokens -> embeddings (N, hidden), and
+        DeepStack's arguments of the language model, {} without it."""
         ids = torch.tensor(ids, device=self.device)
         x = self.model.model.language_model.embed_tokens(ids)                    # (N, hidden)
-        if pictures:
-            places = (ids == self.image_token).nonzero()[:, 0]
-            x = x.index_put((places,), torch.cat(self.features(pictures)).to(x.dtype))
-        return x
+        if not pictures:
+            return x, {}
+        seen = ids == self.image_token
+        features = torch.cat(self.features(pictures)).to(x.dtype)
+        features, *deeper = features.split(x.shape[1], 1)                        # (tokens, hidden)
+        x = x.index_put((seen.nonzero()[:, 0],), features)
+        stack = dict(visual_pos_masks=seen[None], deepstack_visual_embeds=deeper) if deeper else {}
+        return x, stack
 
     def positions(self, ids, pictures, start=0):
         """m-RoPE positions (3, N) of a chunk that starts at position `start`, and the one after it.
 
         Text counts on in all three rows. An image stands at one time; its tokens count down and
         across from there, and the text behind it goes on after its longer side."""
-        parts, end = [], 0                                   # tokens that have positions
+        after = start + len(ids)
+        positions = torch.arange(start, after).repeat(3, 1)
+        end = 0                                              # of the image before
         for picture in pictures:
             first = ids.index(self.image_token, end)
-            origin = start + first - end
-            _, height, width = (side // self.merge for side in picture.grid)     # in tokens
-            grid = [torch.arange(side) for side in (1, height, width)]
-            parts.append(torch.arange(start, origin).expand(3, -1))
-            parts.append(torch.cartesian_prod(*grid).T + origin)                 # (3, tokens)
-            start = origin + max(height, width)
             end = first + picture.tokens
-        after = start + len(ids) - end
-        parts.append(torch.arange(start, after).expand(3, -1))
-        return torch.cat(parts, 1), after
+            _, height, width = (side // self.merge for side in picture.grid)     # in tokens
+            steps = torch.ones(1, height, width).nonzero().T                     # (3, tokens)
+            positions[:, first:end] = positions[:, first, None] + steps
+            fewer = picture.tokens - max(height, width)
+            positions[:, end:] -= fewer
+            after -= fewer
+        return positions, after
 
     # ------------------------------------------------------------- hidden states, log-probabilities
 
-    def hidden(self, x, positions, layout):
+    def hidden(self, x, positions, layout, **stack):
         """Embeddings (B, L, hidden) at positions (3, B, L) through the language model -> (B, L,
-        hidden). layout: what attends to what."""
-        masks = {"full_attention": None, "sliding_attention": None}      # the layout is the mask
+        hidden). layout: what attends to what; stack: see embed."""
         out = self.model.model.language_model(
-            inputs_embeds=x, position_ids=positions.to(self.device), attention_mask=masks,
-            use_cache=False, layout=layout)
+            inputs_embeds=x, position_ids=positions.to(self.device), use_cache=False,
+            layout=layout, **stack)
         return out.last_hidden_state
 
     def hidden_of(self, batch, layout):
         """A PackedBatch of N tokens -> (N, hidden)."""
-        x = self.embed(batch.ids, batch.pictures)[None]                          # (1, N, hidden)
-        positions = torch.cat(batch.positions, 1)[:, None]                       # (3, 1, N)
-        return self.hidden(x, positions, layout)[0]
+        x, stack = self.embed(batch.ids, batch.pictures)                         # (N, hidden)
+        positions = torch.cat(batch.positions, 1)                                # (3, N)
+        hidden = self.hidden(x[None], positions[:, None], layout, **stack)       # (1, N, hidden)
+        return hidden[0]
 
-    def log_softmax(self, hidden, temperature=1.0):
+    def log_softmax(self, hidden, temperature=1.0, penalty=1.0, seen=()):
         """Hidden states (N, hidden) -> log-probabilities (N, vocabulary) of the distribution that
-        is sampled from, float32."""
+        is sampled from, float32. penalty, seen: see choose."""
         logits = self.model.lm_head(hidden).float()
+        if penalty != 1:
+            repeated = torch.zeros_like(logits, dtype=torch.bool)
+            for row, ids in zip(repeated, seen, strict=True):
+                row[ids] = True
+            lower = torch.where(logits < 0, logits * penalty, logits / penalty)
+            logits = lower.where(repeated, logits)
         return torch.log_softmax(logits.masked_fill(self.forbidden, -torch.inf) / temperature, -1)
 
-    def choose(self, hidden, rngs, temperature=1.0, top_p=1.0):
+    def choose(self, hidden, rngs, temperature=1.0, top_p=1.0, top_k=0, penalty=1.0, seen=()):
         """Samples a token from each of N hidden states (N, hidden), by the next number of each of N
         random rngs. -> N tokens, N log-probabilities, as lists
 
-        temperature 0: the likeliest token, and no number is drawn."""
-        log_probs = self.log_softmax(hidden, temperature or 1.0)                 # (N, vocabulary)
+        temperature 0: the likeliest token, and no number is drawn. top_k 0: all tokens. penalty:
+        logits of the token ids in seen, N lists, are divided by it, negative ones multiplied."""
+        log_probs = self.log_softmax(hidden, temperature or 1.0, penalty, seen)  # (N, vocabulary)
+        if top_k:
+            best, _ = log_probs.topk(min(top_k, len(self.forbidden)))
+            log_probs = without(log_probs, log_probs < best[:, -1:])
         if top_p < 1:
             log_probs = nucleus(log_probs, top_p)
         if temperature == 0:
             tokens = log_probs.argmax(-1, keepdim=True)                          # (N, 1)
         else:
-            tokens = invert(log_probs, [rng.getrandbits(32) / 2**32 for rng in rngs])
-        return tokens[:, 0].tolist(), log_probs.gather(1, tokens)[:, 0].tolist()
+            uniforms = [rng.getrandbits(32) / 2**32 for rng in rngs]
+            tokens = invert(log_probs, uniforms)                                 # (N, 1)
+        chosen = log_probs.gather(1, tokens)                                     # (N, 1)
+        return tokens[:, 0].tolist(), chosen[:, 0].tolist()
 
     def log_probs(self, groups, temperature=1.0):
         """Log-probabilities, with gradients, of every sampled token: each prompt is run once.
@@ -455,11 +519,13 @@ class Policy(nn.Module):
         tokens = torch.tensor(batch.ids, device=self.device)[targets]            # (N,)
 
         def log_probs_of(h, t):
-            return self.log_softmax(h, temperature).gather(1, t[:, None])[:, 0]
+            log_probs = self.log_softmax(h, temperature)                         # (n, vocabulary)
+            return log_probs.gather(1, t[:, None])[:, 0]
         # In parts, whose logits are computed again for the gradients: few are in memory at a time.
         size = max(1, MAX_LOGITS // self.text_config.vocab_size)
         parts = zip(hidden.split(size), tokens.split(size), strict=True)
-        return torch.cat([checkpoint(log_probs_of, *part, use_reentrant=False) for part in parts])
+        found = [checkpoint(log_probs_of, *part, use_reentrant=False) for part in parts]
+        return torch.cat(found)
 
     forward = log_probs
 
@@ -508,8 +574,9 @@ def invert(log_probs, uniforms):
 
     A token of probability 0 is never the first."""
     cumulated = log_probs.exp().cumsum(-1, dtype=torch.float64)                  # (N, vocabulary)
-    uniforms = torch.tensor(uniforms, dtype=torch.float64, device=log_probs.device)
-    return torch.searchsorted(cumulated, uniforms[:, None] * cumulated[:, -1:], right=True)
+    uniforms = cumulated.new_tensor(uniforms)
+    wanted = uniforms[:, None] * cumulated[:, -1:]                               # (N, 1)
+    return torch.searchsorted(cumulated, wanted, right=True)
 
 
 def nucleus(log_probs, top_p):
@@ -518,7 +585,12 @@ def nucleus(log_probs, top_p):
     ordered, index = log_probs.sort(-1, descending=True)
     beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
     dropped = torch.zeros_like(beyond).scatter(-1, index, beyond)
-    return torch.log_softmax(log_probs.masked_fill(dropped, -torch.inf), -1)
+    return without(log_probs, dropped)
+
+
+def without(log_probs, dropped):
+    """The distribution without the dropped tokens (bool), renormalised."""
+    return log_probs.masked_fill(dropped, -torch.inf).log_softmax(-1)
 
 
 # -------------------------------------------------------------------------- attention and its cache
@@ -532,12 +604,13 @@ def layout_attention(module, q, k, v, attention_mask, scaling, layout, **kwargs)
 def window_attention(module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
     """The same of the vision tower: q, k, v (1, H, N, D), N patches of windows or images that begin
     at cu_seq_lens_q (W + 1,). All windows of one length are a batch: one call, not one a window."""
-    out, starts = torch.empty_like(q), cu_seq_lens_q[:-1]
+    qkv = torch.cat([q, k, v])                                                   # (3, H, N, D)
+    out = torch.empty_like(q)
     lengths = cu_seq_lens_q.diff()                                               # (W,)
     for length in lengths.unique().tolist():
-        offsets = torch.arange(length, device=q.device)
-        index = starts[lengths == length][:, None] + offsets                     # (w, length)
-        windows = [x[0, :, index].transpose(0, 1) for x in (q, k, v)]            # (w, H, length, D)
+        starts = cu_seq_lens_q[:-1][lengths == length]                           # (w,)
+        index = starts[:, None] + torch.arange(length, device=q.device)          # (w, length)
+        windows = qkv[:, :, index].transpose(1, 2)                               # (3, w, H, L, D)
         attended = F.scaled_dot_product_attention(*windows, scale=scaling)
         out[0, :, index] = attended.transpose(0, 1)                              # (H, w, length, D)
     return out.transpose(1, 2), None
@@ -549,8 +622,8 @@ ALL_ATTENTION_FUNCTIONS.register("flash_by_length", window_attention)
 
 
 def causal_attention(q, k, v, scale):
-    """q (B, H, L, D), k, v (B, Hk, M, D), M >= L: the queries are the last L of the M columns.
-    -> (B, H, L, D)"""
+    """q (1, H, L, D), k, v (1, Hk, M, D), M >= L: the queries are the last L of the M columns.
+    -> (1, H, L, D)"""
     mask = causal_lower_right(q.shape[2], k.shape[2])        # a bias that the flash kernel knows
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
@@ -565,13 +638,13 @@ class TrainLayout:
 
     def __call__(self, layer, q, k, v, scale):
         flat = sum(self.lengths, [])
-        parts = zip(q.split(flat, 2), k.split(flat, 2), v.split(flat, 2), strict=True)
+        chunks = zip(*(x.split(flat, 2) for x in (q, k, v)), strict=True)
         out = []
         for _, *responses in self.lengths:
-            q, prompt_k, prompt_v = next(parts)
+            q, prompt_k, prompt_v = next(chunks)
             out.append(causal_attention(q, prompt_k, prompt_v, scale))
             for _ in responses:
-                q, k, v = next(parts)
+                q, k, v = next(chunks)
                 k = torch.cat([prompt_k, k], 2)                                  # (1, Hk, P + L, D)
                 v = torch.cat([prompt_v, v], 2)
                 out.append(causal_attention(q, k, v, scale))
@@ -584,12 +657,11 @@ class Cache:
 
     def __init__(self, policy, slots, rows, prompt_columns, own_columns):
         layers, heads, dim = policy.kv_shape                                     # , Hk, D
-        options = dict(dtype=policy.model.dtype, device=policy.device)
-        prompt = 2, slots, heads, prompt_columns, dim                            # (2, S, Hk, P, D)
-        own = 2, slots, heads, rows, own_columns, dim                        # (2, S, Hk, G, T, D)
-        self.slots, self.rows = slots, rows                                      # S, G
-        self.prompt = [torch.zeros(prompt, **options) for _ in range(layers)]
-        self.own = [torch.zeros(own, **options) for _ in range(layers)]
+        zeros = partial(torch.zeros, dtype=policy.model.dtype, device=policy.device)
+        self.slots = slots                                                       # S
+        self.rows = rows                                                         # G
+        self.prompt = zeros(layers, 2, slots, heads, prompt_columns, dim)    # (2, S, Hk, P, D) each
+        self.own = zeros(layers, 2, slots, heads, rows, own_columns, dim)    # (2, S, Hk, G, T, D)
 
 
 class ReadLayout:
@@ -600,23 +672,25 @@ class ReadLayout:
         self.cache, self.first_rows, self.rows = cache, first_rows, rows
 
     def __call__(self, layer, q, k, v, scale):
-        prompt, own = self.cache.prompt[layer], self.cache.own[layer]
+        prompt = self.cache.prompt[layer]
+        own = self.cache.own[layer]
         lengths = [row.prompt_length for row in self.first_rows]
         lengths += [row.unread for row in self.rows]
-        parts = zip(q.split(lengths, 2), torch.cat([k, v]).split(lengths, 2), strict=True)
+        kv = torch.cat([k, v])                                                   # (2, Hk, N, D)
+        chunks = zip(q.split(lengths, 2), kv.split(lengths, 2), strict=True)
         out = []
         for row in self.first_rows:
-            q, kv = next(parts)                                                  # kv (2, Hk, L, D)
+            q, kv = next(chunks)                                                 # kv (2, Hk, L, D)
             prompt[:, row.slot, :, :row.prompt_length] = kv
-            out.append(causal_attention(q, kv[:1], kv[1:], scale))
+            out.append(causal_attention(q, *kv.split(1), scale))
         for row in self.rows:
-            q, kv = next(parts)
+            q, kv = next(chunks)
             seat = own[:, row.slot, :, row.number]                               # (2, Hk, T, D)
             end = row.read + row.unread
             seat[:, :, row.read:end] = kv
             of_prompt = prompt[:, row.slot, :, :row.prompt_length]
             kv = torch.cat([of_prompt, seat[:, :, :end]], 2)
-            out.append(causal_attention(q, kv[:1], kv[1:], scale))
+            out.append(causal_attention(q, *kv.split(1), scale))
         return torch.cat(out, 2)
 
 
@@ -628,39 +702,42 @@ class DecodeLayout:
     group, and each row's own K/V is read where it lies."""
 
     def __init__(self, cache, rows):
-        self.cache, self.rows, device = cache, cache.rows, cache.own[0].device
-        numbers = [(row.slot, row.number, row.read, row.prompt_length) for row in rows]
-        numbers = torch.tensor(numbers)
-        slot, _, column, self.prompt_width = numbers.amax(0).tolist()            # the highest: P
-        self.slots, self.own_width = slot + 1, column + 1                        # S, T
-        slots, numbers, columns, prompt_lengths = numbers.to(device).T            # (N,) each
-        self.seats, self.columns = (slots, numbers), columns
+        seats = [(row.slot, row.number, row.read, row.prompt_length) for row in rows]
+        seats = torch.tensor(seats)                                              # (N, 4)
+        slot, _, column, prompt_width = seats.amax(0).tolist()                   # the highest
+        self.prompt = cache.prompt[:, :, :slot + 1, :, :prompt_width]   # (layers, 2, S, Hk, P, D)
+        self.own = cache.own[:, :, :slot + 1, :, :, :column + 1]     # (layers, 2, S, Hk, G, T, D)
+        slots, numbers, self.columns, lengths = seats.to(cache.own.device).T     # (N,) each
+        self.seats = slots, numbers
         # A row sees its prompt and its own columns up to this one.
-        seen_prompt = torch.arange(self.prompt_width, device=device) < prompt_lengths[:, None]
-        seen_own = torch.arange(self.own_width, device=device) <= columns[:, None]
-        seen = torch.cat([seen_prompt, seen_own], 1)                             # (N, P + T)
-        bias = torch.zeros(self.slots, cache.rows, seen.shape[1], device=device)
-        bias[self.seats] = torch.where(seen, 0.0, -torch.inf)
-        self.bias = bias[:, None, :, None]                                   # (S, 1, G, 1, P + T)
+        seen = torch.cat([below(lengths, prompt_width), below(self.columns + 1, column + 1)], 1)
+        shape = slot + 1, 1, cache.rows, 1, seen.shape[1]                    # (S, 1, G, 1, P + T)
+        self.bias = torch.zeros(shape, device=seen.device)
+        self.bias[slots, 0, numbers, 0] = seen.log()                             # 0, or -inf
 
     def __call__(self, layer, q, k, v, scale):
-        N, H, _, D = q.shape
-        S, Hk, G, P, T = self.slots, k.shape[1], self.rows, self.prompt_width, self.own_width
         slots, numbers = self.seats
-        own = self.cache.own[layer]
-        own[:, slots, :, numbers, self.columns] = torch.stack([k[:, :, 0], v[:, :, 0]], 1)
-        prompt_k, prompt_v = self.cache.prompt[layer][:, :S, :, :P]              # (S, Hk, P, D)
-        own_k, own_v = own[:, :S, :, :, :T]                                      # (S, Hk, G, T, D)
+        own = self.own[layer]
+        own[:, slots, :, numbers, self.columns] = torch.stack([k, v], 1).squeeze(3)
+        own_k, own_v = own                                                       # (S, Hk, G, T, D)
+        prompt_k, prompt_v = self.prompt[layer]                                  # (S, Hk, P, D)
 
         # f query heads share one head of keys and values.
-        queries = q.new_zeros(S, Hk, G, H // Hk, D)                              # (S, Hk, G, f, D)
-        queries[slots, :, numbers] = q.view(N, Hk, -1, D)
+        by_head = q.unflatten(1, (k.shape[1], -1)).squeeze(3)                    # (N, Hk, f, D)
+        queries = q.new_zeros(own_k.shape[:3] + by_head.shape[2:])               # (S, Hk, G, f, D)
+        queries[slots, :, numbers] = by_head
         of_prompt = product(queries, prompt_k.mT)                                # (S, Hk, G, f, P)
         of_own = product(queries, own_k.mT)                                      # (S, Hk, G, f, T)
         scores = torch.cat([of_prompt, of_own], -1) * scale + self.bias
-        to_prompt, to_own = scores.softmax(-1).to(q.dtype).split([P, T], -1)
+        weights = scores.softmax(-1).to(q.dtype)
+        to_prompt, to_own = weights.tensor_split([of_prompt.shape[-1]], -1)
         out = product(to_prompt, prompt_v) + product(to_own, own_v)              # (S, Hk, G, f, D)
-        return out[slots, :, numbers].view(N, H, 1, D).to(q.dtype)
+        return out[slots, :, numbers].view(q.shape).to(q.dtype)
+
+
+def below(limits, width):
+    """Which of the numbers 0 to width - 1 are below each of N limits. -> (N, width), bool"""
+    return torch.arange(width, device=limits.device) < limits[:, None]
 
 
 def product(x, kv):
@@ -703,14 +780,18 @@ class Row:
 class Engine:
     """Runs many groups of continuations at once, each row decoded at its own pace.
 
-    policy, and: temperature (0: greedy), top_p, turn_tokens (sampled tokens a turn at most),
-    response_tokens (all tokens behind the prompt at most), cache_tokens (K/V columns at most:
-    decides how many groups run at once; one always does; None: half of a GPU's free memory)."""
+    policy, and: temperature (0: greedy), top_p, top_k (0: all), repetition_penalty (of all tokens
+    before, the prompt's too), turn_tokens (sampled tokens a turn at most), response_tokens (all
+    tokens behind the prompt at most), cache_tokens (K/V columns at most: decides how many groups
+    run at once; one always does; None: half of a GPU's free memory)."""
 
-    def __init__(self, policy, *, temperature=1.0, top_p=1.0, turn_tokens=1024,
-                 response_tokens=2048, cache_tokens=None):
-        self.policy, self.temperature, self.top_p = policy, temperature, top_p
-        self.turn_tokens, self.response_tokens = turn_tokens, response_tokens
+    def __init__(self, policy, *, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0,
+                 turn_tokens=1024, response_tokens=2048, cache_tokens=None):
+        self.policy = policy
+        self.repetition_penalty = repetition_penalty
+        self.sampling = temperature, top_p, top_k, repetition_penalty
+        self.turn_tokens = turn_tokens
+        self.response_tokens = response_tokens
         self.cache_tokens = cache_tokens
 
     @torch.no_grad()
@@ -759,12 +840,12 @@ class Engine:
 
     def make_cache(self, groups):
         """A Cache for the longest prompt, and for as many of the groups as there is memory for."""
-        rows = max(len(group) for group in groups)
+        rows = max(map(len, groups))
         prompt_columns = max(len(group[0].prompt.ids) for group in groups)
         self.cache = None                                    # frees the one of the run before
         cache_tokens = self.cache_tokens or free_columns(self.policy)
-        fits = cache_tokens // (prompt_columns + rows * self.response_tokens)
-        slots = max(1, min(fits, len(groups)))
+        columns = prompt_columns + rows * self.response_tokens           # of a group
+        slots = max(1, min(cache_tokens // columns, len(groups)))
         return Cache(self.policy, slots, rows, prompt_columns, self.response_tokens)
 
     def read(self, started, rows):
@@ -794,20 +875,27 @@ class Engine:
     def decode(self, rows):
         """Reads the one unread token of each row. -> hidden states (rows, hidden)"""
         layout = DecodeLayout(self.cache, rows)
-        x = self.policy.embed([row.sequence.ids[-1] for row in rows], [])        # (N, hidden)
-        positions = torch.tensor([row.position for row in rows]).expand(3, -1)   # (3, N)
+        ids = [row.sequence.ids[-1] for row in rows]
+        positions = [row.position for row in rows]
+        x, _ = self.policy.embed(ids, [])                                        # (N, hidden)
+        positions = torch.tensor(positions).expand(3, -1)                        # (3, N)
         for row in rows:
             row.position += 1
             row.read += 1
-        return self.policy.hidden(x[:, None], positions[..., None], layout)[:, 0]
+        hidden = self.policy.hidden(x[:, None], positions[..., None], layout)    # (N, 1, hidden)
+        return hidden[:, 0]
 
     def sample(self, rows, hidden, on_turn):
         """Samples a token of each row and appends it, and what on_turn answers where a turn ends.
         -> the rows that are done"""
-        rngs, done = [row.sequence.rng for row in rows], []
-        tokens, log_probs = self.policy.choose(hidden, rngs, self.temperature, self.top_p)
-        for row, token, log_prob in zip(rows, tokens, log_probs, strict=True):
-            sequence = row.sequence
+        sequences = [row.sequence for row in rows]
+        rngs = [sequence.rng for sequence in sequences]
+        seen = ()
+        if self.repetition_penalty != 1:
+            seen = [sequence.prompt.ids + sequence.ids for sequence in sequences]
+        tokens, log_probs = self.policy.choose(hidden, rngs, *self.sampling, seen)
+        done = []
+        for row, sequence, token, log_prob in zip(rows, sequences, tokens, log_probs, strict=True):
             sequence.ids.append(token)
             sequence.sampled.append(True)
             sequence.log_probs.append(log_prob)
@@ -860,8 +948,9 @@ def gather_shares(values):
     """The values of all items in their order, on every process. values: of this process's items,
     number rank, rank + world_size, and so on."""
     shares = gather(values)
-    total = sum(len(share) for share in shares)
-    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
+    processes = len(shares)
+    total = sum(map(len, shares))
+    return [shares[i % processes][i // processes] for i in range(total)]
 
 
 def sum_over_processes(numbers):

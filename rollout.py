@@ -8,8 +8,8 @@ Four modes, as in the paper: `direct` (an answer only), `think` (a thought, then
 zoom call, answered by a crop, ..., the answer).
 
 There are two systems of coordinates. The policy reads and writes pixels of the model input, the
-image after the image processor's resize. Files, boxes and crops are in pixels of the original
-image. `Frame` converts, and nothing else does.
+image after the image processor's resize, or, if it is Qwen3-VL, thousandths of width and height.
+Files, boxes and crops are in pixels of the original image. `Frame` converts, and nothing else does.
 
 Departures from the public code: crops are cut from the original, so that a zoom adds detail; a
 window at the border is moved inside, never stretched; bad calls and points outside are answered in
@@ -399,9 +399,14 @@ def format_point(point):
     return f"({x}, {y})"
 
 
+# By the system of coordinates, what a policy counts in.
+UNITS = {"input": "pixels", "unrounded": "pixels", "thousandths": "thousandths of width and height"}
+
+
 @dataclass(frozen=True)
 class Frame:
-    """The sizes (width, height) in px of an image: of the model input, and of the original."""
+    """The sizes (width, height) in px of an image: of the model input, and of the original. Where
+    the policy points in thousandths, the first is (1000, 1000), and not in px."""
     input_size: tuple[int, int]
     original_size: tuple[int, int]
 
@@ -626,10 +631,11 @@ class Dialogue:
     before_dotted: instead of before_crop, where the crop has a dot. no_calls_left: the observation
     after the last call. forced_answer: then written for the policy, as the beginning of its turn.
     hints: say what an answer shall look like where the question does not. coordinates: of the model
-    input ("input"), or, as in the public code, of the image scaled to at most max_pixels, before
-    its sides are rounded to whole tokens ("unrounded"). web_question: of the text of a question for
-    a web action, with {intent}, {history} and, for policies that read them, {url} and {elements}.
-    web_actions: those that the hint of such a question names.
+    input ("input"); or, as in the public code, of the image scaled to at most max_pixels, before
+    its sides are rounded to whole tokens ("unrounded"); or from 0 to 1000 of its width and height,
+    as Qwen3-VL's ("thousandths"). Prompts and hints that say "in pixels" are given in that unit. web_question: of the
+    text of a question for a web action, with {intent}, {history} and, for policies that read them,
+    {url} and {elements}. web_actions: those that the hint of such a question names.
 
     The wording of the authors' checkpoints is in Gabesarch/grounded-rl: system prompts in
     scripts/evaluation/eval_multiturn.sh, for the web in web_action_grounded_thinking.jinja and
@@ -661,8 +667,8 @@ class Dialogue:
         for mode, text in self.system_prompts.items():
             if mode not in MODES or type(text) is not str:
                 raise ValueError(f"'system_prompts' has to have texts, by {', '.join(MODES)}")
-        if self.coordinates not in ("input", "unrounded"):
-            raise ValueError("'coordinates' has to be 'input' or 'unrounded'")
+        if self.coordinates not in UNITS:
+            raise ValueError(f"'coordinates' has to be one of {', '.join(UNITS)}")
         if not all(type(action) is str for action in self.web_actions):
             raise ValueError("'web_actions' has to be a list of texts")
         bounds = {"crop_half": (1, 100_000), "crop_size": (1, 4096), "max_crops": (0, 100)}
@@ -699,7 +705,11 @@ class Dialogue:
         if question.kind == "action" and self.web_actions:
             hint = ("The answer is one of these actions, with numbers and words that fit: "
                     f"{', '.join(self.web_actions)}.")
-        return f"{question.text}\n{hint}" if self.hints and hint else question.text
+        return f"{question.text}\n{self.in_unit(hint)}" if self.hints and hint else question.text
+
+    def in_unit(self, text):
+        """A prompt or hint, in the unit of the policy's coordinates."""
+        return text.replace("in pixels", f"in {UNITS[self.coordinates]}")
 
     def prompt(self, policy, question):
         """-> the Chunk after which the policy speaks, and the Frames of the question's images."""
@@ -708,16 +718,17 @@ class Dialogue:
         content.append({"type": "text", "text": policy.clean(self.asked(question))})
         messages = [{"role": "user", "content": content}]
         if system := self.system_prompts.get(self.mode):
-            messages.insert(0, {"role": "system", "content": system})
+            messages.insert(0, {"role": "system", "content": self.in_unit(system)})
         try:
             chunk = policy.prompt(messages, images)
         except UserError as error:       # an image's size, by one who does not know the row
             raise UserError(f"{question.where or 'the question'}: {error}") from None
         if not self.tool:
             chunk.ids += policy.encode(self.forced_answer)
-        rounded = self.coordinates == "input"
-        frames = [Frame(policy.input_size(*image.size, rounded), image.size) for image in images]
-        return chunk, frames
+        sizes = [policy.input_size(*image.size, self.coordinates == "input") for image in images]
+        if self.coordinates == "thousandths":
+            sizes = [(1000, 1000)] * len(images)
+        return chunk, [Frame(size, image.size) for size, image in zip(sizes, images, strict=True)]
 
     def start(self, policy, question, group, seed=0):
         """`group` empty Traces of a question, sharing one prompt; number i samples by random
@@ -759,8 +770,9 @@ class Dialogue:
             trace.must_answer, trace.prefix = True, self.forced_answer
         elif turn.call and not frame.contains(turn.call):
             width, height = frame.input_size
+            px = "" if self.coordinates == "thousandths" else " px"
             turn.error = (f"The point {format_point(turn.call)} is outside the image, which is "
-                          f"{width} px wide and {height} px high.")
+                          f"{width}{px} wide and {height}{px} high.")
         shown, pictures = {"type": "text", "text": turn.error}, []
         if turn.call and not turn.error:
             shown, pictures = {"type": "image"}, [self.crop(policy, trace, turn)]
@@ -789,11 +801,12 @@ class Dialogue:
 def make_dialogue(args, checkpoint, policy):
     """The Dialogue that goes with a checkpoint and the settings.
 
-    What counts, from the least to the most: the crops of the task's family; the checkpoint's
-    dialogue.json, or, without one, the system message of its chat template; --dialogue FILE. Raises
-    UserError."""
+    What counts, from the least to the most: the crops of the task's family, the coordinates of the
+    model's; the checkpoint's dialogue.json, or, without one, the system message of its chat
+    template; --dialogue FILE. Raises UserError."""
     settings = family_settings(args.family, args.training)
     parts = {name: value for name, value in settings.items() if name.startswith("crop")}
+    parts["coordinates"] = policy.coordinates
     own = checkpoint and cached_file(checkpoint, "dialogue.json",
                                      _raise_exceptions_for_missing_entries=False)
     if own:

@@ -364,7 +364,7 @@ def messages_of(dialogue, question, texts):
     asked = "<image>" * len(question.images) + dialogue.asked(question)
     messages = [{"role": "user", "content": asked}]
     if system := dialogue.system_prompts.get(dialogue.mode):
-        messages.insert(0, {"role": "system", "content": system})
+        messages.insert(0, {"role": "system", "content": dialogue.in_unit(system)})
     before = dialogue.before_dotted if dialogue.crop_dot else dialogue.before_crop
     for text in texts:
         messages.append({"role": "assistant", "content": text})

@@ -21,7 +21,18 @@ from conftest import (
     prompts,
     recorded,
 )
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LogitsProcessorList,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import model
 from model import (
@@ -45,6 +56,44 @@ from model import (
     world_size,
     write_text,
 )
+
+
+def as_qwen3(folder, out):
+    """Writes a Qwen3-VL with random weights, of the tokenizer and the sizes of a tiny Qwen2.5-VL,
+    but with heads that are no share of the hidden size, and grouped queries."""
+    shutil.copytree(folder, out)
+    config = json.loads((out / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    kept = {name: config[name] for name in config if name.endswith("_token_id")}
+    rope = dict(rope_type="default", mrope_section=[4, 2, 2], mrope_interleaved=True)
+    heads = dict(num_attention_heads=6, num_key_value_heads=2, head_dim=16)
+    sizes = {name: text[name] for name in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "eos_token_id",
+        "initializer_range")}
+    vision = {name: vision[name] for name in (
+        "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size",
+        "spatial_merge_size", "temporal_patch_size", "initializer_range")}
+    deep = dict(depth=3, deepstack_visual_indexes=[0, 2], num_position_embeddings=36)
+    torch.manual_seed(1)
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
+        text_config=sizes | heads | dict(rope_scaling=rope, rope_theta=5e6),
+        vision_config=vision | deep, tie_word_embeddings=False, **kept))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:                              # no bias is zero, no norm is one
+                p.add_(0.1 * torch.randn_like(p))
+    model.generation_config.eos_token_id = text["eos_token_id"]
+    model.save_pretrained(out)
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def tiny_folder(request, tiny_folder, tmp_path_factory):
+    """All promises are those of both families."""
+    if request.param == "qwen2_5_vl":
+        return tiny_folder
+    folder = tmp_path_factory.mktemp("models") / request.param
+    as_qwen3(tiny_folder, folder)
+    return str(folder)
 
 
 def roll(policy, groups, turns=1, **sampling):
@@ -197,7 +246,8 @@ def test_scores_are_not_rounded_to_bfloat16(tiny_folder):
     for std in (10, 30):
         torch.manual_seed(std)
         for layer in text.layers:
-            torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=std)
+            keys = layer.self_attn.k_proj.bias                       # Qwen3's have a norm instead
+            torch.nn.init.normal_(layer.self_attn.k_norm.weight if keys is None else keys, std=std)
         groups = list(prompts(policy, 6, 4))
         pixels = [policy.pixel_values(group[0].prompt.pictures) for group in groups]
         roll(policy, groups, turn_tokens=40)
@@ -341,8 +391,10 @@ def test_features_of_many_sizes_are_those_of_each_alone(many_sizes):
     found = policy.features(pictures + pictures[2:4])
     assert all(picture.image is None and not picture.features.requires_grad for picture in pictures)
     for features, (pixels, grid) in zip(found, inputs + inputs[2:4], strict=True):
-        alone = policy.model.model.get_image_features(pixels, torch.tensor([grid])).pooler_output
-        assert (features - alone[0]).abs().max() < 1e-5
+        out = policy.model.model.get_image_features(pixels, torch.tensor([grid]))
+        depths = [out.pooler_output, *getattr(out, "deepstack_features", ())]
+        alone = torch.cat([image for (image,) in depths], 1)
+        assert (features - alone).abs().max() < 1e-5
 
 
 def test_windows_in_a_batch_are_those_one_by_one(many_sizes):
@@ -364,17 +416,19 @@ def test_windows_in_a_batch_are_those_one_by_one(many_sizes):
         assert (ours - theirs).abs().max() < 1e-5
 
 
-def test_greedy_tokens_are_those_of_generate(policy, tiny_folder):
-    """Guards sampling and stopping: temperature 0 must give what `generate` gives."""
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+def test_greedy_tokens_are_those_of_generate(policy, tiny_folder, penalty):
+    """Guards sampling and stopping: temperature 0 must give what `generate` gives; a penalty of
+    repetition counts the prompt's tokens, too."""
     (sequence,) = group = next(prompts(policy, 1, 1))
     pictures = sequence.prompt.pictures
     ids = torch.tensor([sequence.prompt.ids])
     out = plain_model(tiny_folder).generate(
         input_ids=ids, pixel_values=pixel_values(policy, pictures), max_new_tokens=12,
         image_grid_thw=torch.tensor([pictures[0].grid]), do_sample=False,
-        mm_token_type_ids=(ids == policy.image_token).int(),
+        mm_token_type_ids=(ids == policy.image_token).int(), repetition_penalty=penalty,
         suppress_tokens=policy.forbidden.nonzero()[:, 0].tolist())
-    roll(policy, [group], temperature=0, turn_tokens=12)
+    roll(policy, [group], temperature=0, turn_tokens=12, repetition_penalty=penalty)
     assert sequence.ids == out[0, ids.shape[1]:].tolist()
 
 
@@ -426,6 +480,31 @@ def test_nucleus():
     log_probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     assert torch.allclose(nucleus(log_probs, 0.8).exp(), torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
     assert torch.allclose(nucleus(log_probs, 0.1).exp(), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k, penalty", [
+    (1.0, 0.9, 20, 1.0), (0.7, 1.0, 3, 1.3), (1.4, 0.6, 0, 0.8), (0.01, 0.001, 1, 1.05),
+    (1.0, 0.99, 10**6, 2.0)])
+def test_sampling_is_that_of_hugging_face(policy, temperature, top_p, top_k, penalty):
+    """Guards top-k and the penalty of repetition, and the order of them all: tokens and recorded
+    log-probabilities must be of the distribution that Hugging Face's processors leave."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(200, policy.text_config.hidden_size, generator=generator)
+    seen = [random.Random(i).choices(range(policy.text_config.vocab_size), k=i) for i in range(200)]
+    tokens, log_probs = policy.choose(hidden, [random.Random(i) for i in range(200)], temperature,
+                                      top_p, top_k, penalty, seen)
+    processors = [SuppressTokensLogitsProcessor(policy.forbidden.nonzero()[:, 0].tolist()),
+                  TemperatureLogitsWarper(temperature)]
+    processors += [TopKLogitsWarper(top_k)] if top_k else []
+    processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    repetition = RepetitionPenaltyLogitsProcessor(penalty)
+    logits = policy.model.lm_head(hidden).detach()
+    rows = [repetition(torch.tensor([ids]).long(), row[None]) if ids else row[None]
+            for ids, row in zip(seen, logits, strict=True)]
+    theirs = LogitsProcessorList(processors)(None, torch.cat(rows)).log_softmax(-1)
+    right = invert(theirs, [random.Random(i).getrandbits(32) / 2**32 for i in range(200)])
+    assert tokens == right[:, 0].tolist()
+    assert torch.allclose(torch.tensor(log_probs), theirs.gather(1, right)[:, 0], atol=1e-5)
 
 
 def test_tokens_follow_the_distribution():

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import BASE, ROOT, in_processes, run_in
+from test_model import as_qwen3
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import load_state_dict
 
@@ -140,6 +141,21 @@ def test_several_processes_equal_one(tiny_folder, tmp_path):
         assert weights.keys() == other.keys() and same(weights, other)
     first, later = (torch.load(tmp_path / run / "state.pt") for run in ("one", "one-sharded"))
     assert not same(first, later)
+
+
+def test_qwen3_in_several_processes(tiny_folder, tmp_path):
+    """Guards FSDP2 with what only Qwen3-VL has: DeepStack, which is added between the layers whose
+    weights are gathered, and an output matrix of its own."""
+    as_qwen3(tiny_folder, tmp_path / "qwen3")
+    for name, number in (("one", 1), ("sharded", 2)):
+        in_processes(number, train, tmp_path / "qwen3", None, tmp_path / name, False)
+    one, other = (torch.load(tmp_path / run / "logged.pt") for run in ("one", "sharded"))
+    assert same(one, other) and [row["grad_norm"] > 0 for row in one] == [True] * 4 + [False]
+    one, other = (load_state_dict(tmp_path / run / "rl/model.safetensors")
+                  for run in ("one", "sharded"))
+    assert one.keys() == other.keys() and same(one, other)
+    before = load_state_dict(tmp_path / "qwen3/model.safetensors")
+    assert one.keys() == before.keys() and not same(one, before)
 
 
 def sample_share(folder, out):

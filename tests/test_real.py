@@ -1,6 +1,6 @@
-"""Proof without weights: a folder laid out as the hub has Qwen2.5-VL-3B-Instruct, in small, through
-every script and every data format. What is at stake: what works on checkpoints that we wrote
-ourselves, and fails on those that others did."""
+"""Proof without weights: folders laid out as the hub has Qwen2.5-VL-3B-Instruct and
+Qwen3-VL-4B-Instruct, in small, through every script and every data format. What is at stake: what
+works on checkpoints that we wrote ourselves, and fails on those that others did."""
 import json
 import re
 import shutil
@@ -34,13 +34,12 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
 )
 from transformers.modeling_utils import load_state_dict, safe_save_file
 
 from evaluate import FORMATS, open_file
-from model import Engine, load
+from model import Engine, Policy, load
 from rollout import SYSTEM_PROMPTS, Dialogue, Question, format_call, make_dialogue
 from train_sft import messages_of
 
@@ -76,6 +75,8 @@ TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
 """
+# Qwen3-VL's adds no system message.
+TEMPLATE_OF_QWEN3 = re.sub(r"{%- if messages.*?endif -%}\n", "", TEMPLATE, count=1, flags=re.S)
 SPARE = 21      # rows of the embedding beyond the tokenizer's last token (271 in the real one)
 
 
@@ -142,17 +143,53 @@ def write_configs(folder, ids):
         image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2_5_VLProcessor"))
 
 
+def write_configs_of_qwen3(folder, ids):
+    """The same of Qwen3-VL: nested, heads that are no share of the hidden size, DeepStack."""
+    text = dict(
+        attention_bias=False, attention_dropout=0.0, bos_token_id=ids["<|endoftext|>"],
+        dtype="bfloat16", eos_token_id=ids["<|im_end|>"], head_dim=24, hidden_act="silu",
+        hidden_size=64, initializer_range=0.1, intermediate_size=96, max_position_embeddings=262144,
+        model_type="qwen3_vl_text", num_attention_heads=4, num_hidden_layers=3,
+        num_key_value_heads=2, rms_norm_eps=1e-06, rope_theta=5000000, tie_word_embeddings=True,
+        rope_scaling={"mrope_interleaved": True, "mrope_section": [6, 3, 3],
+                      "rope_type": "default"},
+        use_cache=True, vocab_size=max(ids.values()) + 1 + SPARE)
+    vision = dict(
+        deepstack_visual_indexes=[0, 1], depth=3, hidden_act="gelu_pytorch_tanh", hidden_size=32,
+        in_channels=3, initializer_range=0.1, intermediate_size=48, model_type="qwen3_vl",
+        num_heads=2, num_position_embeddings=64, out_hidden_size=64, patch_size=16,
+        spatial_merge_size=2, temporal_patch_size=2)
+    write_json(folder / "config.json", dict(
+        architectures=["Qwen3VLForConditionalGeneration"], image_token_id=ids["<|image_pad|>"],
+        model_type="qwen3_vl", text_config=text, tie_word_embeddings=True,
+        transformers_version="4.57.0.dev0", video_token_id=ids["<|video_pad|>"],
+        vision_config=vision, vision_end_token_id=ids["<|vision_end|>"],
+        vision_start_token_id=ids["<|vision_start|>"]))
+    write_json(folder / "generation_config.json", dict(
+        bos_token_id=ids["<|endoftext|>"], pad_token_id=ids["<|endoftext|>"], do_sample=True,
+        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], top_k=20, top_p=0.8,
+        repetition_penalty=1.0, temperature=0.7, transformers_version="4.56.0"))
+    write_json(folder / "preprocessor_config.json", dict(
+        size={"longest_edge": 16777216, "shortest_edge": 65536}, patch_size=16,
+        temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        processor_class="Qwen3VLProcessor", image_processor_type="Qwen2VLImageProcessorFast"))
+    write_json(folder / "chat_template.json", {"chat_template": TEMPLATE_OF_QWEN3})
+    edit(folder / "tokenizer_config.json", chat_template=TEMPLATE_OF_QWEN3)
+
+
 def write_weights(folder):
     """bfloat16 weights under the hub's names, in two shards with their index: no lm_head, for it is
     tied. -> {name: tensor}"""
     torch.manual_seed(0)
-    state = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder)).state_dict()
+    config = AutoConfig.from_pretrained(folder)
+    state = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).state_dict()
     state.pop("lm_head.weight")
     weights = {}
     for name, weight in state.items():
         if weight.ndim == 1:                                 # no bias is zero
             weight = weight + 0.1 * torch.randn_like(weight)
-        weights[hub_name(name)] = weight.bfloat16()
+        old_name = hub_name(name) if config.model_type == "qwen2_5_vl" else name
+        weights[old_name] = weight.bfloat16()
     where = {}
     for i in range(2):
         file = f"model-0000{i + 1}-of-00002.safetensors"
@@ -166,18 +203,26 @@ def write_weights(folder):
 
 
 def hub_name(name):
-    """What the hub's files call a weight of transformers' model."""
+    """What the hub's files call a weight of transformers' Qwen2.5-VL; in Qwen3-VL's it is as it
+    is."""
     if ".visual." in name:
         return name.removeprefix("model.")
     return name.replace(".language_model.", ".")
 
 
+FAMILIES = {"Qwen2.5-VL-3B-Instruct": write_configs, "Qwen3-VL-4B-Instruct": write_configs_of_qwen3}
+QWEN, QWEN3 = FAMILIES
+both_families = pytest.mark.parametrize("hub", FAMILIES, indirect=True)
+qwen3 = pytest.mark.parametrize("hub", [QWEN3], indirect=True)
+
+
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
+def hub(request, tmp_path_factory):
     """-> (the folder, the weights that were written to it)"""
-    folder = tmp_path_factory.mktemp("hub") / "Qwen2.5-VL-3B-Instruct"
+    name = getattr(request, "param", QWEN)
+    folder = tmp_path_factory.mktemp("hub") / name
     folder.mkdir()
-    write_configs(folder, write_tokenizer(folder))
+    FAMILIES[name](folder, write_tokenizer(folder))
     return folder, write_weights(folder)
 
 
@@ -191,11 +236,14 @@ def our_name(name):
     """Where transformers keeps what the hub's files call `name`."""
     if name.startswith("visual."):
         return f"model.{name}"
+    if name.startswith(("model.visual.", "model.language_model.")):
+        return name
     return name.replace("model.", "model.language_model.")
 
 
 # ----------------------------------------------------------------------------------- the checkpoint
 
+@both_families
 def test_every_weight_arrives(hub):
     """Guards the hub's old names: a weight that finds no place is left random by transformers,
     without an error."""
@@ -204,7 +252,7 @@ def test_every_weight_arrives(hub):
     assert {our_name(name) for name in written} == set(state) - {"lm_head.weight"}
     for name, weight in written.items():
         assert torch.equal(state[our_name(name)], weight.float())
-    tied = written["model.embed_tokens.weight"].float()
+    tied = state["model.language_model.embed_tokens.weight"]
     assert torch.equal(state["lm_head.weight"], tied)
 
 
@@ -231,6 +279,44 @@ def test_numbers_of_the_checkpoint(hub):
     assert small.picture(Image.new("RGB", (200, 100))).tokens == 8
 
 
+@qwen3
+def test_numbers_of_qwen3(hub):
+    """Guards what is another in Qwen3-VL: patches of 16 px, bounds under their newer names, the
+    size of heads, of which the cache's is a part."""
+    policy = load(str(hub[0]), device="cpu")
+    ids = {token: policy.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    assert policy.token_px == 32 and policy.kv_shape == (3, 2, 24)
+    assert policy.end_tokens == {ids["<|im_end|>"], ids["<|endoftext|>"]}
+    assert policy.input_size(200, 100) == (384, 192)
+    assert policy.input_size(9000, 4500) == (5792, 2880)
+    assert policy.default_system_message() == ""
+
+
+@pytest.mark.parametrize("fields, bounds", [
+    (dict(size={"min_pixels": 3200, "max_pixels": 50_000}), (3200, 50_000)),
+    (dict(size={"min_pixels": 60_000, "max_pixels": 50_000}), (50_000, 50_000)),
+    (dict(size={"shortest_edge": 3300, "longest_edge": 51_000}), (3300, 51_000)),
+    (dict(size={"min_pixels": 1, "max_pixels": 2}, min_pixels=3400, max_pixels=52_000),
+     (3400, 52_000)),
+    (dict(min_pixels=3500, max_pixels=53_000), (3500, 53_000))])
+def test_the_bounds_of_the_model_input_under_all_their_names(fields, bounds, hub, tmp_path):
+    """Guards preprocessor_config.json of several versions: bounds under another name were none, and
+    the first image ended in a TypeError."""
+    folder = shutil.copytree(hub[0], tmp_path / "in")
+    edit(folder / "preprocessor_config.json", **{"min_pixels": None, "max_pixels": None} | fields)
+    policy = load(str(folder), device="cpu")
+    for each in (policy, load_again(policy, tmp_path)):
+        assert tuple(each.image_processor.size[f"{edge}_edge"]
+                     for edge in ("shortest", "longest")) == bounds
+    large = policy.picture(Image.new("RGB", (900, 900))).image
+    assert bounds[1] * 0.7 < large.width * large.height <= bounds[1]
+
+
+def load_again(policy, folder):
+    policy.save(folder / "again")
+    return load(str(folder / "again"), device="cpu")
+
+
 def test_the_chat_of_the_real_template(hub, tmp_path):
     """Guards prompts and observations: a system message that the template adds by itself, an end
     token said twice; questions that hold special tokens; a template that only chat_template.json
@@ -254,6 +340,7 @@ def test_the_chat_of_the_real_template(hub, tmp_path):
     assert load(str(tmp_path / "older"), device="cpu").render([user]) == policy.render([user])
 
 
+@both_families
 def test_engine_and_training_equal_a_plain_forward_with_grouped_queries(hub):
     """Guards the attention layouts where several query heads share a K/V head, which the tiny
     base's do not."""
@@ -271,6 +358,7 @@ def test_engine_and_training_equal_a_plain_forward_with_grouped_queries(hub):
     assert torch.allclose(trained, plain, atol=1e-4)
 
 
+@both_families
 def test_what_we_save_is_what_we_loaded(hub, tmp_path):
     """Guards checkpoints on their way to others: weights, tokenizer, end tokens, bounds and
     template, through `Policy.save`."""
@@ -287,11 +375,36 @@ def test_what_we_save_is_what_we_loaded(hub, tmp_path):
     ids = policy.tokenizer.encode(text)
     for tokenizer in (again.tokenizer, AutoTokenizer.from_pretrained(tmp_path / "out")):
         assert tokenizer.get_vocab() == policy.tokenizer.get_vocab()
-        assert tokenizer.chat_template == TEMPLATE
+        assert tokenizer.chat_template == policy.tokenizer.chat_template
         assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
-    assert again.end_tokens == policy.end_tokens and again.token_px == 28
+    assert again.end_tokens == policy.end_tokens and again.token_px == policy.token_px
     assert again.image_processor.size == policy.image_processor.size
     assert (again.forbidden == policy.forbidden).all()
+
+
+@both_families
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_we_save_has_the_names_of_transformers_4(tied, hub, tmp_path):
+    """Guards the public code and its vLLM, which run transformers 4.57: of version 5's own names it
+    makes a model without m-RoPE, an output matrix that is missing, and no tokenizer."""
+    released = json.loads((hub[0] / "config.json").read_text())
+    released = released.get("text_config", released)
+    config = AutoConfig.from_pretrained(hub[0])
+    config.tie_word_embeddings = tied
+    model = AutoModelForImageTextToText.from_config(config)
+    parts = load(str(hub[0]), device="cpu")
+    Policy(model, parts.tokenizer, parts.image_processor).save(tmp_path / "out")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    text = written["text_config"]
+    assert text["rope_scaling"] == released["rope_scaling"] and "rope_parameters" not in text
+    assert text["rope_theta"] == released["rope_theta"]
+    assert text["tie_word_embeddings"] is written["tie_word_embeddings"] is tied
+    tokens = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert tokens["additional_special_tokens"] == SPECIAL[1:]
+    assert "extra_special_tokens" not in tokens
+    again = AutoConfig.from_pretrained(tmp_path / "out")
+    assert again.text_config.rope_parameters == config.text_config.rope_parameters
+    assert again.tie_word_embeddings == tied
 
 
 def test_an_output_matrix_of_its_own(hub, tmp_path):
@@ -398,6 +511,32 @@ def test_both_systems_of_coordinates(coordinates, limits, size, hub, wide):
     assert abs(left + 10 - 100) <= 1 and abs(top + 10 - 50) <= 1
 
 
+@qwen3
+def test_qwen3_points_in_thousandths(hub, wide, tmp_path):
+    """Guards the points of Qwen3-VL, from 0 to 1000 of width and height: read as pixels they would
+    be anywhere. Texts that say the unit follow; dialogue.json can say otherwise."""
+    folder = shutil.copytree(hub[0], tmp_path / "own")
+    policy = load(str(folder), max_pixels=7000, device="cpu")
+    dialogue = dialogue_of(folder, policy)
+    assert dialogue.coordinates == "thousandths"
+    wide.hint = "Give a point, in pixels."
+    said = asked(policy, dialogue, wide)
+    assert said.count("in thousandths of width and height") == 2 and "in pixels" not in said
+    (trace,) = dialogue.start(policy, wide, 1)
+    (frame,) = trace.frames
+    assert frame.to_original((250, 800)) == (50, 80) and frame.to_input((50, 80)) == (250, 800)
+    assert frame.contains((999, 999)) and not frame.contains((1001, 5))
+    dialogue.crop_half = 10
+    for point in ((500, 400), (999, 1200)):
+        trace.ids += policy.encode("<think>a</think>" + format_call(point))
+        trace.add(dialogue.on_turn(policy, trace, False))
+    assert trace.turns[0].crop == (90, 30, 110, 50) and trace.turns[1].crop is None
+    assert "(999, 1200) is outside the image, which is 1000 wide" in trace.turns[1].error
+    write_json(folder / "dialogue.json", {"coordinates": "input"})
+    dialogue = dialogue_of(folder, policy)
+    assert dialogue.coordinates == "input" and "in pixels" in asked(policy, dialogue, wide)
+
+
 # --------------------------------------------------------------------- the scripts, on every format
 
 SPOT = "(17, 20)"     # in every format's box or polygon, where the model input is 112x56 px
@@ -427,13 +566,16 @@ def call(script):
     return lambda *arguments, code=0: script(*arguments, code=code)[code > 0]
 
 
-def write_task(data, name, own=False, **parts):
+def write_task(data, name, own=False, points=((17, 20), (40, 30)), **parts):
     """A file of a format; small.json, with small crops and these parts of the dialogue; and
     traces.jsonl, in the release's form, with right, well-formed and grounded traces for each
     question to train on. Rewards of a policy that learnt them have to differ: in the mode zoom,
     there is one with a zoom call and one with two; in others, sampling is warmer. own: the
-    checkpoint has a system message of its own. -> the flags of the task"""
+    checkpoint has a system message of its own; points: which the traces look at, the first one a
+    point's right answer. -> the flags of the task"""
     file, mode, rows, answers = EVERY_FORMAT[name]
+    spot = str(points[0])
+    answers = [answer.replace(SPOT, spot) for answer in answers]
     task = data(file, [numbered(rows[i % len(rows)], i) for i in range(ROWS)])
     if "/" in file:
         task = task.parent.parent
@@ -441,9 +583,9 @@ def write_task(data, name, own=False, **parts):
     dialogue = Dialogue(mode, **parts)
     if own:
         dialogue.system_prompts = {}
-    pointing = f"<think>See {SPOT}.</think>\n"
+    pointing = f"<think>See {spot}.</think>\n"
     thought = {"direct": "", "grounded": pointing}.get(mode, "<think>So.</think>\n")
-    calls = [pointing + format_call(point) for point in ((17, 20), (40, 30))]
+    calls = [pointing + format_call(point) for point in points]
     traces = []
     for i, question in enumerate(open_file(task)):
         last = f"{thought}<answer> {answers[i % len(answers)]} </answer>"
@@ -540,11 +682,34 @@ def test_from_fine_tuning_to_evaluation_as_the_checkpoint_speaks(
         assert kept["crop_size"] == 56
 
 
+@pytest.mark.slow
+@qwen3
+def test_qwen3_from_fine_tuning_to_evaluation(hub, call, data, tmp_path):
+    """Guards the whole way of Qwen3-VL, with nothing said of its family: right points are in
+    thousandths, and what is saved says so."""
+    task = write_task(data, "ScreenSpot-Pro", points=((150, 350), (400, 300)),
+                      coordinates="thousandths")
+    write_json(tmp_path / "small.json", {"crop_size": 56})
+    out = call("train_rl", "--model", hub[0], *task, *TRAINING, *GRPO, "--eval-task", task[1],
+               "--out", "run")
+    assert all_traces_are_used(out)
+    assert changed(hub[0], "run/sft") == changed("run/sft", "run/rl") == {"language_model"}
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert sum(line["signal"] for line in log) > 0
+    assert max(line["reward"] for line in log) > 0
+    kept = json.loads((tmp_path / "run/rl/dialogue.json").read_text())
+    assert kept["coordinates"] == "thousandths"
+    out = call("evaluate", "--model", "run/rl", *task, "--max-pixels", 7000, "--turn-tokens", 3,
+               "--response-tokens", 6)
+    assert "coordinates='thousandths'" in out
+
+
 # ---------------------------------------------------------------------------------------- bad input
 
 GOOD = talk(SAT, "No")
 CONFIG, SECOND = "config.json", "model-00002-of-00002.safetensors"
 TOKENIZER = ["tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt"]
+PIXELS, NO_BOUNDS = "preprocessor_config.json", {"min_pixels": None, "max_pixels": None}
 
 
 def halve(file):
@@ -570,11 +735,13 @@ def lose_the_template(folder):
 
 @pytest.mark.parametrize("harm, message", [
     (lambda f: edit(f / CONFIG, model_type="qwen2_vl"),
-     ["'qwen2_vl'", "checkpoint of that family"]),
+     ["'qwen2_vl'", "checkpoint of Qwen2.5-VL, or of a dense Qwen3-VL"]),
+    (lambda f: edit(f / CONFIG, model_type="qwen3_vl_moe", vision_config=None),
+     ["'qwen3_vl_moe'", "checkpoint of Qwen2.5-VL, or of a dense Qwen3-VL"]),
     (lambda f: edit(f / CONFIG, model_type="llama", vision_config=None),
-     ["'llama'", "checkpoint of that family"]),
+     ["'llama'", "give a checkpoint of"]),
     (lambda f: edit(f / CONFIG, model_type="qwen2", vision_config=None),
-     ["'qwen2'", "checkpoint of that family"]),
+     ["'qwen2'", "give a checkpoint of"]),
     (lambda f: halve(f / CONFIG), [CONFIG, "give a folder with"]),
     (lambda f: halve(f / SECOND), [f"{SECOND}: ", "give a folder with"]),
     (lambda f: remove(f, SECOND), [SECOND, "give a folder with"]),
@@ -583,10 +750,23 @@ def lose_the_template(folder):
      ["12 weights are missing", "layers.2.", " again"]),
     (lambda f: edit(f / CONFIG, intermediate_size=80),
      ["6 weights", "of another size", " again"]),
-    (lambda f: remove(f, "preprocessor_config.json"), ["preprocessor_config.json"]),
+    (lambda f: remove(f, PIXELS), [PIXELS, "give a folder with"]),
     (lambda f: remove(f, *TOKENIZER), ["(1 tokens)", "put tokenizer.json"]),
     (lambda f: remove(f, *TOKENIZER[1:]), ["(22 tokens)", "put tokenizer.json"]),
-    (lose_the_template, ["chat template is missing", "chat_template.json"])])
+    (lose_the_template, ["chat template is missing", "chat_template.json"]),
+    (lambda f: remove(f, "tokenizer_config.json"),
+     ["'<|endoftext|>'", "'<|im_end|>'", "put tokenizer_config.json"]),
+    (lambda f: edit(f / TOKENIZER[0], eos_token="<|endoftext|>"),
+     ["'<|endoftext|>'", "'<|im_end|>'", "put tokenizer_config.json"]),
+    (lambda f: edit(f / "chat_template.json", chat_template=TEMPLATE.replace("im_end", "box_end")),
+     ["'<|im_end|>'", "'<|box_end|>'", "put tokenizer_config.json"]),
+    (lambda f: edit(f / "chat_template.json", chat_template=TEMPLATE[:400]),
+     ["chat template cannot be read"]),
+    (lambda f: edit(f / PIXELS, patch_size=16), [PIXELS, "(14, 2)", "get it again"]),
+    (lambda f: edit(f / PIXELS, merge_size=1), [PIXELS, "(14, 2)", "get it again"]),
+    (lambda f: edit(f / PIXELS, **NO_BOUNDS, size=224), [PIXELS, "longest_edge", "get it again"]),
+    (lambda f: edit(f / PIXELS, **NO_BOUNDS, size={"shortest_edge": 56}),
+     [PIXELS, "longest_edge", "get it again"])])
 def test_bad_checkpoints_are_told_in_a_line(harm, message, hub, call, data, tmp_path):
     """Guards against tracebacks, and worse: transformers goes on with random weights for those that
     a folder lacks, and with an empty tokenizer where there is none."""
