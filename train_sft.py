@@ -663,7 +663,8 @@ def check_settings(out, settings):
 def fingerprint(path):
     """A hash of what a file or a checkpoint folder holds: another one may lie there later."""
     path = Path(path)
-    files = [path] if path.is_file() else [*path.glob("*.json"), *path.glob("*.safetensors")]
+    kinds = (".json", ".safetensors", ".bin")
+    files = [path] if path.is_file() else [file for file in path.glob("*") if file.suffix in kinds]
     digest = hashlib.sha1()
     for file in sorted(files):
         with file.open("rb") as content:

@@ -327,9 +327,9 @@ def test_going_on_from_a_state_is_exact(tiny_folder, tmp_path, groups, dtype):
     assert all(map(torch.equal, policy.parameters(), again.parameters()))
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "no"),
-                                   RuntimeError("\nunexpected pos\n576 vs 534"), EOFError(),
-                                   SafetensorError("I/O error: (os error 28)")])
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"), PermissionError(13, "no"), EOFError(),
+    RuntimeError("\nunexpected pos\n576 vs 534"), SafetensorError("I/O error: (os error 28)")])
 def test_what_cannot_be_written_is_told(policy, monkeypatch, tmp_path, error):
     """Guards the end of a run: of a full disk each library tells in its own way, all of them in a
     line; the page and the last checkpoint are made again with --resume."""
