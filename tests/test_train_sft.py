@@ -689,6 +689,7 @@ def test_only_the_policys_tokens_are_learned(policy, question):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("policy", ["tiny_folder"], indirect=True)
 def test_fine_tuning_lowers_the_loss_whatever_the_micro_batches(policy, tiny_folder):
     """Guards the loss: it falls, and it does not depend on how the batch is cut."""
     traces = []
