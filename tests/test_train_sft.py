@@ -235,7 +235,8 @@ def test_a_forced_answer_begins_as_it_was_learned(policy, question, said):
     """Guards the forced beginning, which ends in "<answer>": with a blank behind it, as all chains
     have it, the answer's first token is the one that was learned; "<answer>B" may have ">B"."""
     for beginning in (sft.FORCED, Dialogue().forced_answer):
-        whole = policy.encode(f"{beginning} {said} </answer>")
+        before = beginning.partition("<answer>")[0]
+        whole = policy.encode(f"{before}<answer> {said} </answer>")
         begun = policy.encode(beginning)
         assert whole[:len(begun)] == begun
         assert policy.decode(whole[len(begun):]) == f" {said} </answer>"
