@@ -300,7 +300,7 @@ def report(out, args, table_rows, traces):
     """Writes the run's page."""
     trees = out / "trees.txt"               # not there with --traces
     tree = trees.read_text(encoding="utf-8").partition("\n\n")[0] if trees.is_file() else ""
-    with writing(out):
+    with writing(out / "report.html"):
         write_report(out / "report.html", f"{args.task}, {args.mode}", vars(args),
                      read_rows(out / "log.jsonl"), table_rows, tree, traces)
 
@@ -373,7 +373,7 @@ def final_table(args, stages, dialogue, questions, out):
     print(f"\n{len(questions)} held-out questions, temperature {args.temperature:g}:")
     print(table(rows))
     if rank() == 0:
-        with writing(out):
+        with writing(out / "summary.json"):
             write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
         report(out, args, rows, traces)
         print(f"report: {out / 'report.html'}")

@@ -661,7 +661,8 @@ def check_settings(out, settings):
 def fingerprint(path):
     """A hash of what a file or a checkpoint folder holds: another one may lie there later."""
     path = Path(path)
-    files = [path] if path.is_file() else [*path.glob("*.json"), *path.glob("*.safetensors")]
+    kinds = (".json", ".safetensors", ".bin")
+    files = [path] if path.is_file() else [file for file in path.glob("*") if file.suffix in kinds]
     digest = hashlib.sha1()
     for file in sorted(files):
         with file.open("rb") as content:
@@ -675,7 +676,7 @@ def writing(path):
     try:
         yield
     except Exception as error:
-        why = error.__context__ or error                     # torch hides the first one
+        why = first_line(error.__context__ or error)         # torch hides the first one
         raise UserError(f"{path} cannot be written ({why}); make room, or give another --out; what "
                         "is finished is kept, and --resume goes on from it") from None
 
@@ -686,9 +687,12 @@ def reading_back(path):
     try:
         yield
     except Exception as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"{path} is damaged ({why}); repair or delete it, or give another "
-                        "--out") from None
+        raise UserError(f"{path} is damaged ({first_line(error)}); repair or delete it, or give "
+                        "another --out") from None
+
+
+def first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 # ----------------------------------------------------------------------------------- (g) warm start

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import BASE
+from safetensors import SafetensorError
 
 import train_rl
 from evaluate import eval_flags, open_file
@@ -324,6 +325,29 @@ def test_going_on_from_a_state_is_exact(tiny_folder, tmp_path, groups, dtype):
     for one, its_optimizer in ((policy, optimizer), (again, other)):
         update(one, None, its_optimizer, groups, 1e-3, ARGS)
     assert all(map(torch.equal, policy.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"), PermissionError(13, "no"), EOFError(),
+    RuntimeError("\nunexpected pos\n576 vs 534"), SafetensorError("I/O error: (os error 28)")])
+def test_what_cannot_be_written_is_told(policy, monkeypatch, tmp_path, error):
+    """Guards the end of a run: of a full disk each library tells in its own way, all of them in a
+    line; the page and the last checkpoint are made again with --resume."""
+    def full(*_, **how):
+        raise error
+    (tmp_path / "log.jsonl").touch()
+    monkeypatch.setattr(train_rl, "write_report", full)
+    monkeypatch.setattr(policy, "save", full)
+    monkeypatch.setattr(torch, "save", full)
+    args = SimpleNamespace(task="task", mode="zoom")
+    optimizer = make_optimizer(policy, 1)
+    for name, write in (
+            ("report.html", lambda: train_rl.report(tmp_path, args, [], {})),
+            ("rl", lambda: train_rl.save_checkpoint(policy, Dialogue(), 1.0, tmp_path / "rl")),
+            ("state.pt", lambda: train_rl.save_state(policy, optimizer, tmp_path, 1))):
+        with pytest.raises(UserError, match=f"{name} cannot be written .*; make room") as told:
+            write()
+        assert "\n" not in str(told.value) and not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("text, minutes", [('{"minutes": 3}', 3), ("{}", 0), (None, 0)])
