@@ -182,8 +182,8 @@ def test_a_trace_does_not_depend_on_the_number_of_processes(tiny_folder, tmp_pat
 
 # -------------------------------------------------------------------------------------- the scripts
 
-MINI = ["--search-questions", 6, "--simulations", 2, "--sft-steps", 2, "--sft-batch", 4, "--steps",
-        2, "--questions", 3, "--update-questions", 2, "--group", 4, "--n", 6]
+MINI = ["--search-questions", 6, "--simulations", 2, "--sft-steps", 2, "--steps", 2, "--questions",
+        3, "--update-questions", 2, "--group", 4, "--n", 6]
 
 
 def numbers(row):

@@ -41,7 +41,7 @@ from transformers.modeling_utils import load_state_dict, safe_save_file
 from evaluate import FORMATS, open_file
 from model import Engine, Policy, load
 from rollout import SYSTEM_PROMPTS, Dialogue, Question, format_call, make_dialogue
-from train_sft import messages_of
+from train_sft import fine_tune, messages_of
 
 # ----------------------------------------------------------------------- the hub's folder, in small
 
@@ -556,13 +556,15 @@ EVERY_FORMAT = {      # name: file (and its folder), mode, rows, their right ans
 ROWS = 4              # of each file, of which one is held out
 SMALL = ["--max-pixels", 7000, "--dialogue", "small.json"]
 TRAINING = [*SMALL, "--turn-tokens", 48, "--response-tokens", 120, "--search-questions", 3,
-            "--traces", "traces.jsonl", "--sft-steps", 40, "--sft-batch", 2, "--sft-lr", 1e-2]
+            "--traces", "traces.jsonl", "--sft-steps", 40, "--sft-lr", 1e-2]
 GRPO = ["--steps", 2, "--questions", 2, "--group", 4, "--n", 1, "--lr", 1e-3]
 
 
 @pytest.fixture
-def call(script):
-    """call(name, *arguments, code) -> what a script prints, or, where it is to fail, its error."""
+def call(script, monkeypatch):
+    """call(name, *arguments, code) -> what a script prints, or, where it is to fail, its error. A
+    step of fine-tuning learns from two traces."""
+    monkeypatch.setitem(fine_tune.__kwdefaults__, "batch", 2)
     return lambda *arguments, code=0: script(*arguments, code=code)[code > 0]
 
 
