@@ -10,7 +10,6 @@ Out: accuracy with its interval, with and without the tool, the behaviours that 
 import argparse
 import base64
 import csv
-import fcntl
 import hashlib
 import html
 import io
@@ -23,7 +22,6 @@ import socket
 import struct
 import sys
 import time
-import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -33,8 +31,6 @@ from pathlib import Path
 from string import ascii_uppercase as LETTERS
 
 import numpy as np
-from PIL import Image
-from transformers.utils import cached_file
 
 from model import Policy, UserError, gather, load, rank, world_size, write_text
 from reward import (
@@ -57,9 +53,11 @@ from rollout import (
     describe_settings,
     draw_trace,
     family_settings,
+    fingerprint,
     input_limits,
     make_dialogue,
     number,
+    open_lock,
     parse,
     parse_json,
     parse_points,
@@ -68,6 +66,8 @@ from rollout import (
     sampling_of,
     shared_flags,
     start,
+    visible,
+    web_question,
     whole,
 )
 
@@ -456,27 +456,6 @@ PHRASES = {
     "verifications": "check|checking|verify|confirm|confirms|make sure|indeed",
     "backtracks": "not it|not here|wait|instead|actually|on second thought|at first",
 }
-TEXT_SHOWN = 8_000                                 # characters of a text
-# letters and marks that are not seen though they count as printable
-UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0e\uffa0"
-                    "\U000e0100-\U000e01ef]")
-SEEN = "\n\t\u200c\u200d"                         # the last two join letters
-
-
-def visible(text, most=TEXT_SHOWN):
-    """How a text that is not trusted is shown, in a terminal or on a page: its beginning, with the
-    codes of characters that are not seen, turn it around or drive a terminal."""
-    text = str(text)
-    if len(text) > most:
-        text = f"{text[:most]} ... ({len(text) - most:,} more characters)"
-    letters = []
-    for letter in text:
-        printable = letter.isprintable() or unicodedata.category(letter) == "Zs"
-        if letter in SEEN or printable and not UNSEEN.match(letter):
-            letters.append(letter)
-        else:
-            letters.append(f"[U+{ord(letter):04X}]")
-    return "".join(letters)
 
 
 def row_of(trace):
@@ -694,30 +673,6 @@ def table(rows):
 
 
 # -------------------------------------------------------------------------------------- a web agent
-
-def web_question(dialogue, trajectory, intent, history=(), images=None):
-    """A state of VisualWebArena -> Question of kind "action", without an answer.
-
-    trajectory: states and actions in turn, a state last: {"observation": {"image": uint8 array
-    (height, width, 3 or 4), "text": the page's elements}, "info": {"page": with a url, or "url":
-    text}}. history: the actions before, in words. images: PIL images of the intent's. Raises
-    UserError where there is no screenshot."""
-    try:
-        state = trajectory[-1]
-        observation, info = state["observation"], state.get("info") or {}
-        screen = Image.fromarray(np.asarray(observation["image"])).convert("RGB")
-        screen.getpixel((0, 0))                        # it has pixels
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError("the trajectory does not end with a state that has a screenshot, a uint8 "
-                        f"array (height, width, 3 or 4) as observation['image'] ({error!r}); run "
-                        "VisualWebArena with --observation_type image_som") from None
-    images = [screen, *(image.convert("RGB") for image in images or [])]
-    if len(images) > 1:
-        intent += "\nThe first image is the page; the others belong to the objective."
-    url = info.get("url") or getattr(info.get("page"), "url", "")
-    text = dialogue.web_text(intent, history, url, str(observation.get("text") or ""))
-    return Question(text, images, "", "action")
-
 
 def in_words(action, state):
     """An action with its element's line in place of the number, which means another element on the
@@ -1055,12 +1010,7 @@ def eval_flags(parser):
 
 def eval_sampling(args):
     """Arguments of `model.Engine`."""
-    sampling = sampling_of(args)
-    if args.top_k:
-        sampling["top_k"] = args.top_k
-    if args.repetition_penalty != 1:
-        sampling["repetition_penalty"] = args.repetition_penalty
-    return sampling
+    return sampling_of(args) | {"top_k": args.top_k, "repetition_penalty": args.repetition_penalty}
 
 
 def check_output(flag, path, endings):
@@ -1134,25 +1084,12 @@ def evaluate_task(policy, dialogue, args):
     for name, accuracy in found["benchmarks"].items():
         print(f"  {name}: {accuracy:.3f}")
     print("a trace:", *(f"{name} {found[name]:.2f} " for name in ("regions", *PHRASES)))
-    if lock:
-        write_text(args.json, json.dumps(found, indent=1) + "\n")
+    if args.json:
+        if rank() == 0:
+            write_text(args.json, json.dumps(found, indent=1) + "\n")
         lock.close()
     row = [*cells(Path(args.task).stem, found, without), f"{found['official']:.3f}", found["n"]]
     return traces, [[*HEADS, "official", "n"], row]
-
-
-def open_lock(path, flag):
-    """-> the open file that keeps a second run from writing there, until it is closed or the
-    process ends; of the first process only. Raises UserError."""
-    if rank():
-        return None
-    lock = path.open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{path}: another run is writing there; wait for it, or give another "
-                        f"{flag}") from None
-    return lock
 
 
 def answer_settings(args, dialogue):
@@ -1160,11 +1097,7 @@ def answer_settings(args, dialogue):
     not_counted = ("json", "save", "config", "n", "tool")
     settings = {name: value for name, value in vars(args).items() if name not in not_counted}
     settings["dialogue"] = dialogue.to_json()
-    # another checkpoint may come to lie under the name of this one
-    folder = Path(cached_file(args.model, "config.json")).parent
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with path.open("rb") as file:
-            settings[f"sha1 of {path.name}"] = hashlib.file_digest(file, "sha1").hexdigest()
+    settings["sha1_of_model"] = fingerprint(args.model)
     return settings
 
 

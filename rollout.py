@@ -17,6 +17,8 @@ words; what is injected is known by construction.
 """
 import argparse
 import base64
+import fcntl
+import hashlib
 import io
 import json
 import math
@@ -29,8 +31,10 @@ import textwrap
 import threading
 import time
 import traceback
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
@@ -270,6 +274,57 @@ def leave(message, code):
         sys.exit(code)
     sys.stdout.flush()
     os._exit(code)                      # at once: to tear torch down can take a second
+
+
+def open_lock(path, flag):
+    """-> the open file that keeps a second run from writing there: until it is closed, or the
+    process ends, however it does. Raises UserError."""
+    lock = path.open("w")
+    try:
+        if rank() == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path}: another run is writing there; wait for it, or give another "
+                        f"{flag}") from None
+    return lock
+
+
+def fingerprint(path):
+    """A hash of what a file or a checkpoint holds: something else may lie there later."""
+    files = [Path(path)]
+    if not files[0].is_file():
+        with suppress(OSError):         # of what is not there at all, its reader tells
+            path = Path(cached_file(path, "config.json")).parent
+        kinds = (".json", ".safetensors", ".bin")
+        files = sorted(file for file in Path(path).glob("*") if file.suffix in kinds)
+    digest = hashlib.sha1()
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha1").digest())
+    return digest.hexdigest()
+
+
+TEXT_SHOWN = 8_000                                 # characters of a text
+# letters and marks that are not seen though they count as printable
+UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0e\uffa0"
+                    "\U000e0100-\U000e01ef]")
+SEEN = "\n\t\u200c\u200d"                         # the last two join letters
+
+
+def visible(text, most=TEXT_SHOWN):
+    """How a text that is not trusted is shown, in a terminal or on a page: its beginning, with the
+    codes of characters that are not seen, turn it around or drive a terminal."""
+    text = str(text)
+    if len(text) > most:
+        text = f"{text[:most]} ... ({len(text) - most:,} more characters)"
+    letters = []
+    for letter in text:
+        printable = letter.isprintable() or unicodedata.category(letter) == "Zs"
+        if letter in SEEN or printable and not UNSEEN.match(letter):
+            letters.append(letter)
+        else:
+            letters.append(f"[U+{ord(letter):04X}]")
+    return "".join(letters)
 
 
 # ---------------------------------------------------------------------------- questions and images
@@ -606,7 +661,7 @@ SYSTEM_PROMPTS = {
         "</tool_call>, which shows you a close-up of it, or finish with <answer> your answer "
         "</answer>. Look elsewhere when a close-up does not show what you need.",
 }
-WEB_QUESTION = "OBJECTIVE: {intent}\n\nPREVIOUS ACTIONS: {history}\n\nIMAGE:"
+WEB_LAYOUT = "OBJECTIVE: {intent}\n\nPREVIOUS ACTIONS: {history}\n\nIMAGE:"
 WEB_ACTIONS = ["click [12]", "type [12] [text]", "scroll [down]", "go_back", "stop [answer]"]
 MAX_ELEMENTS, MAX_INTENT, MAX_ACTION = 12_000, 4_000, 300    # characters of each in a web question
 MAX_HISTORY = 30                                             # previous actions, the latest
@@ -633,9 +688,9 @@ class Dialogue:
     hints: say what an answer shall look like where the question does not. coordinates: of the model
     input ("input"); or, as in the public code, of the image scaled to at most max_pixels, before
     its sides are rounded to whole tokens ("unrounded"); or from 0 to 1000 of its width and height,
-    as Qwen3-VL's ("thousandths"). Prompts and hints that say "in pixels" are given in that unit. web_question: of the
-    text of a question for a web action, with {intent}, {history} and, for policies that read them,
-    {url} and {elements}. web_actions: those that the hint of such a question names.
+    as Qwen3-VL's ("thousandths"). Prompts and hints that say "in pixels" are given in that unit.
+    web_layout: of the text of a question for a web action, with {intent}, {history} and, for
+    policies that read them, {url} and {elements}; web_actions: those that its hint names.
 
     The wording of the authors' checkpoints is in Gabesarch/grounded-rl: system prompts in
     scripts/evaluation/eval_multiturn.sh, for the web in web_action_grounded_thinking.jinja and
@@ -656,7 +711,7 @@ class Dialogue:
     crop_size: int = 672
     crop_dot: bool = False
     max_crops: int = 4
-    web_question: str = WEB_QUESTION
+    web_layout: str = WEB_LAYOUT
     web_actions: list = field(default_factory=lambda: list(WEB_ACTIONS))
 
     def __post_init__(self):
@@ -696,7 +751,7 @@ class Dialogue:
         lines = [f"\n{number}. {action}" for number, action in enumerate(done, 1)]
         parts = {"intent": shorten(intent, MAX_INTENT), "history": "".join(lines) or "None",
                  "url": url[:MAX_ACTION], "elements": shorten(elements.strip(), MAX_ELEMENTS)}
-        return re.sub(r"{(intent|history|url|elements)}", lambda x: parts[x[1]], self.web_question)
+        return re.sub(r"{(intent|history|url|elements)}", lambda x: parts[x[1]], self.web_layout)
 
     def asked(self, question):
         """A question's text, and what its answer shall look like where the text does not say it.
@@ -796,6 +851,30 @@ class Dialogue:
             crop = zoom(image, point, self.crop_half, self.crop_size, self.crop_dot)
             trace.crops[key] = policy.picture(crop)
         return trace.crops[key]
+
+
+def web_question(dialogue, trajectory, intent, history=(), images=None):
+    """A state of VisualWebArena -> Question of kind "action", without an answer.
+
+    trajectory: states and actions in turn, a state last: {"observation": {"image": uint8 array
+    (height, width, 3 or 4), "text": the page's elements}, "info": {"page": with a url, or "url":
+    text}}. history: the actions before, in words. images: PIL images of the intent's. Raises
+    UserError where there is no screenshot."""
+    try:
+        state = trajectory[-1]
+        observation, info = state["observation"], state.get("info") or {}
+        screen = Image.fromarray(np.asarray(observation["image"])).convert("RGB")
+        screen.getpixel((0, 0))                        # it has pixels
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError("the trajectory does not end with a state that has a screenshot, a uint8 "
+                        f"array (height, width, 3 or 4) as observation['image'] ({error!r}); run "
+                        "VisualWebArena with --observation_type image_som") from None
+    images = [screen, *(image.convert("RGB") for image in images or [])]
+    if len(images) > 1:
+        intent += "\nThe first image is the page; the others belong to the objective."
+    url = info.get("url") or getattr(info.get("page"), "url", "")
+    text = dialogue.web_text(intent, history, url, str(observation.get("text") or ""))
+    return Question(text, images, "", "action")
 
 
 def make_dialogue(args, checkpoint, policy):

@@ -42,7 +42,6 @@ from evaluate import (
     row_of,
     settle,
     table,
-    visible,
     write_report,
 )
 from model import (
@@ -70,6 +69,7 @@ from rollout import (
     sampling_of,
     shared_flags,
     start,
+    visible,
     whole,
 )
 from train_sft import (

@@ -13,7 +13,6 @@ that its value depends on what the crop shows (--search-mode grounded: the paper
 that are converted); without --teacher the policy is its own.
 """
 import argparse
-import fcntl
 import gc
 import hashlib
 import json
@@ -53,10 +52,12 @@ from rollout import (
     POINT,
     Trace,
     describe_settings,
+    fingerprint,
     format_call,
     input_limits,
     make_dialogue,
     number,
+    open_lock,
     parse,
     parse_points,
     parse_turn,
@@ -615,13 +616,8 @@ def open_run(args, last):
     out = Path(args.out)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / "lock").open("w")     # freed by the system, however the process ends
-    try:
-        if rank() == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{out}: another run is writing there; wait for it, or give another "
-                        "--out") from None
+        (out / "lock").touch()
+    lock = open_lock(out / "lock", "--out")
     made = [name for name in STAGES if (out / name).exists()]
     if not args.resume and set(made) & set(last):
         raise UserError(f"{out} holds a run already; give --resume to go on with it, or another "
@@ -656,18 +652,6 @@ def check_settings(out, settings):
         raise UserError(f"{out} was started with {'; '.join(other)}; give the same, or another "
                         "--out (its sft/ may be that one's --model, its search.jsonl --traces)")
     return earlier
-
-
-def fingerprint(path):
-    """A hash of what a file or a checkpoint folder holds: another one may lie there later."""
-    path = Path(path)
-    kinds = (".json", ".safetensors", ".bin")
-    files = [path] if path.is_file() else [file for file in path.glob("*") if file.suffix in kinds]
-    digest = hashlib.sha1()
-    for file in sorted(files):
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha1").digest())
-    return digest.hexdigest()
 
 
 @contextmanager

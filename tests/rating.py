@@ -21,11 +21,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evaluate import TEXT_SHOWN, make_parser, mean, open_file, settle, visible
+from evaluate import make_parser, mean, open_file, settle
 from model import UserError, load, write_text
 from reward import in_region
 from rollout import (
     POINT,
+    TEXT_SHOWN,
     format_point,
     input_limits,
     make_dialogue,
@@ -34,6 +35,7 @@ from rollout import (
     rollout,
     sampling_of,
     start,
+    visible,
 )
 
 TRACES, STEPS = 48, 48                       # at most, on a page

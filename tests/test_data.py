@@ -28,7 +28,6 @@ from evaluate import (
     questions_of,
     settle,
     usable,
-    visible,
 )
 from model import UserError
 from reward import (
@@ -40,7 +39,7 @@ from reward import (
     parse_options,
     scored_by,
 )
-from rollout import Frame
+from rollout import Frame, visible
 
 
 def read(path, image_root=""):

@@ -10,8 +10,8 @@ import pytest
 from conftest import noise
 from PIL import Image
 
-from evaluate import interval, visible, write_report
-from rollout import Frame, Question, Trace, crop_box, format_call, parse_turn
+from evaluate import interval, write_report
+from rollout import Frame, Question, Trace, crop_box, format_call, parse_turn, visible
 
 HOSTILE = "</script><script>document.title = 'broken'</script><img src=x onerror=alert(1)>\"'&" \
           "<!-- \x00\x07\u202eright to left\u2066\u2028\u2029 ]]> {title} </pre></details>"
