@@ -86,7 +86,8 @@ def as_qwen3(folder, out):
     model.save_pretrained(out)
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen2_5_vl",
+                                        pytest.param("qwen3_vl", marks=pytest.mark.slow)])
 def tiny_folder(request, tiny_folder, tmp_path_factory):
     """All promises are those of both families."""
     if request.param == "qwen2_5_vl":
@@ -112,6 +113,7 @@ def many_sizes(policy):
     return policy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", [1, 2, 3, 4])
 def test_engine_equals_a_plain_forward(many_sizes, tiny_folder, turns):
     """Guards the K/V cache: rows that stop at different times, slots used again, images of
@@ -127,6 +129,7 @@ def test_engine_equals_a_plain_forward(many_sizes, tiny_folder, turns):
             assert (plain - recorded([[sequence]])).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_what_runs_beside_changes_nothing(many_sizes):
     """Guards fixed seats: a row's tokens must be the same alone, in groups of another size, and
     whatever was at its seat before."""
@@ -161,6 +164,7 @@ def test_a_sequence_goes_on_from_what_it_has(many_sizes, tiny_folder):
             assert (plain - recorded([[sequence]])).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_training_log_probs_equal_a_plain_forward(many_sizes, tiny_folder):
     """Guards the shared prompt: each response must see the prompt and itself, and no other
     response; a group of one takes another way."""
@@ -237,6 +241,7 @@ def test_each_response_attends_to_its_prompt_and_itself():
         assert (ours - right).abs().max() < 1e-12 * right.abs().max()
 
 
+@pytest.mark.slow
 def test_scores_are_not_rounded_to_bfloat16(tiny_folder):
     """Guards attention scores in float32: with large key biases, as Qwen2's, scores rounded to
     bfloat16, as in Hugging Face's eager attention, make the recorded log-probabilities those of
@@ -590,6 +595,7 @@ def test_a_longer_prompt_later_on(many_sizes, tiny_folder):
     assert list(engine.run([], None)) == []
 
 
+@pytest.mark.slow
 def test_max_pixels_only_lowers_the_checkpoints_bound(tiny_folder):
     """Guards the size of the model's input: a family's bound must not blow up the images of a
     checkpoint that was made for smaller ones."""

@@ -340,6 +340,7 @@ def test_the_chat_of_the_real_template(hub, tmp_path):
     assert load(str(tmp_path / "older"), device="cpu").render([user]) == policy.render([user])
 
 
+@pytest.mark.slow
 @both_families
 def test_engine_and_training_equal_a_plain_forward_with_grouped_queries(hub):
     """Guards the attention layouts where several query heads share a K/V head, which the tiny

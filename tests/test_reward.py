@@ -584,6 +584,7 @@ def some_trace(rng):
     return trace(*(texts if mode == "zoom" else texts[-1:]), mode=mode, ended=ended)
 
 
+@pytest.mark.slow
 def test_no_wrong_trace_ever_scores_above_a_right_one():
     """The promise of the bounded bonus: with any weights that are accepted, over any traces."""
     rng = random.Random(0)

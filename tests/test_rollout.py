@@ -458,6 +458,7 @@ def test_rollouts_of_every_mode(policy, question, mode):
         assert policy.image_token not in [token for token, sampled in pairs if sampled]
 
 
+@pytest.mark.slow
 def test_a_trace_does_not_depend_on_what_runs_beside_it(policy):
     """Guards random numbers that belong to questions: whichever others are asked, in whatever
     order, and however many run at a time, a question with its seed gets the same traces, token by

@@ -68,6 +68,7 @@ def test_the_shipped_files_are_what_make_data_writes(split):
         assert np.array_equal(shown.convert("RGB"), asked.draw()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_same_seed_gives_the_same_bytes(task, tmp_path):
     """Guards repeatable runs and held-out questions: nothing but task, split, seed and number
@@ -208,6 +209,7 @@ def test_gui():
 
 # ----------------------------------------------------------------------------------------- the base
 
+@pytest.mark.slow
 def test_the_base_passes_its_exam(base):
     """Guards that what is shipped is what make_base made: it names, finds, lists and compares on
     scenes that no lesson showed, by the marks that its notes promise."""

@@ -176,6 +176,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(policy, groups):
     json.dumps(line, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_a_lost_run_is_stopped(policy, tmp_path, monkeypatch):
     """Guards hours: after five such gradients in a row there is one line that says what to do, and
     weights that are not finite are never saved."""

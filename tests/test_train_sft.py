@@ -65,7 +65,7 @@ def start_of(policy, question, mode="zoom"):
     return dialogue(mode).start(policy, question, 1, "seed")[0]
 
 
-@pytest.fixture(params=["tiny_folder", "merged_folder"])
+@pytest.fixture(params=["tiny_folder", pytest.param("merged_folder", marks=pytest.mark.slow)])
 def policy(request):
     """One whose tokenizer has tags and words as single tokens, and one where a stop runs into a
     tag: steps, chains and answers are made of text, and are the same with both."""
@@ -281,6 +281,7 @@ def test_the_calls_of_a_path_count(policy, question):
     assert trace.turns[3].text.startswith("<think></think>\n<answer>")
 
 
+@pytest.mark.slow
 def test_search_counts_every_rollout(policy, capsys):
     """Guards all parts together: children are at most `width`, values are means of rewards, points
     add up along a path; and the same seeds give the same trees."""
@@ -456,6 +457,7 @@ def test_no_thought_is_empty(policy, question, later):
 
 # ----------------------------------------------------------------------------------- chains on disk
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{}, {"crop_dot": True, "before_dotted": "Dotted: "},
                                  {"system_prompts": {}, "coordinates": "unrounded"}])
 def test_what_is_read_again_is_the_same_dialogue(policy, tmp_path, how):
@@ -653,6 +655,7 @@ def written(path, chains, question):
     return str(path)
 
 
+@pytest.mark.slow
 def test_only_right_well_formed_and_grounded_traces_are_learned(arguments, monkeypatch, capsys,
                                                                  tmp_path):
     """Guards the filter before fine-tuning, and what the log says of it: a right answer alone would
@@ -913,6 +916,7 @@ def begin(args):
         return sft.make_sft(args)
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_there_is_taken_up_again(arguments, quick, tmp_path):
     """Guards a run that goes on: neither the search nor the fine-tuning is done twice; a finished
     warm start is only kept where --resume says so."""
@@ -1025,6 +1029,7 @@ def test_a_folder_that_cannot_be_written(arguments, tmp_path, out):
         sft.open_run(args, [])
 
 
+@pytest.mark.slow
 def test_policies_of_the_warm_start(arguments, quick, tmp_path):
     """Guards what GRPO starts from: two policies with the weights of sft/, or one where there is no
     penalty; without fine-tuning those of the base, and no search."""

@@ -393,6 +393,7 @@ def environment(monkeypatch, port):
     return patiently(scope["ViGoRL"])
 
 
+@pytest.mark.slow
 def test_serve(tiny_folder, monkeypatch, tmp_path, capsys):
     """Guards --serve: one connection after another is answered, each step is a line on the screen
     and one in the file; ten parts or 64 MiB are refused unread; Ctrl-C ends it with a line."""
