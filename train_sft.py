@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from evaluate import make_question, open_file, questions_of, read_rows, read_sft, settle
 from model import (
+    COORDINATES,
     Chunk,
     UserError,
     full_tensor,
@@ -41,6 +42,7 @@ from model import (
     load,
     micro_batches,
     rank,
+    read_config,
     shard_if_large,
     sum_gradients,
     sum_over_processes,
@@ -699,6 +701,9 @@ def grow_trees(args, questions, out):
     search.jsonl. Raises UserError where there are none."""
     teacher = load(args.teacher or args.model, **input_limits(args))
     check_finite([*teacher.parameters()])
+    if COORDINATES[read_config(args.model).model_type] != teacher.coordinates:
+        raise UserError(f"--teacher {args.teacher} points in other coordinates than --model "
+                        f"{args.model}; give a teacher of the same family")
     print(f"traces: searching {len(questions)} questions with {args.teacher or args.model}")
     dialogue = make_dialogue(args, args.model, teacher)
     if args.mode == "zoom":

@@ -337,6 +337,15 @@ def test_a_search_that_finds_nothing_says_so(arguments, monkeypatch, tmp_path):
     assert not (tmp_path / "search.jsonl").exists()
 
 
+def test_a_teacher_that_points_otherwise_is_refused(arguments, monkeypatch, tmp_path):
+    """Guards chains whose points are in a unit that the policy does not use."""
+    policy = SimpleNamespace(parameters=lambda: [], coordinates="thousandths")
+    monkeypatch.setattr(sft, "load", lambda *_, **limits: policy)
+    args = arguments("--teacher", "OTHER")
+    with pytest.raises(UserError, match="--teacher OTHER points in other coordinates"):
+        sft.grow_trees(args, sft.questions_of(args, "train", 2), tmp_path)
+
+
 # -------------------------------------------------------------------------------------- linearising
 
 def tree(policy, question, rollouts, mode="zoom", turns=(), partial=""):
