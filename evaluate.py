@@ -47,8 +47,6 @@ from reward import (
     true_thoughts,
 )
 from rollout import (
-    OVERLONG,
-    SINGLE_TURN,
     Question,
     describe_settings,
     draw_trace,
@@ -63,9 +61,10 @@ from rollout import (
     parse_points,
     read_image,
     rollout,
+    run_script,
     sampling_of,
+    set_single_turn,
     shared_flags,
-    start,
     visible,
     web_question,
     whole,
@@ -437,6 +436,7 @@ def settle(args, training):
     if args.task and not args.family:
         file = open_file(args.task, args.image_root)
         first = file[0]
+        # in the release, visual search is answered by letters, spatial tasks by texts
         in_words = "search" if first.answer in tuple(LETTERS) else "spatial"
         by_answer = {"point": "gui", "action": "web"}.get(first.kind, in_words)
         args.family = file.family or by_answer
@@ -480,8 +480,8 @@ def row_of(trace):
         "answer": trace.answer,
         "ended": trace.ended,
         **vars(scored),
-        "several_crops": distinct_crops(trace.zoom_points, SAME_PLACE) > 1,
-        "overlong": trace.ended in OVERLONG,
+        "several_crops": distinct_crops(trace.zoom_points, SAME_PLACE, trace.windows) > 1,
+        "overlong": trace.overlong,
         "official": official_rule(trace, bool(scored.correct)),
         "on_target": targets_hit(trace),
         "true_thoughts": true_thoughts(trace),
@@ -521,7 +521,7 @@ def evaluate(policy, questions, dialogue, seed, *, samples=1, done=(), path=None
     if log and answers:
         log(f"{len(answers)} of {len(questions)} questions were answered before")
     # those that a page shows are asked anew; a row that is there twice is asked once
-    on_page = {question.key for question in questions[:keep]}
+    on_page = {*[key for key in asked if key in answers][:keep]}
     left = [question for key, question in asked.items() if key in on_page or key not in answers]
     kept = []
     for begin in range(0, len(left), world_size() * QUESTIONS_A_BLOCK):      # a block a process
@@ -744,7 +744,7 @@ class WebAgent:
     def __init__(self, policy, mode="zoom", tries=3, **settings):
         parser = make_parser()
         if mode != "zoom":
-            parser.set_defaults(**SINGLE_TURN)
+            set_single_turn(parser)
         self.args = parser.parse_args([f"--mode={mode}"])
         vars(self.args).update(training=False, max_image_side=None, family="")
         if unknown := settings.keys() - vars(self.args).keys():
@@ -782,7 +782,7 @@ class WebAgent:
         if page.width * page.height > self.policy.image_processor.size["longest_edge"]:
             tokens = self.policy.picture(page).tokens
             print(f"a page of {page.width}x{page.height} px makes {tokens:,} image tokens")
-        sampling = sampling_of(self.args)
+        sampling = eval_sampling(self.args)
         for _ in range(self.tries):
             self.asked += 1
             seed = f"web {self.args.seed} {self.asked}"
@@ -948,7 +948,7 @@ def curve(name, log_rows):
 
 def state_of(trace):
     """How a trace ended, in a word; "open": the question is the user's own."""
-    if trace.ended in OVERLONG:
+    if trace.overlong:
         return "truncated"
     if trace.question.answer == "":
         return "open"
@@ -1102,4 +1102,4 @@ def answer_settings(args, dialogue):
 
 
 if __name__ == "__main__":
-    start(main)
+    run_script(main)

@@ -1,4 +1,4 @@
-"""What a trace is worth, and why. Pure functions: no model, no torch, no judge.
+"""What a trace is worth, and why. Pure functions of a trace: no model is run, no judge.
 
 In:  a `rollout.Trace` (its question, turns, frames, and how it ended).
 Out: a `Score`: the total, and the parts that make it.
@@ -18,6 +18,7 @@ Departures from the paper's public code:
   nothing, [ 12.5 , 40 ] does. Two years are no point (`is_period`).
 - Answers are compared in full, after one normalisation of both sides. A part is no match, so it
   never pays to list all options.
+- In `zoom`, too, format is paid only for a grounded trace; theirs needs no point.
 - A web action is parsed from the left, and only words may follow it. Typed text is compared, and
   "stop [x]" inside of it is only text.
 """
@@ -405,10 +406,14 @@ def distinct_crops(points, min_distance, windows=None):
 
 # ---------------------------------------------------------------------------------------- the score
 
+# In the unit that the policy points in: nearer to each other, two points are at one place.
+SAME_PLACE = 10.0
+
+
 @dataclass(frozen=True)
 class Weights:
     """What each part is worth. diversity: for a further distinct crop, as a share of `format`;
-    max_extra: how many are paid; min_distance: px of the model input between distinct crops.
+    max_extra: how many are paid; min_distance: between the points of distinct crops.
 
     The best wrong trace (format and the full bonus) must not pass the least right one (correct, and
     nothing else). So it stays below every right, well-formed one. ValueError for weights that break
@@ -417,7 +422,7 @@ class Weights:
     format: float = 0.5
     diversity: float = 0.0
     max_extra: int = 0
-    min_distance: float = 10.0
+    min_distance: float = SAME_PLACE
 
     def __post_init__(self):
         if not all(0 <= value < math.inf for value in vars(self).values()) or self.correct == 0:
@@ -425,7 +430,7 @@ class Weights:
                              f"something: {self}")
         best_wrong = self.total(0, 1, 1, self.diversity * self.max_extra)
         least_right = self.total(1, 0, 0, 0)
-        if not best_wrong <= least_right:
+        if not best_wrong <= least_right + 1e-9:             # 0.4 * 1.5 is 0.6000000000000001
             raise ValueError(f"a wrong trace could score {best_wrong:g} and a right one "
                              f"{least_right:g}: lower format, diversity or max_extra")
 
@@ -454,7 +459,7 @@ class Score:
 
 
 def is_correct(trace):
-    """Whether the trace's answer is right, whatever its form; no answer is wrong."""
+    """Whether the trace's answer is right, whatever the trace's form; no answer is wrong."""
     answer, question = trace.answer, trace.question
     if answer is None:
         return False
@@ -480,8 +485,7 @@ def score(trace, weights=None):
     grounded = float(not grounding_why)
     diversity = 0.0
     if format and grounded and trace.zoom_points:
-        windows = [turn.crop for turn in trace.turns if turn.crop]
-        further = distinct_crops(trace.zoom_points, weights.min_distance, windows) - 1
+        further = distinct_crops(trace.zoom_points, weights.min_distance, trace.windows) - 1
         diversity = weights.diversity * min(further, weights.max_extra)
     total = weights.total(correct, format, grounded, diversity)
     return Score(total, correct, format, grounded, diversity, len(trace.zoom_points),
@@ -492,7 +496,6 @@ def score(trace, weights=None):
 
 ROBOSPATIAL = "RoboSpatial-Home"    # whose answers have a rule of their own
 PUNCTUATION = str.maketrans("", "", punctuation + " ")
-SAME_PLACE = 10    # px of the model input; points that are nearer to each other are at one place
 READABLE = 0.3     # share of a region's width, and of its height, that a crop has to show
 
 

@@ -52,9 +52,10 @@ from model import Engine, Sequence, UserError, rank, world_size
 # ----------------------------------------------------------------------------------------- settings
 
 MODES = ("direct", "think", "grounded", "zoom")
-# What the paper trains a family of tasks with, and what the authors' evaluation changes. Pixels
-# bound the model input, crop_half is half the side of a crop in px of the original image, crop_size
-# its side as the model gets it, crop_dot marks the point of the call in it.
+# What the paper trains a family of tasks with, and what the authors' evaluation changes: for
+# checkpoints without a dialogue.json, which counts more. Pixels bound the model input, crop_half is
+# half the side of a crop in px of the original image, crop_size its side as the model gets it,
+# crop_dot marks the point of the call in it.
 GUI = (dict(max_pixels=4_194_304, crop_half=50, crop_size=384, crop_dot=True),
        dict(max_pixels=12_960_000, crop_half=100, crop_size=512))
 FAMILIES = {
@@ -65,9 +66,10 @@ FAMILIES = {
     "web": GUI,
 }
 # The defaults of flags are the paper's for `zoom`; in the other modes it has these.
-SINGLE_TURN = dict(top_p=1.0, turn_tokens=2048, response_tokens=2048, group=5, warm_up=0,
-                   clip_norm=1.0)
-SECTIONS = ("rollout", "evaluate", "train_sft", "train_rl", "why")       # of a --config file
+SINGLE_TURN_FLAGS = dict(top_p=1.0, turn_tokens=2048, response_tokens=2048, group=5, warm_up=0,
+                         clip_norm=1.0)
+# of a --config file; "why" has remarks, and is not read
+SECTIONS = ("rollout", "evaluate", "train_sft", "train_rl", "why")
 RECIPE = Path(__file__).parent / "tests/tiny/recipe.json"
 
 
@@ -139,8 +141,7 @@ def parse(parser, *sections):
         words = config_words(parser, args.config or RECIPE, sections) + words
         args = parser.parse_args(words)
     if args.mode != "zoom":
-        known = {name: value for name, value in SINGLE_TURN.items() if name in args}
-        parser.set_defaults(**known)
+        set_single_turn(parser)
         args = parser.parse_args(words)
     if not args.model:
         raise UserError("--model: give a checkpoint folder or a hub id")
@@ -186,6 +187,12 @@ def parse_json(text):
     return json.loads(text.encode(errors="replace"))
 
 
+def set_single_turn(parser):
+    """Makes SINGLE_TURN_FLAGS the defaults of those flags that a parser has."""
+    known = {name: value for name, value in SINGLE_TURN_FLAGS.items() if parser.get_default(name)}
+    parser.set_defaults(**known)
+
+
 def sampling_of(args):
     """Arguments of `model.Engine`."""
     return dict(temperature=args.temperature, top_p=args.top_p, turn_tokens=args.turn_tokens,
@@ -215,7 +222,7 @@ INTERRUPTED = ("interrupted; a training run goes on with --resume, an evaluation
                "--json FILE")
 
 
-def start(main):
+def run_script(main):
     """Runs a script's main(), as one of torchrun's processes where it started this one.
 
     A UserError is told in a line, exit code 2. Where one of several processes ends, torchrun ends
@@ -596,9 +603,6 @@ def parse_turn(text):
     return turn
 
 
-OVERLONG = ("truncated", "forced")    # how a trace ends that ran out of tokens, or of zoom calls
-
-
 @dataclass(eq=False)
 class Trace(Sequence):
     """A `Sequence` as a dialogue. ended: "answer" (of its own accord), "forced" (the answer was
@@ -611,7 +615,8 @@ class Trace(Sequence):
     turn_start: int = 0               # of the current turn in `ids`
     prefix: str = ""                  # text of the current turn that was written for the policy
     must_answer: bool = False         # its answer was asked for: no calls are left, or no tool
-    crops: dict = field(default_factory=dict)    # Pictures by window, of all traces of the question
+    # Pictures by window (and point, where it is marked), of all traces of the question
+    crops: dict = field(default_factory=dict)
     score: object = None              # a reward.Score, once it is scored
     advantage: float = 0.0            # relative to its group
 
@@ -620,9 +625,20 @@ class Trace(Sequence):
         return self.turns[-1].answer if self.turns else None
 
     @property
+    def overlong(self):
+        """Whether it ran out of tokens, or of zoom calls. Without the tool the answer is asked for
+        at once: that is not overlong."""
+        return self.ended == "truncated" or self.ended == "forced" and len(self.turns) > 1
+
+    @property
     def zoom_points(self):
         """Points (px of the model input) of the zoom calls that were answered by a crop."""
         return [turn.call for turn in self.turns if turn.crop]
+
+    @property
+    def windows(self):
+        """Boxes (px of the original) of the crops that answered them."""
+        return [turn.crop for turn in self.turns if turn.crop]
 
     def in_image(self, point):
         """Whether a point lies inside one of the question's images."""
@@ -685,12 +701,14 @@ class Dialogue:
     that is not there, the chat template's own. before_crop, after_crop: text around a crop;
     before_dotted: instead of before_crop, where the crop has a dot. no_calls_left: the observation
     after the last call. forced_answer: then written for the policy, as the beginning of its turn.
-    hints: say what an answer shall look like where the question does not. coordinates: of the model
-    input ("input"); or, as in the public code, of the image scaled to at most max_pixels, before
-    its sides are rounded to whole tokens ("unrounded"); or from 0 to 1000 of its width and height,
-    as Qwen3-VL's ("thousandths"). Prompts and hints that say "in pixels" are given in that unit.
-    web_layout: of the text of a question for a web action, with {intent}, {history} and, for
-    policies that read them, {url} and {elements}; web_actions: those that its hint names.
+    crop_half, crop_size, crop_dot: see FAMILIES; max_crops: zoom calls, refused ones too, before
+    the answer is asked for. hints: say what an answer shall look like where the question does not.
+    coordinates: of the model input ("input"); or, as in the public code, of the image scaled to at
+    most max_pixels, before its sides are rounded to whole tokens ("unrounded"); or from 0 to 1000
+    of its width and height, as Qwen3-VL's ("thousandths"). Prompts and hints that say "in pixels"
+    are given in that unit. web_layout: of the text of a question for a web action, with {intent},
+    {history} and, for policies that read them, {url} and {elements}; web_actions: those that its
+    hint names.
 
     The wording of the authors' checkpoints is in Gabesarch/grounded-rl: system prompts in
     scripts/evaluation/eval_multiturn.sh, for the web in web_action_grounded_thinking.jinja and
@@ -730,6 +748,11 @@ class Dialogue:
         for name, (least, most) in bounds.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name!r} has to be from {least} to {most}")
+
+    @property
+    def before(self):
+        """The text before a crop."""
+        return self.before_dotted if self.crop_dot else self.before_crop
 
     def to_json(self):
         """What dialogue.json has."""
@@ -785,15 +808,15 @@ class Dialogue:
             sizes = [(1000, 1000)] * len(images)
         return chunk, [Frame(size, image.size) for size, image in zip(sizes, images, strict=True)]
 
-    def start(self, policy, question, group, seed=0):
-        """`group` empty Traces of a question, sharing one prompt; number i samples by random
+    def start(self, policy, question, group_size, seed=0):
+        """`group_size` empty Traces of a question, sharing one prompt; number i samples by random
         numbers from `seed` and i."""
         prompt, frames = self.prompt(policy, question)
         prefix = "" if self.tool else self.forced_answer
         crops = {}
         return [Trace(prompt, rng=random.Random(f"{seed} {i}"), question=question, mode=self.mode,
                       frames=frames, prefix=prefix, must_answer=not self.tool, crops=crops)
-                for i in range(group)]
+                for i in range(group_size)]
 
     def on_turn(self, policy, trace, truncated):
         """Reads the turn that the policy just ended. truncated: by the bound on tokens.
@@ -831,8 +854,7 @@ class Dialogue:
         shown, pictures = {"type": "text", "text": turn.error}, []
         if turn.call and not turn.error:
             shown, pictures = {"type": "image"}, [self.crop(policy, trace, turn)]
-        before = self.before_dotted if self.crop_dot else self.before_crop
-        content = [{"type": "text", "text": before}, shown,
+        content = [{"type": "text", "text": self.before}, shown,
                    {"type": "text", "text": self.after_crop}]
         chunk = policy.reply(content, pictures)
         chunk.ids += policy.encode(trace.prefix)
@@ -913,14 +935,14 @@ def read_parts(path):
 READERS = 4             # threads that read the questions' images
 
 
-def rollout(policy, questions, dialogue, group, seeds, **sampling):
-    """`group` Traces of each of many questions. -> list of groups in the order of the questions
+def rollout(policy, questions, dialogue, group_size, seeds, **sampling):
+    """`group_size` Traces of each of many questions. -> groups, in the order of the questions
 
     seeds: one for each question (anything that prints), from which alone its random numbers follow,
     whatever runs beside it and in how many processes. sampling: see `model.Engine`."""
     start = partial(dialogue.start, policy)
     with ThreadPoolExecutor(READERS) as threads:
-        groups = list(threads.map(start, questions, repeat(group), seeds))
+        groups = list(threads.map(start, questions, repeat(group_size), seeds))
     return run_traces(policy, groups, dialogue, **sampling)
 
 
@@ -929,7 +951,8 @@ def run_traces(policy, groups, dialogue, **sampling):
     engine = Engine(policy, **sampling)
     for traces in engine.run(groups, partial(dialogue.on_turn, policy)):
         for trace in traces:
-            trace.ended = trace.ended or "truncated"     # there was no room for the observation
+            if not trace.ended:                          # there was no room for the observation
+                trace.ended, trace.turns[-1].crop = "truncated", None
         traces[0].question.release()
     return groups
 

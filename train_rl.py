@@ -11,10 +11,11 @@ Out: a run folder: args.json, log.jsonl (a line a step), traces.jsonl (every tra
 Kept of GRPO, as the paper has it: G traces a question, advantages relative to their group, clipped
 probability ratios (0.2 below, 0.28 above, a second clip at 3 for negative advantages), a KL penalty
 to the fine-tuned policy inside the loss (k3, 0.01), the mean over all tokens, AdamW at a constant
-rate after a warm-up, one epoch; a bonus for distinct crops that fades out by half-time.
+rate after a warm-up, one epoch.
 Changed: one denominator for the whole update, whatever the micro-batches; the log-probabilities at
 sampling time are those that the engine recorded, so no second pass computes them; sampled with
-top-p 1 where the paper has 0.99, for what is trained has to be what was sampled from.
+top-p 1 where the paper has 0.99, for what is trained has to be what was sampled from; the bonus for
+distinct crops is bounded, and fades out by half-time.
 
 Each process samples and learns from its own share of the questions, and all make the same update.
 """
@@ -66,9 +67,9 @@ from rollout import (
     number,
     parse,
     rollout,
+    run_script,
     sampling_of,
     shared_flags,
-    start,
     visible,
     whole,
 )
@@ -108,8 +109,8 @@ def rl_flags(parser):
 # ------------------------------------------------------------------------------ advantages and loss
 
 def group_advantages(rewards):
-    """Advantages of the traces of one question: (r - mean) / (std + 1e-6); exactly 0 where all
-    rewards are equal. [1, 0, 0, 1] -> [1, -1, -1, 1]"""
+    """Advantages of the traces of one question: (r - mean) / (std + 1e-6), with the group's own std
+    (divided by G); exactly 0 where all rewards are equal. [1, 0, 0, 1] -> [1, -1, -1, 1]"""
     if min(rewards) == max(rewards):
         return [0.0] * len(rewards)
     mean, std = fmean(rewards), pstdev(rewards)
@@ -292,7 +293,7 @@ def append_rows(path, rows):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def read_rows(path):
+def read_log(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -302,7 +303,7 @@ def report(out, args, table_rows, traces):
     tree = trees.read_text(encoding="utf-8").partition("\n\n")[0] if trees.is_file() else ""
     with writing(out / "report.html"):
         write_report(out / "report.html", f"{args.task}, {args.mode}", vars(args),
-                     read_rows(out / "log.jsonl"), table_rows, tree, traces)
+                     read_log(out / "log.jsonl"), table_rows, tree, traces)
 
 
 # ---------------------------------------------------------------------------------- save and resume
@@ -361,7 +362,8 @@ def final_table(args, stages, dialogue, questions, out):
     prints the table, writes summary.json and the page."""
     summary, rows, traces = {}, [[*HEADS, "minutes"]], {}
     for name, path in stages.items():
-        policy = None                       # frees the one before
+        policy = None
+        gc.collect()                        # frees the one before: it refers to itself
         policy = load(str(path), **input_limits(args))
         found, traces[name] = evaluate(policy, questions, dialogue, args.seed, keep=PAGE_TRACES,
                                        **sampling_of(args))
@@ -406,14 +408,14 @@ def run(args, out, held_out):
     print(dialogue.describe())
     train(policy, reference, dialogue, args, out)
     gather(None)                            # the log is whole
-    minutes = sum(line["seconds"] for line in read_rows(out / "log.jsonl")) / 60
+    minutes = sum(line["seconds"] for line in read_log(out / "log.jsonl")) / 60
     save_checkpoint(policy, dialogue, minutes, out / "rl")
 
     del policy, reference
-    gc.collect()                            # a sharded model is part of cycles
+    gc.collect()                            # a policy refers to itself
     stages = {"base": args.model, "sft": out / "sft", "rl": out / "rl"}
     final_table(args, stages, dialogue, held_out, out)
 
 
 if __name__ == "__main__":
-    start(main)
+    run_script(main)

@@ -64,10 +64,10 @@ from rollout import (
     parse_points,
     parse_turn,
     read_image,
+    run_script,
     run_traces,
     sampling_of,
     shared_flags,
-    start,
     whole,
 )
 
@@ -118,7 +118,8 @@ class Node:
     depth: int = 0                 # number of its steps
     trace: Trace | None = None     # the complete trace, where the path has ended
     children: list = field(default_factory=list)
-    rollouts: list = field(default_factory=list)    # complete traces sampled from here
+    # complete traces sampled from here; the one that it was cut from is its parent's
+    rollouts: list = field(default_factory=list)
     visits: int = 0
     value: float = 0.0             # mean reward of all rollouts below
 
@@ -165,7 +166,7 @@ def search(policy, questions, dialogue, seeds, sampling, *, simulations=8, width
                 leaves.append(leaf)
 
         # Expand: the first steps of some continuations become the leaf's children. A step that
-        # repeats a point is worth nothing.
+        # repeats a point is worth nothing; its trace stays a rollout of the leaf.
         complete(policy, dialogue, leaves, width, sampling)
         new = []
         for leaf in leaves:
@@ -198,8 +199,8 @@ def complete(policy, dialogue, nodes, count, sampling):
         for text in node.turns:
             path.add(whole_turn(policy, text))
             path.add(dialogue.on_turn(policy, path, truncated=False))
-        prompt = Chunk(path.prompt.ids + path.ids + policy.encode(node.partial),
-                       path.prompt.pictures + path.pictures)
+        partial = policy.encode(policy.clean(node.partial))
+        prompt = Chunk(path.prompt.ids + path.ids + partial, path.prompt.pictures + path.pictures)
         group = []
         for _ in range(count):
             rng = random.Random(node.start.rng.getrandbits(64))      # the next number of the tree
@@ -214,7 +215,7 @@ def complete(policy, dialogue, nodes, count, sampling):
 
 def whole_turn(policy, text):
     """The tokens of a turn of the policy's, with its end."""
-    return Chunk(policy.encode(text) + [policy.tokenizer.eos_token_id])
+    return Chunk(policy.encode(policy.clean(text)) + [policy.tokenizer.eos_token_id])
 
 
 def expand(leaf, trace, depth):
@@ -260,9 +261,9 @@ SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 
 
 def linearise(root, dialogue, backtrack=True):
-    """The chains of a tree, lists of turns' texts, the shortest first and none twice: of each node,
-    every right rollout, and, where `backtrack` is set, every wrong one that a right one corrects
-    (paper: warm start)."""
+    """The chains of a tree, lists of turns' texts, in the order of their lengths, none twice: of
+    each node, every right rollout, and, where `backtrack` is set, every wrong one that a right one
+    corrects (paper: warm start)."""
     chains = []
     for node in root.walk():
         right, wrong = [], []
@@ -332,7 +333,7 @@ def to_multi_turn(text, max_crops=4, later=0.3, rng=random):
     thought = []                                 # sentences since the last call
     for sentence in SENTENCE_GAP.split(turn.thought):
         thought.append(sentence)
-        new = [point for point in parse_points(sentence) if point not in shown]
+        new = [point for point in parse_points(sentence) if not repeats(point, shown)]
         if new and len(turns) < max_crops:
             turns.append(f"<think>{' '.join(thought)}</think>\n{format_call(new[0])}")
             shown.append(new[0])
@@ -368,10 +369,10 @@ def messages_of(dialogue, question, texts):
     messages = [{"role": "user", "content": asked}]
     if system := dialogue.system_prompts.get(dialogue.mode):
         messages.insert(0, {"role": "system", "content": dialogue.in_unit(system)})
-    before = dialogue.before_dotted if dialogue.crop_dot else dialogue.before_crop
+    observation = f"{dialogue.before}<image>{dialogue.after_crop}"
     for text in texts:
         messages.append({"role": "assistant", "content": text})
-        messages.append({"role": "user", "content": f"{before}<image>{dialogue.after_crop}"})
+        messages.append({"role": "user", "content": observation})
     return messages[:-1]                         # nothing answers the last turn
 
 
@@ -419,11 +420,15 @@ def read_traces(path, questions=(), image_root=""):
     return traces
 
 
-def replay(policy, dialogue, question, messages, crops=()):
+def replay(policy, dialogue, question, messages, crops=(), starts=None):
     """Recorded messages as a Trace, as they are: exactly the assistant's tokens count as sampled,
-    end tokens too. Without crops (paths), an observation shows what our tool does. UserError."""
+    end tokens too. Without crops (paths), an observation shows what our tool does. starts:
+    {question: its empty Trace}, so that its traces share image and crops. Raises UserError."""
+    starts = {} if starts is None else starts
+    if question not in starts:
+        starts[question] = dialogue.start(policy, question, 1)[0]
     first = [message["role"] for message in messages].index("assistant")
-    trace = dialogue.start(policy, question, 1)[0]
+    trace = replace(starts[question], ids=[], sampled=[], log_probs=[], pictures=[], turns=[])
     chat = [{**message, "content": parts_of(policy.clean(message["content"]))}
             for message in messages[:first]]
     trace.prompt = policy.prompt(chat, trace.prompt.pictures)
@@ -750,14 +755,14 @@ def learn_traces(args, out):
 
     policy = load_trainable(args.model, args)
     dialogue = make_dialogue(args, args.model, policy)
-    traces, dropped = [], Counter()
+    traces, dropped, starts = [], Counter(), {}
     for index, (question, messages, crops) in enumerate(recorded):
         texts = [message["content"] for message in messages if message["role"] == "assistant"]
         if dialogue.mode == "zoom" and len(texts) == 1:
             rng = random.Random(f"turns {args.seed} {index}")
             texts = to_multi_turn(texts[0], dialogue.max_crops, rng=rng)
             messages = messages_of(dialogue, question, texts)
-        trace = replay(policy, dialogue, question, messages, crops)
+        trace = replay(policy, dialogue, question, messages, crops, starts)
         scored = score(trace)
         if scored.correct and not scored.why:            # no fault of format, nor of grounding
             traces.append(trace)
@@ -818,4 +823,4 @@ def main():
 
 
 if __name__ == "__main__":
-    start(main)
+    run_script(main)

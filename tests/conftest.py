@@ -35,7 +35,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2Tokeni
 
 import evaluate as evaluation
 from model import Sequence, load
-from rollout import format_call, start
+from rollout import format_call, run_script
 from train_sft import BACKTRACK
 
 ROOT = Path(__file__).parent.parent
@@ -144,7 +144,7 @@ def script(monkeypatch, capsys, tmp_path):
         evaluation.open_file.cache_clear()               # a new process has read no file
         status = 0
         try:
-            start(importlib.import_module(name).main)
+            run_script(importlib.import_module(name).main)
         except SystemExit as stop:
             status = stop.code or 0
         out, err = capsys.readouterr()
@@ -185,7 +185,7 @@ def run_as_one(place, outputs, function, arguments):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     torch.set_num_threads(1)
     torch.cuda.is_available = lambda: False
-    start(partial(function, *arguments))
+    run_script(partial(function, *arguments))
 
 
 def run_in(name, cwd, *arguments):

@@ -33,8 +33,8 @@ from rollout import (
     parse,
     parse_points,
     rollout,
+    run_script,
     sampling_of,
-    start,
     visible,
 )
 
@@ -373,4 +373,4 @@ def main():
 
 
 if __name__ == "__main__":
-    start(main)
+    run_script(main)

@@ -21,7 +21,7 @@ RUN = "runs/tiny"
 
 KILLED = """
 import builtins, os, signal, train_rl
-from rollout import start
+from rollout import run_script
 write = print
 def killed(*words, **how):
     write(*words, **how)
@@ -30,7 +30,7 @@ def killed(*words, **how):
             log.write('{"step": 3, "rew')
         os.kill(os.getpid(), signal.SIGKILL)
 builtins.print = killed
-start(train_rl.main)
+run_script(train_rl.main)
 """
 
 

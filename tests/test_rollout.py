@@ -37,9 +37,9 @@ from rollout import (
     parse_turn,
     read_image,
     rollout,
+    run_script,
     sampling_of,
     shared_flags,
-    start,
     whole,
     zoom,
 )
@@ -199,7 +199,7 @@ def test_how_a_script_ends(error, code, message, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(SystemExit) as stop:
-        start(partial(ends, error))
+        run_script(partial(ends, error))
     assert stop.value.code == code
     assert written.buffer.getvalue().decode().startswith(message)
 
@@ -209,7 +209,7 @@ def test_half_of_torchrun_is_told_in_a_line(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as stop:
-        start(lambda: None)
+        run_script(lambda: None)
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: WORLD_SIZE is set")
 
 

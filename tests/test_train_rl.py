@@ -187,7 +187,7 @@ def test_a_lost_run_is_stopped(policy, tmp_path, monkeypatch):
     parts = json.loads((BASE / "dialogue.json").read_text())
     with pytest.raises(UserError, match="5 gradients in a row .* lower --lr"):
         train_rl.train(policy, policy, Dialogue(**parts), args, tmp_path)
-    logged = [row["skipped"] for row in train_rl.read_rows(tmp_path / "log.jsonl")]
+    logged = [row["skipped"] for row in train_rl.read_log(tmp_path / "log.jsonl")]
     assert logged == [1, 2, 2]
     with torch.no_grad():
         policy.trainable()[0].fill_(math.nan)
@@ -295,7 +295,7 @@ def test_rows_that_a_crash_damaged_are_dropped(tmp_path, capsys, damage, rows):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n' + damage)
     train_rl.drop_rows_after(path, 2)
-    assert len(train_rl.read_rows(path)) == 1 + rows
+    assert len(train_rl.read_log(path)) == 1 + rows
     assert "damaged rows are dropped" in capsys.readouterr().out
 
 
