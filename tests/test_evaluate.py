@@ -485,6 +485,17 @@ def test_a_bad_image_is_skipped_and_counted(policy, small_blocks, tmp_path, caps
 
 
 @pytest.mark.slow
+def test_a_page_after_a_break_does_not_need_the_first_question(policy, tmp_path):
+    """Guards a resumed evaluation whose first image cannot be read: there is a trace to show."""
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    bad = Question("Which?", [tmp_path / "bad.png"], "red", key="bad", where="a.jsonl:1")
+    path = tmp_path / "found.jsonl"
+    questions = [bad, *QUESTIONS[:2]]
+    for _ in range(2):
+        run_with(policy, path, questions=questions, keep=1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("pixels, most", [(1, 2), (5 * 256**2, 6), (2**28, 9)])
 def test_images_in_memory_are_bounded(policy, monkeypatch, pixels, most):
     """Guards memory: 128 photographs of 100 MP are 38 GB. So many as the bound allows are loaded

@@ -561,6 +561,12 @@ def test_weights_that_let_a_wrong_trace_pass_are_refused(weights):
         Weights(**weights)
 
 
+def test_the_largest_bonus_that_is_allowed():
+    """Guards --diversity 0.25, which makes the best wrong trace equal the least right one, from
+    being refused for a rounding."""
+    assert Weights(0.6, 0.4, 0.25, 2).diversity == 0.25
+
+
 def test_the_total_is_made_of_the_named_parts():
     """The logged parts did not add up to the reward that was trained on."""
     for weights in (reward.SINGLE_TURN, reward.MULTI_TURN, Weights(2, 1, 0.5, 1)):

@@ -415,6 +415,7 @@ def test_an_observation_that_does_not_fit_ends_the_trace(policy, question, monke
     monkeypatch.setattr(Dialogue, "on_turn", on_turn)
     ((trace,),) = rollout(policy, [question], TINY, 1, [0], turn_tokens=9, response_tokens=40)
     assert trace.ended == "truncated" and len(trace.ids) <= 40
+    assert len(trace.windows) == len(trace.zoom_points) == len(trace.turns) - 1    # shown
 
 
 def test_without_the_tool_the_answer_is_asked_for_at_once(policy, question):
@@ -422,7 +423,7 @@ def test_without_the_tool_the_answer_is_asked_for_at_once(policy, question):
     script = Script(policy, replace(TINY, tool=False), question)
     assert policy.decode(script.trace.prompt.ids).endswith(TINY.forced_answer)
     assert script.say("red</answer>") is None and script.trace.answer == "red"
-    assert script.trace.ended == "forced"
+    assert script.trace.ended == "forced" and not script.trace.overlong
 
 
 def test_traces_of_a_question_share_their_crops(policy, question):

@@ -271,6 +271,30 @@ def test_continuing_from_a_path_gives_complete_traces(policy, question, mode, tu
         assert torch.allclose(again, torch.tensor(new), atol=1e-5)
 
 
+@pytest.mark.parametrize("spelled", ["<|image_pad|>", "<|vision_start|>", "<|im_end|>"])
+def test_a_special_token_spelled_in_letters_stays_text(policy, question, spelled):
+    """Guards the replay of a path: what a policy wrote letter by letter is encoded again, and would
+    become the token itself, an image's among them."""
+    call = zoom_call(10, 10).replace("<think>", f"<think>{spelled} ")
+    for node in (Node(start_of(policy, question), (call,), f"<think>{spelled}"),):
+        complete(policy, dialogue(), [node], 1, SAMPLING)
+        trace, = node.rollouts
+        assert policy.log_probs([[trace]]).isfinite().all()
+        assert trace.prompt.ids.count(policy.image_token) == sum(
+            picture.tokens for picture in trace.prompt.pictures)
+
+
+def test_chains_of_a_question_share_its_image(policy, question):
+    """Guards the memory of fine-tuning: image and crops are encoded once a question, not a chain."""
+    starts = {}
+    way = dialogue()
+    chains = [[zoom_call(10, 10), answer("dotted")]] * 2
+    one, two = [replay(policy, way, question, messages_of(way, question, chain), (), starts)
+                for chain in chains]
+    assert one.prompt.pictures[0] is two.prompt.pictures[0] and one.pictures[0] is two.pictures[0]
+    assert one is not two and one.ids == two.ids and one.turns is not two.turns
+
+
 def test_the_calls_of_a_path_count(policy, question):
     """Guards the bound on crops: behind a path that used them up, the answer is asked for."""
     calls = tuple(zoom_call(20 * i + 5, 9) for i in range(3))
