@@ -22,7 +22,7 @@ import math
 import os
 import random
 import shutil
-from collections import Counter, deque
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,14 +35,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
@@ -135,10 +130,9 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
         raise UserError(f"{path}: model type '{model_type}' is not supported; give a checkpoint "
                         "of Qwen2.5-VL, or of a dense Qwen3-VL")
 
-    with reading(path, "its tokenizer"):
+    with reading(path, "its tokenizer or chat_template.json"):
         tokenizer = AutoTokenizer.from_pretrained(path)
-    with reading(path, "chat_template.json"):
-        # Only older checkpoints have it; it counts more than the tokenizer's own.
+        # Only older checkpoints have a file for it; it counts more than the tokenizer's own.
         template = cached_file(path, "chat_template.json",
                                _raise_exceptions_for_missing_entries=False)
         if template:
@@ -180,8 +174,7 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
         raise UserError(f"{path}: preprocessor_config.json has to have patch_size, merge_size "
                         f"{sides}, as config.json, and a size of shortest_edge and longest_edge, "
                         "in pixels; get it again")
-    if max_pixels:
-        most = min(most, max_pixels)
+    most = min(most, max_pixels or most)
     processor.size = {"shortest_edge": min(least, most), "longest_edge": most}
     model.model.language_model.config._attn_implementation = "layout"
     model.model.visual.config._attn_implementation = "flash_by_length"
@@ -202,9 +195,9 @@ def reading(path, part):
     try:
         yield
     except Exception as error:
-        why, *_ = (str(error).strip() or repr(error)).splitlines()
-        raise UserError(f"{path}: {part} cannot be read ({why}); give a folder with config.json, "
-                        "complete weights and tokenizer, or a hub id") from error
+        why = str(error).strip() or repr(error)
+        raise UserError(f"{path}: {part} cannot be read ({why.splitlines()[0]}); give a folder "
+                        "with config.json, complete weights and tokenizer, or a hub id") from error
 
 
 def names_of_transformers_4(folder):
@@ -262,8 +255,8 @@ class Policy(nn.Module):
         config = model.config
         self.coordinates = COORDINATES[config.model_type]
         self.text_config = text = config.text_config
-        head_dim = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
-        self.kv_shape = text.num_hidden_layers, text.num_key_value_heads, head_dim
+        attention = model.model.language_model.layers[0].self_attn
+        self.kv_shape = text.num_hidden_layers, text.num_key_value_heads, attention.head_dim
         self.image_token = config.image_token_id
         vision = config.vision_config
         self.merge = vision.spatial_merge_size                         # patches a token, each side
@@ -271,7 +264,7 @@ class Policy(nn.Module):
 
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        self.end_tokens = {tokenizer.eos_token_id, *ends} - {None}
+        self.end_tokens = {tokenizer.eos_token_id, *ends}
         forbidden = torch.zeros(text.vocab_size, dtype=torch.bool, device=model.device)
         forbidden[len(tokenizer):] = True            # rows of the matrix that stand for no token
         forbidden[[config.image_token_id, config.video_token_id,
@@ -291,13 +284,12 @@ class Policy(nn.Module):
         """Writes a Hugging Face checkpoint folder, completely or not at all. notes: what else is
         kept in it, each as NAME.json. All processes have to call it; the first one writes."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(self, options=options)
+        state = get_model_state_dict(self.model, options=options)
         if rank():
             return
         folder = Path(folder)
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        state = {name.removeprefix("model."): weight for name, weight in state.items()}
         if self.model.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)        # of sharded weights both names are there
         self.model.save_pretrained(part, state_dict=state)
@@ -437,7 +429,8 @@ class Policy(nn.Module):
         for picture in pictures:
             first = ids.index(self.image_token, end)
             end = first + picture.tokens
-            _, height, width = (side // self.merge for side in picture.grid)     # in tokens
+            height = picture.grid[1] // self.merge                               # in tokens
+            width = picture.grid[2] // self.merge
             steps = torch.ones(1, height, width).nonzero().T                     # (3, tokens)
             positions[:, first:end] = positions[0, first] + steps
             fewer = picture.tokens - max(height, width)
@@ -470,9 +463,11 @@ class Policy(nn.Module):
         """Hidden states (N, hidden) -> log-probabilities (N, vocabulary) of the distribution that
         is sampled from, float32. penalty, seen: see choose."""
         logits = self.model.lm_head(hidden).float()
-        for row, ids in enumerate(seen):
-            repeated = logits[row, ids]
-            logits[row, ids] = torch.where(repeated < 0, repeated * penalty, repeated / penalty)
+        if seen:
+            penalties = torch.ones_like(logits)
+            for row, ids in zip(penalties, seen, strict=True):
+                row[ids] = penalty
+            logits = torch.where(logits < 0, logits * penalties, logits / penalties)
         logits = logits.masked_fill(self.forbidden, -torch.inf) / temperature
         return logits.log_softmax(-1)
 
@@ -519,10 +514,8 @@ class Policy(nn.Module):
 
 
 @dataclass
-class PackedBatch:
-    """Chunks end to end, as one row of N tokens; ids, pictures and positions (3, length) of all."""
-    ids: list = field(default_factory=list)
-    pictures: list = field(default_factory=list)
+class PackedBatch(Chunk):
+    """Chunks end to end, as one row of N tokens, and the positions (3, length) of each."""
     positions: list = field(default_factory=list)
 
     def add(self, policy, chunk, start):
@@ -539,7 +532,7 @@ def pack(policy, groups):
     """Groups of Sequences -> the PackedBatch [prompt | response 1 | ... | response G] of each; the
     lengths of these, a list a group; the sampled tokens; and of each of these the place of the
     token before it."""
-    batch = PackedBatch()
+    batch = PackedBatch([])
     lengths, targets, predicted_from = [], [], []
     for group in groups:
         prompt = group[0].prompt
@@ -707,8 +700,9 @@ class DecodeLayout:
         seen_prompt = up_to(prompt_end, prompt_columns)                          # (N, P)
         seen_own = up_to(self.column, own_columns)                               # (N, T)
         seen = torch.cat([seen_prompt, seen_own], 1)
-        columns = prompt_columns + own_columns
-        self.bias = seen.new_zeros((slots, 1, cache.rows, 1, columns), dtype=torch.float32)
+        self.widths = prompt_columns, own_columns
+        shape = slots, 1, cache.rows, 1, sum(self.widths)                    # (S, 1, G, 1, P + T)
+        self.bias = torch.zeros(shape, device=seen.device)
         self.bias[slot, 0, number, 0] = seen.log()                               # 0, or -inf
 
     def __call__(self, layer, q, kv, scale):
@@ -728,7 +722,7 @@ class DecodeLayout:
         scores = torch.cat([of_prompt, of_own], -1)
         scores = scores * scale + self.bias
         weights = scores.softmax(-1).to(q.dtype)
-        to_prompt, to_own = weights.split([prompt_k.shape[2], own_k.shape[3]], -1)
+        to_prompt, to_own = weights.split(self.widths, -1)
         out = product(to_prompt, prompt_v) + product(to_own, own_v)              # (S, Hk, G, f, D)
         out = out[slot, :, number]                                               # (N, Hk, f, D)
         return out.flatten(1, 2)[None].to(q.dtype)
@@ -799,7 +793,7 @@ class Engine:
         if not groups:
             return
         self.cache = self.make_cache(groups)
-        coming = deque(groups)
+        coming = list(groups)
         in_flight = {}                                       # slot -> its group
         rows = []                                            # in flight, of all slots
         while coming or rows:
@@ -807,7 +801,7 @@ class Engine:
             started = []
             for slot in range(self.cache.slots):
                 if coming and slot not in in_flight:
-                    group = in_flight[slot] = coming.popleft()
+                    group = in_flight[slot] = coming.pop(0)
                     new = [Row(s, slot, number) for number, s in enumerate(group)]
                     started.append(new)
                     rows += new
@@ -847,7 +841,7 @@ class Engine:
         """Reads, end to end, the prompts of new groups (lists of Rows) and what `rows` have unread.
         -> the Rows that can go on, and the hidden states (rows, hidden) at the end of what each of
         them read"""
-        batch = PackedBatch()
+        batch = PackedBatch([])
         ready, ends = [], []
         for group in started:
             prompt = group[0].sequence.prompt
@@ -948,9 +942,10 @@ def gather_shares(values):
     """The values of all items in their order, on every process. values: of this process's items,
     number rank, rank + world_size, and so on."""
     shares = gather(values)
-    processes = len(shares)
-    total = sum(map(len, shares))
-    return [shares[i % processes][i // processes] for i in range(total)]
+    merged = [None] * sum(map(len, shares))
+    for number, share in enumerate(shares):
+        merged[number::len(shares)] = share
+    return merged
 
 
 def sum_over_processes(numbers):
@@ -1017,21 +1012,20 @@ def shard_if_large(policy):
     FSDP2: each process keeps a part of every weight, gradient and optimizer state. In an update,
     the weights of the language model are gathered layer by layer, and all others at once. With
     several nodes, each has all the parts, and weights are gathered inside of a node."""
-    parameters = sum(p.numel() for p in policy.parameters())
-    if world_size() == 1 or parameters <= REPLICATED:
+    if world_size() == 1 or policy.model.num_parameters() <= REPLICATED:
         return
     gpus = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     mesh = init_device_mesh(policy.device.type, (world_size() // gpus, gpus),
                             mesh_dim_names=("replicate", "shard"))
-    options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+    options = dict(mesh=mesh, mp_policy=fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32),
                    reshard_after_forward=True)
     # The vision tower stays unsharded: which process has images to encode, and when, is its own
     # affair.
-    frozen = set(policy.parameters()) - set(policy.trainable())
+    frozen = set(policy.model.model.visual.parameters())
     for layer in policy.model.model.language_model.layers:
-        fully_shard(layer, **options)
-    fully_shard(policy, **options, ignored_params=frozen)
-    register_fsdp_forward_method(policy, "log_probs")
+        fsdp.fully_shard(layer, **options)
+    fsdp.fully_shard(policy, **options, ignored_params=frozen)
+    fsdp.register_fsdp_forward_method(policy, "log_probs")
     for unit in fsdp_units(policy):
         # Gradients are summed, not averaged: the loss is divided by the tokens of all processes.
         unit.set_gradient_divide_factor(1.0)
@@ -1041,11 +1035,11 @@ def shard_if_large(policy):
 
 
 def is_sharded(policy):
-    return isinstance(policy, FSDPModule)
+    return isinstance(policy, fsdp.FSDPModule)
 
 
 def fsdp_units(policy):
-    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    return [module for module in policy.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 @contextmanager
