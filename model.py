@@ -25,7 +25,6 @@ import shutil
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
@@ -37,16 +36,12 @@ from PIL import Image
 from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, logging
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-    Qwen2VLImageProcessorPil,
-    smart_resize,
-)
+from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as processing
 from transformers.utils import cached_file
 
 logging.disable_progress_bar()
@@ -59,6 +54,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 # The model types that are supported (the second: its dense models), and the coordinates that they
 # point in, see rollout.Dialogue.
 COORDINATES = {"qwen2_5_vl": "input", "qwen3_vl": "thousandths"}
+# A chat whose reply is easily found in what the template makes of it.
+EXCHANGE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\0"}]
 MAX_LOGITS = 2**26          # floats in the largest (tokens, vocabulary) tensor: 256 MiB
 MAX_VISION_PATCHES = 2**16  # patches in one pass of the vision tower
 REPLICATED = 100_000_000    # parameters of a model at most of which each process has a copy
@@ -138,7 +135,7 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
         if template:
             tokenizer.chat_template = read_json(template)["chat_template"]
     with reading(path, "preprocessor_config.json"):
-        processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        processor = processing.Qwen2VLImageProcessorPil.from_pretrained(path)
 
     for file in sorted(Path(path).glob("*.safetensors")):
         with reading(file, "its header"):                # of a truncated file
@@ -156,8 +153,7 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
                         "missing; put tokenizer.json, tokenizer_config.json and chat_template.json "
                         "of that model beside its config.json")
     with reading(path, "its chat template"):
-        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\0"}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        text = tokenizer.apply_chat_template(EXCHANGE, tokenize=False)
     end = text.partition("\0")[2].strip()
     if end != tokenizer.eos_token:
         raise UserError(f"{path}: its tokenizer's end token is {tokenizer.eos_token!r}, but its "
@@ -166,21 +162,21 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
 
     vision = model.config.vision_config
     sides = vision.patch_size, vision.spatial_merge_size
-    its_sides = processor.patch_size, processor.merge_size
     size = processor.size
     least = size.shortest_edge or size.min_pixels
     most = size.longest_edge or size.max_pixels
-    if not least or not most or sides != its_sides:
+    if not least or not most or sides != (processor.patch_size, processor.merge_size):
         raise UserError(f"{path}: preprocessor_config.json has to have patch_size, merge_size "
                         f"{sides}, as config.json, and a size of shortest_edge and longest_edge, "
                         "in pixels; get it again")
     most = min(most, max_pixels or most)
     processor.size = {"shortest_edge": min(least, most), "longest_edge": most}
+    visual = model.model.visual
+    visual.config._attn_implementation = "flash_by_length"
     model.model.language_model.config._attn_implementation = "layout"
-    model.model.visual.config._attn_implementation = "flash_by_length"
     # The patch embedding is a convolution whose kernel covers a patch; as the matrix product that
     # it is, it takes a third of the time on a CPU.
-    embed = model.model.visual.patch_embed
+    embed = visual.patch_embed
 
     def product(patches):
         return F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias)
@@ -298,7 +294,7 @@ class Policy(nn.Module):
         notes |= names_of_transformers_4(part)
         for name, note in notes.items():
             text = json.dumps(note, indent=1, ensure_ascii=False)
-            (part / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+            write_text(part / f"{name}.json", text + "\n")
         move_into_place(part, folder)
 
     # -------------------------------------------------------------------- text and images to tokens
@@ -322,7 +318,7 @@ class Policy(nn.Module):
             scale = min(1, math.sqrt(most / (width * height)))
             return int(width * scale), int(height * scale)
         try:
-            height, width = smart_resize(height, width, self.token_px, least, most)
+            height, width = processing.smart_resize(height, width, self.token_px, least, most)
         except ValueError as error:
             raise UserError(f"an image of {width}x{height} px cannot be encoded: {error}") from None
         return width, height
@@ -361,15 +357,14 @@ class Policy(nn.Module):
 
     def reply(self, content, images=()):
         """A user turn between an end token of the assistant's and its next turn, as a Chunk."""
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\0"},
-                    {"role": "user", "content": content}]
-        text = self.render(messages).partition("\0")[2]
+        text = self.render([*EXCHANGE, {"role": "user", "content": content}])
+        text = text.partition("\0")[2]
         return self.chunk(text.removeprefix(self.tokenizer.eos_token), images)
 
     def default_system_message(self):
         """The system message that the chat template adds where a dialogue has none. "": nothing, or
         the Qwen models' sentence, which says nothing of a task."""
-        text = self.render([{"role": "user", "content": "?"}])
+        text = self.render(EXCHANGE[:1])
         system = text.partition("<|im_start|>system\n")[2]
         message = system.partition("<|im_end|>")[0].strip()
         return "" if message == "You are a helpful assistant." else message
@@ -398,15 +393,14 @@ class Policy(nn.Module):
         new = [picture for picture in dict.fromkeys(pictures) if picture.features is None]
         new.sort(key=lambda picture: picture.grid)
         for part in split_by_size(new, lambda picture: math.prod(picture.grid), MAX_VISION_PATCHES):
-            features = self.run_vision_tower(part)
-            for picture, its_features in zip(part, features, strict=True):
+            for picture, its_features in zip(part, self.run_vision_tower(part), strict=True):
                 picture.features = its_features
                 picture.image = None
         return [picture.features for picture in pictures]
 
     def run_vision_tower(self, pictures):
         """Pictures in the order of their sizes -> the features of each."""
-        pixels = self.pixel_values(pictures).to(self.device, self.model.dtype)
+        pixels = self.pixel_values(pictures).to(self.device)
         # Those of one size are given to it as the frames of one film: it encodes each frame by
         # itself, and works out positions and windows once for all of them.
         frames = Counter(picture.grid for picture in pictures)
@@ -499,16 +493,15 @@ class Policy(nn.Module):
         batch, lengths, targets, predicted_from = pack(self, groups)
         hidden = self.hidden_states(batch, TrainLayout(lengths))
         hidden = hidden[predicted_from]                                          # (N, hidden)
-        tokens = torch.tensor(targets, device=self.device)                       # (N,)
+        tokens = torch.tensor(targets, device=self.device)[:, None]              # (N, 1)
 
         def log_probs_of(h, t):
-            log_probs = self.log_softmax(h, temperature)                         # (n, vocabulary)
-            return log_probs.gather(1, t[:, None])[:, 0]
+            return self.log_softmax(h, temperature).gather(1, t)                 # (n, 1)
         # In parts, whose logits are computed again for the gradients: few are in memory at a time.
-        size = max(1, MAX_LOGITS // self.text_config.vocab_size)
+        size = MAX_LOGITS // self.text_config.vocab_size
         parts = zip(hidden.split(size), tokens.split(size), strict=True)
         found = [checkpoint(log_probs_of, *part, use_reentrant=False) for part in parts]
-        return torch.cat(found)
+        return torch.cat(found).squeeze(1)
 
     forward = log_probs
 
@@ -642,11 +635,11 @@ class Cache:
 
     def __init__(self, policy, slots, rows, prompt_columns, own_columns):
         layers, heads, dim = policy.kv_shape                                     # , Hk, D
-        zeros = partial(torch.zeros, dtype=policy.model.dtype, device=policy.device)
+        kind = dict(dtype=policy.model.dtype, device=policy.device)
         self.slots = slots                                                       # S
         self.rows = rows                                                         # G
-        self.prompt = zeros(layers, 2, slots, heads, prompt_columns, dim)    # (2, S, Hk, P, D) each
-        self.own = zeros(layers, 2, slots, heads, rows, own_columns, dim)    # (2, S, Hk, G, T, D)
+        self.prompt = torch.zeros(layers, 2, slots, heads, prompt_columns, dim, **kind)
+        self.own = torch.zeros(layers, 2, slots, heads, rows, own_columns, dim, **kind)
 
 
 @dataclass
@@ -792,14 +785,21 @@ class Engine:
         from, or None to end. Yields each group as it is finished."""
         if not groups:
             return
-        self.cache = self.make_cache(groups)
+        # A cache for the longest prompt, and for as many groups as there is memory for.
+        prompt_columns = max(len(group[0].prompt.ids) for group in groups)
+        own_rows = max(map(len, groups))
+        columns = prompt_columns + own_rows * self.response_tokens       # of a group
+        cache_tokens = self.cache_tokens or free_columns(self.policy)
+        slots = max(1, min(cache_tokens // columns, len(groups)))
+        self.cache = Cache(self.policy, slots, own_rows, prompt_columns, self.response_tokens)
+
         coming = list(groups)
         in_flight = {}                                       # slot -> its group
         rows = []                                            # in flight, of all slots
         while coming or rows:
             # Start groups while slots are free, the lowest ones: a pass is as wide as the highest.
             started = []
-            for slot in range(self.cache.slots):
+            for slot in range(slots):
                 if coming and slot not in in_flight:
                     group = in_flight[slot] = coming.pop(0)
                     new = [Row(s, slot, number) for number, s in enumerate(group)]
@@ -828,42 +828,31 @@ class Engine:
                 if all(other.slot != row.slot for other in rows):
                     yield in_flight.pop(row.slot)
 
-    def make_cache(self, groups):
-        """A Cache for the longest prompt, and for as many of the groups as there is memory for."""
-        rows = max(map(len, groups))
-        prompt_columns = max(len(group[0].prompt.ids) for group in groups)
-        cache_tokens = self.cache_tokens or free_columns(self.policy)
-        columns = prompt_columns + rows * self.response_tokens           # of a group
-        slots = max(1, min(cache_tokens // columns, len(groups)))
-        return Cache(self.policy, slots, rows, prompt_columns, self.response_tokens)
-
     def read(self, started, rows):
         """Reads, end to end, the prompts of new groups (lists of Rows) and what `rows` have unread.
         -> the Rows that can go on, and the hidden states (rows, hidden) at the end of what each of
         them read"""
         batch = PackedBatch([])
-        ready, ends = [], []
+        ends = {}                                            # Row -> where it has read to
         for group in started:
             prompt = group[0].sequence.prompt
             after = batch.add(self.policy, prompt, 0)
             for row in group:
                 row.position = after
                 if not row.unread:
-                    ready.append(row)
-                    ends.append(len(batch.ids) - 1)
+                    ends[row] = len(batch.ids) - 1
         for row in rows:
             sequence = row.sequence
             chunk = Chunk(sequence.ids[row.read:], sequence.pictures[row.pictures_read:])
             row.position = batch.add(self.policy, chunk, row.position)
-            ready.append(row)
-            ends.append(len(batch.ids) - 1)
+            ends[row] = len(batch.ids) - 1
         first_rows = [group[0] for group in started]
         layout = ReadLayout(self.cache, first_rows, rows)
         hidden = self.policy.hidden_states(batch, layout)                            # (N, hidden)
         for row in rows:
             row.read = len(row.sequence.ids)
             row.pictures_read = len(row.sequence.pictures)
-        return ready, hidden[ends]
+        return list(ends), hidden[list(ends.values())]
 
     def decode(self, rows):
         """Reads the one unread token of each row. -> hidden states (rows, hidden)"""
@@ -879,11 +868,10 @@ class Engine:
     def sample(self, rows, hidden, on_turn):
         """Samples a token of each row and appends it, and what on_turn answers where a turn ends.
         -> the rows that are done"""
-        sequences = [row.sequence for row in rows]
-        rngs = [sequence.rng for sequence in sequences]
+        rngs = [row.sequence.rng for row in rows]
         seen = ()
         if self.repetition_penalty != 1:
-            seen = [sequence.prompt.ids + sequence.ids for sequence in sequences]
+            seen = [row.sequence.prompt.ids + row.sequence.ids for row in rows]
         chosen = self.policy.choose(hidden, rngs, self.temperature, self.top_p, self.top_k,
                                     self.repetition_penalty, seen)
         done = []
@@ -950,7 +938,7 @@ def gather_shares(values):
 
 def sum_over_processes(numbers):
     """The sums over all processes of some numbers, a list."""
-    return [sum(values) for values in zip(*gather(numbers), strict=True)]
+    return list(map(sum, zip(*gather(numbers), strict=True)))
 
 
 def sum_gradients(parameters):
@@ -1015,8 +1003,8 @@ def shard_if_large(policy):
     if world_size() == 1 or policy.model.num_parameters() <= REPLICATED:
         return
     gpus = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    mesh = init_device_mesh(policy.device.type, (world_size() // gpus, gpus),
-                            mesh_dim_names=("replicate", "shard"))
+    mesh = dist.init_device_mesh(policy.device.type, (world_size() // gpus, gpus),
+                                 mesh_dim_names=("replicate", "shard"))
     options = dict(mesh=mesh, mp_policy=fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32),
                    reshard_after_forward=True)
     # The vision tower stays unsharded: which process has images to encode, and when, is its own
@@ -1048,8 +1036,8 @@ def unsharded(policy):
     the others."""
     for unit in fsdp_units(policy):
         unit.unshard()
-        unit.set_reshard_after_forward(False, recurse=False)
+        unit.set_reshard_after_forward(False)
     yield
     for unit in fsdp_units(policy):
-        unit.set_reshard_after_forward(True, recurse=False)
+        unit.set_reshard_after_forward(True)
         unit.reshard()
