@@ -21,12 +21,10 @@ import json
 import math
 import os
 import random
-import re
 import shutil
-from collections import Counter, deque
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
 from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
@@ -36,23 +34,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, logging
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-    Qwen2VLImageProcessorPil,
-    smart_resize,
-)
+from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as processing
 from transformers.utils import cached_file
 
 logging.disable_progress_bar()
@@ -65,6 +54,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 # The model types that are supported (the second: its dense models), and the coordinates that they
 # point in, see rollout.Dialogue.
 COORDINATES = {"qwen2_5_vl": "input", "qwen3_vl": "thousandths"}
+# A chat whose reply is easily found in what the template makes of it.
+EXCHANGE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\0"}]
 MAX_LOGITS = 2**26          # floats in the largest (tokens, vocabulary) tensor: 256 MiB
 MAX_VISION_PATCHES = 2**16  # patches in one pass of the vision tower
 REPLICATED = 100_000_000    # parameters of a model at most of which each process has a copy
@@ -130,19 +121,21 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = "auto" if torch.device(device).type == "cuda" else torch.float32
-    read_config(path)
+    with reading(path, "config.json"):
+        model_type = AutoConfig.from_pretrained(path).model_type
+    if model_type not in COORDINATES:
+        raise UserError(f"{path}: model type '{model_type}' is not supported; give a checkpoint "
+                        "of Qwen2.5-VL, or of a dense Qwen3-VL")
 
-    with reading(path, "its tokenizer"):
+    with reading(path, "its tokenizer or chat_template.json"):
         tokenizer = AutoTokenizer.from_pretrained(path)
-    with reading(path, "chat_template.json"):
-        # Only older checkpoints have it; it counts more than the tokenizer's own.
+        # Only older checkpoints have a file for it; it counts more than the tokenizer's own.
         template = cached_file(path, "chat_template.json",
                                _raise_exceptions_for_missing_entries=False)
         if template:
-            text = Path(template).read_text(encoding="utf-8")
-            tokenizer.chat_template = json.loads(text)["chat_template"]
+            tokenizer.chat_template = read_json(template)["chat_template"]
     with reading(path, "preprocessor_config.json"):
-        processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        processor = processing.Qwen2VLImageProcessorPil.from_pretrained(path)
 
     for file in sorted(Path(path).glob("*.safetensors")):
         with reading(file, "its header"):                # of a truncated file
@@ -151,7 +144,8 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
         model, report = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     mismatched = {name for name, *_ in report["mismatched_keys"]}
-    if missing := sorted(report["missing_keys"] | mismatched):      # they would stay random
+    missing = sorted(report["missing_keys"] | mismatched)
+    if missing:                                          # they would stay random
         raise UserError(f"{path}: {len(missing)} weights are missing or of another size than "
                         f"config.json says, the first is {missing[0]}; get all its files again")
     if len(tokenizer) <= model.config.image_token_id or not tokenizer.chat_template:
@@ -159,41 +153,35 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
                         "missing; put tokenizer.json, tokenizer_config.json and chat_template.json "
                         "of that model beside its config.json")
     with reading(path, "its chat template"):
-        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\0"}]
-        _, _, end = tokenizer.apply_chat_template(chat, tokenize=False).partition("\0")
-    end = end.strip()
+        text = tokenizer.apply_chat_template(EXCHANGE, tokenize=False)
+    end = text.partition("\0")[2].strip()
     if end != tokenizer.eos_token:
         raise UserError(f"{path}: its tokenizer's end token is {tokenizer.eos_token!r}, but its "
                         f"chat template ends a turn with {end!r}; put tokenizer_config.json of "
                         "that model beside its config.json")
 
-    vision, size = model.config.vision_config, processor.size
+    vision = model.config.vision_config
     sides = vision.patch_size, vision.spatial_merge_size
+    size = processor.size
     least = size.shortest_edge or size.min_pixels
     most = size.longest_edge or size.max_pixels
     if not least or not most or sides != (processor.patch_size, processor.merge_size):
         raise UserError(f"{path}: preprocessor_config.json has to have patch_size, merge_size "
                         f"{sides}, as config.json, and a size of shortest_edge and longest_edge, "
                         "in pixels; get it again")
-    most = min(most, max_pixels or math.inf)
+    most = min(most, max_pixels or most)
     processor.size = {"shortest_edge": min(least, most), "longest_edge": most}
+    visual = model.model.visual
+    visual.config._attn_implementation = "flash_by_length"
     model.model.language_model.config._attn_implementation = "layout"
-    model.model.visual.config._attn_implementation = "flash_by_length"
     # The patch embedding is a convolution whose kernel covers a patch; as the matrix product that
     # it is, it takes a third of the time on a CPU.
-    embed = model.model.visual.patch_embed
-    embed.forward = lambda patches: F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias)
+    embed = visual.patch_embed
+
+    def product(patches):
+        return F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias)
+    embed.forward = product
     return Policy(model.to(device), tokenizer, processor, max_image_side).eval()
-
-
-def read_config(path):
-    """The config of a checkpoint folder or hub id; no weights are read. Raises UserError."""
-    with reading(path, "config.json"):
-        config = AutoConfig.from_pretrained(path)
-    if config.model_type not in COORDINATES:
-        raise UserError(f"{path}: model type '{config.model_type}' is not supported; give a "
-                        "checkpoint of Qwen2.5-VL, or of a dense Qwen3-VL")
-    return config
 
 
 @contextmanager
@@ -203,17 +191,16 @@ def reading(path, part):
     try:
         yield
     except Exception as error:
-        why = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{path}: {part} cannot be read ({why}); give a folder with config.json, "
-                        "complete weights and tokenizer, or a hub id") from error
+        why = str(error).strip() or repr(error)
+        raise UserError(f"{path}: {part} cannot be read ({why.splitlines()[0]}); give a folder "
+                        "with config.json, complete weights and tokenizer, or a hub id") from error
 
 
 def names_of_transformers_4(folder):
     """The config and tokenizer_config of a folder that transformers 5 wrote, {name: parts}, with
     the names that 4.57, and vLLM with it, looks for; version 5 knows both."""
-    config, tokenizer_config = (
-        json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("config", "tokenizer_config"))
+    config = read_json(folder / "config.json")
+    tokenizer_config = read_json(folder / "tokenizer_config.json")
     text_config = config["text_config"]
     rope = text_config.pop("rope_parameters")
     text_config["rope_theta"] = rope.pop("rope_theta")
@@ -238,6 +225,10 @@ def move_into_place(part, final):
         os.replace(part, final)
 
 
+def read_json(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def write_text(path, text):
     """Writes a file completely or not at all."""
     part = Path(f"{path}.part")
@@ -260,8 +251,8 @@ class Policy(nn.Module):
         config = model.config
         self.coordinates = COORDINATES[config.model_type]
         self.text_config = text = config.text_config
-        head_dim = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
-        self.kv_shape = text.num_hidden_layers, text.num_key_value_heads, head_dim
+        attention = model.model.language_model.layers[0].self_attn
+        self.kv_shape = text.num_hidden_layers, text.num_key_value_heads, attention.head_dim
         self.image_token = config.image_token_id
         vision = config.vision_config
         self.merge = vision.spatial_merge_size                         # patches a token, each side
@@ -269,13 +260,12 @@ class Policy(nn.Module):
 
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        self.end_tokens = {tokenizer.eos_token_id, *ends} - {None}
+        self.end_tokens = {tokenizer.eos_token_id, *ends}
         forbidden = torch.zeros(text.vocab_size, dtype=torch.bool, device=model.device)
         forbidden[len(tokenizer):] = True            # rows of the matrix that stand for no token
         forbidden[[config.image_token_id, config.video_token_id,
                    config.vision_start_token_id, config.vision_end_token_id]] = True
         self.register_buffer("forbidden", forbidden, persistent=False)
-        self.cached_render = lru_cache(10_000)(self.apply_template)
 
     @property
     def device(self):
@@ -290,13 +280,12 @@ class Policy(nn.Module):
         """Writes a Hugging Face checkpoint folder, completely or not at all. notes: what else is
         kept in it, each as NAME.json. All processes have to call it; the first one writes."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(self, options=options)
+        state = get_model_state_dict(self.model, options=options)
         if rank():
             return
         folder = Path(folder)
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        state = {name.removeprefix("model."): weight for name, weight in state.items()}
         if self.model.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)        # of sharded weights both names are there
         self.model.save_pretrained(part, state_dict=state)
@@ -305,7 +294,7 @@ class Policy(nn.Module):
         notes |= names_of_transformers_4(part)
         for name, note in notes.items():
             text = json.dumps(note, indent=1, ensure_ascii=False)
-            (part / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+            write_text(part / f"{name}.json", text + "\n")
         move_into_place(part, folder)
 
     # -------------------------------------------------------------------- text and images to tokens
@@ -314,8 +303,7 @@ class Policy(nn.Module):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=False,
-                                     clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def input_size(self, width, height, rounded=True):
         """(width, height) in px of the model input made of an image of this size.
@@ -330,7 +318,7 @@ class Policy(nn.Module):
             scale = min(1, math.sqrt(most / (width * height)))
             return int(width * scale), int(height * scale)
         try:
-            height, width = smart_resize(height, width, self.token_px, least, most)
+            height, width = processing.smart_resize(height, width, self.token_px, least, most)
         except ValueError as error:
             raise UserError(f"an image of {width}x{height} px cannot be encoded: {error}") from None
         return width, height
@@ -341,24 +329,23 @@ class Policy(nn.Module):
         image = image.convert("RGB").resize(size, self.image_processor.resample)
         patch = self.image_processor.patch_size
         grid = 1, height // patch, width // patch
-        return Picture(image, grid, math.prod(grid) // self.merge**2)
+        tokens = math.prod(grid) // self.merge**2
+        return Picture(image, grid, tokens)
 
     def chunk(self, text, images=()):
         """Text in which every "<|image_pad|>" stands for one of `images` (PIL or Picture)."""
-        first, *rest = text.split(self.tokenizer.convert_ids_to_tokens(self.image_token))
+        first, *rest = text.split("<|image_pad|>")
         chunk = Chunk(self.encode(first))
         for image, text_behind in zip(images, rest, strict=True):
             picture = image if isinstance(image, Picture) else self.picture(image)
             chunk.pictures.append(picture)
-            chunk.ids += [self.image_token] * picture.tokens + self.encode(text_behind)
+            chunk.ids += [self.image_token] * picture.tokens
+            chunk.ids += self.encode(text_behind)
         return chunk
 
     def render(self, messages):
         """Chat messages -> text, by the chat template, up to where the assistant speaks."""
-        return self.cached_render(json.dumps(messages))
-
-    def apply_template(self, messages):
-        return self.tokenizer.apply_chat_template(json.loads(messages), tokenize=False,
+        return self.tokenizer.apply_chat_template(messages, tokenize=False,
                                                   add_generation_prompt=True)
 
     def prompt(self, messages, images=()):
@@ -370,17 +357,16 @@ class Policy(nn.Module):
 
     def reply(self, content, images=()):
         """A user turn between an end token of the assistant's and its next turn, as a Chunk."""
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\0"},
-                    {"role": "user", "content": content}]
-        text = self.render(messages).partition("\0")[2]
+        text = self.render([*EXCHANGE, {"role": "user", "content": content}])
+        text = text.partition("\0")[2]
         return self.chunk(text.removeprefix(self.tokenizer.eos_token), images)
 
     def default_system_message(self):
         """The system message that the chat template adds where a dialogue has none. "": nothing, or
         the Qwen models' sentence, which says nothing of a task."""
-        text = self.render([{"role": "user", "content": "?"}])
-        system = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", text, re.S)
-        message = system[1].strip() if system else ""
+        text = self.render(EXCHANGE[:1])
+        system = text.partition("<|im_start|>system\n")[2]
+        message = system.partition("<|im_end|>")[0].strip()
         return "" if message == "You are a helpful assistant." else message
 
     def clean(self, text):
@@ -400,46 +386,31 @@ class Policy(nn.Module):
         out = self.image_processor(images=images, do_resize=False, return_tensors="pt")
         return out["pixel_values"]
 
+    @torch.no_grad()
     def features(self, pictures):
         """Vision features of several pictures, see Picture. They are computed once, without
         gradients, and kept in the pictures."""
         new = [picture for picture in dict.fromkeys(pictures) if picture.features is None]
         new.sort(key=lambda picture: picture.grid)
         for part in split_by_size(new, lambda picture: math.prod(picture.grid), MAX_VISION_PATCHES):
-            with torch.no_grad():
-                features = self.run_vision_tower(part)
-            for picture, its_features in zip(part, features, strict=True):
+            for picture, its_features in zip(part, self.run_vision_tower(part), strict=True):
                 picture.features = its_features
                 picture.image = None
         return [picture.features for picture in pictures]
 
     def run_vision_tower(self, pictures):
         """Pictures in the order of their sizes -> the features of each."""
-        pixels = self.pixel_values(pictures).to(self.device, self.model.dtype)
+        pixels = self.pixel_values(pictures).to(self.device)
         # Those of one size are given to it as the frames of one film: it encodes each frame by
         # itself, and works out positions and windows once for all of them.
         frames = Counter(picture.grid for picture in pictures)
-        grids = [(count, *sides) for (_, *sides), count in frames.items()]
+        grids = [(count, height, width) for (_, height, width), count in frames.items()]
         grids = torch.tensor(grids, device=self.device)
         out = self.model.model.get_image_features(pixels, grids)
         depths = [out.pooler_output, *getattr(out, "deepstack_features", ())]
         features = torch.cat([torch.cat(depth) for depth in depths], 1)
         lengths = [picture.tokens for picture in pictures]
         return features.split(lengths)
-
-    def embed(self, ids, pictures):
-        """Token ids (list, N) and the pictures of their image tokens -> embeddings (N, hidden), and
-        DeepStack's arguments of the language model, {} without it."""
-        ids = torch.tensor(ids, device=self.device)
-        x = self.model.model.language_model.embed_tokens(ids)                    # (N, hidden)
-        if not pictures:
-            return x, {}
-        seen = ids == self.image_token
-        features = torch.cat(self.features(pictures)).to(x.dtype)
-        features, *deeper = features.split(x.shape[1], 1)                        # (tokens, hidden)
-        x = x.index_put((seen.nonzero()[:, 0],), features)
-        stack = dict(visual_pos_masks=seen[None], deepstack_visual_embeds=deeper) if deeper else {}
-        return x, stack
 
     def positions(self, ids, pictures, start=0):
         """m-RoPE positions (3, N) of a chunk that starts at position `start`, and the one after it.
@@ -452,9 +423,10 @@ class Policy(nn.Module):
         for picture in pictures:
             first = ids.index(self.image_token, end)
             end = first + picture.tokens
-            _, height, width = (side // self.merge for side in picture.grid)     # in tokens
+            height = picture.grid[1] // self.merge                               # in tokens
+            width = picture.grid[2] // self.merge
             steps = torch.ones(1, height, width).nonzero().T                     # (3, tokens)
-            positions[:, first:end] = positions[:, first, None] + steps
+            positions[:, first:end] = positions[0, first] + steps
             fewer = picture.tokens - max(height, width)
             positions[:, end:] -= fewer
             after -= fewer
@@ -462,32 +434,36 @@ class Policy(nn.Module):
 
     # ------------------------------------------------------------- hidden states, log-probabilities
 
-    def hidden(self, x, positions, layout, **stack):
-        """Embeddings (B, L, hidden) at positions (3, B, L) through the language model -> (B, L,
-        hidden). layout: what attends to what; stack: see embed."""
-        out = self.model.model.language_model(
-            inputs_embeds=x, position_ids=positions.to(self.device), use_cache=False,
-            layout=layout, **stack)
-        return out.last_hidden_state
-
-    def hidden_of(self, batch, layout):
-        """A PackedBatch of N tokens -> (N, hidden)."""
-        x, stack = self.embed(batch.ids, batch.pictures)                         # (N, hidden)
-        positions = torch.cat(batch.positions, 1)                                # (3, N)
-        hidden = self.hidden(x[None], positions[:, None], layout, **stack)       # (1, N, hidden)
-        return hidden[0]
+    def hidden_states(self, batch, layout):
+        """A PackedBatch of N tokens through the language model -> (N, hidden). layout: what attends
+        to what."""
+        language_model = self.model.model.language_model
+        ids = torch.tensor(batch.ids, device=self.device)
+        x = language_model.embed_tokens(ids)                                     # (N, hidden)
+        deepstack = {}
+        if batch.pictures:
+            seen = ids == self.image_token
+            features = torch.cat(self.features(batch.pictures)).to(x.dtype)
+            features, *deeper = features.split(x.shape[1], 1)                    # (tokens, hidden)
+            x = x.index_put((seen,), features)
+            if deeper:
+                deepstack = dict(visual_pos_masks=seen[None], deepstack_visual_embeds=deeper)
+        positions = torch.cat(batch.positions, 1).to(self.device)                # (3, N)
+        out = language_model(inputs_embeds=x[None], position_ids=positions[:, None],
+                             use_cache=False, layout=layout, **deepstack)
+        return out.last_hidden_state[0]
 
     def log_softmax(self, hidden, temperature=1.0, penalty=1.0, seen=()):
         """Hidden states (N, hidden) -> log-probabilities (N, vocabulary) of the distribution that
         is sampled from, float32. penalty, seen: see choose."""
         logits = self.model.lm_head(hidden).float()
-        if penalty != 1:
-            repeated = torch.zeros_like(logits, dtype=torch.bool)
-            for row, ids in zip(repeated, seen, strict=True):
-                row[ids] = True
-            lower = torch.where(logits < 0, logits * penalty, logits / penalty)
-            logits = lower.where(repeated, logits)
-        return torch.log_softmax(logits.masked_fill(self.forbidden, -torch.inf) / temperature, -1)
+        if seen:
+            penalties = torch.ones_like(logits)
+            for row, ids in zip(penalties, seen, strict=True):
+                row[ids] = penalty
+            logits = torch.where(logits < 0, logits * penalties, logits / penalties)
+        logits = logits.masked_fill(self.forbidden, -torch.inf) / temperature
+        return logits.log_softmax(-1)
 
     def choose(self, hidden, rngs, temperature=1.0, top_p=1.0, top_k=0, penalty=1.0, seen=()):
         """Samples a token from each of N hidden states (N, hidden), by the next number of each of N
@@ -507,7 +483,7 @@ class Policy(nn.Module):
             uniforms = [rng.getrandbits(32) / 2**32 for rng in rngs]
             tokens = invert(log_probs, uniforms)                                 # (N, 1)
         chosen = log_probs.gather(1, tokens)                                     # (N, 1)
-        return tokens[:, 0].tolist(), chosen[:, 0].tolist()
+        return tokens.squeeze(1).tolist(), chosen.squeeze(1).tolist()
 
     def log_probs(self, groups, temperature=1.0):
         """Log-probabilities, with gradients, of every sampled token: each prompt is run once.
@@ -515,26 +491,24 @@ class Policy(nn.Module):
         groups: lists of Sequences, those of a list sharing one prompt. -> (N,), ordered by group,
         sequence and token"""
         batch, lengths, targets, predicted_from = pack(self, groups)
-        hidden = self.hidden_of(batch, TrainLayout(lengths))[predicted_from]     # (N, hidden)
-        tokens = torch.tensor(batch.ids, device=self.device)[targets]            # (N,)
+        hidden = self.hidden_states(batch, TrainLayout(lengths))
+        hidden = hidden[predicted_from]                                          # (N, hidden)
+        tokens = torch.tensor(targets, device=self.device)[:, None]              # (N, 1)
 
         def log_probs_of(h, t):
-            log_probs = self.log_softmax(h, temperature)                         # (n, vocabulary)
-            return log_probs.gather(1, t[:, None])[:, 0]
+            return self.log_softmax(h, temperature).gather(1, t)                 # (n, 1)
         # In parts, whose logits are computed again for the gradients: few are in memory at a time.
-        size = max(1, MAX_LOGITS // self.text_config.vocab_size)
+        size = MAX_LOGITS // self.text_config.vocab_size
         parts = zip(hidden.split(size), tokens.split(size), strict=True)
         found = [checkpoint(log_probs_of, *part, use_reentrant=False) for part in parts]
-        return torch.cat(found)
+        return torch.cat(found).squeeze(1)
 
     forward = log_probs
 
 
 @dataclass
-class PackedBatch:
-    """Chunks end to end, as one row of N tokens; ids, pictures and positions (3, length) of all."""
-    ids: list = field(default_factory=list)
-    pictures: list = field(default_factory=list)
+class PackedBatch(Chunk):
+    """Chunks end to end, as one row of N tokens, and the positions (3, length) of each."""
     positions: list = field(default_factory=list)
 
     def add(self, policy, chunk, start):
@@ -549,9 +523,10 @@ class PackedBatch:
 
 def pack(policy, groups):
     """Groups of Sequences -> the PackedBatch [prompt | response 1 | ... | response G] of each; the
-    lengths of these, a list a group; the places of the sampled tokens; and of each of these the
-    place of the token before it."""
-    batch, lengths, targets, predicted_from = PackedBatch(), [], [], []
+    lengths of these, a list a group; the sampled tokens; and of each of these the place of the
+    token before it."""
+    batch = PackedBatch([])
+    lengths, targets, predicted_from = [], [], []
     for group in groups:
         prompt = group[0].prompt
         after = batch.add(policy, prompt, 0)
@@ -562,9 +537,11 @@ def pack(policy, groups):
             batch.add(policy, sequence, after)
             places = range(first, len(batch.ids))
             # The first token is predicted by the prompt's last one, which all responses share.
-            targets += compress(places, sequence.sampled)
+            targets += compress(sequence.ids, sequence.sampled)
             predicted_from += compress([prompt_end, *places], sequence.sampled)
             lengths[-1].append(len(places))
+        if len(group) == 1:                                  # it is computed as its prompt's end
+            lengths[-1] = [sum(lengths[-1])]
     return batch, lengths, targets, predicted_from
 
 
@@ -583,8 +560,9 @@ def nucleus(log_probs, top_p):
     """Keeps the fewest tokens whose probabilities add up to top_p, and renormalises; (N,
     vocabulary) both."""
     ordered, index = log_probs.sort(-1, descending=True)
-    beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
-    dropped = torch.zeros_like(beyond).scatter(-1, index, beyond)
+    probs = ordered.exp()
+    beyond = probs.cumsum(-1) - probs >= top_p
+    dropped = beyond.scatter(-1, index, beyond)              # in the vocabulary's order
     return without(log_probs, dropped)
 
 
@@ -596,9 +574,10 @@ def without(log_probs, dropped):
 # -------------------------------------------------------------------------- attention and its cache
 
 def layout_attention(module, q, k, v, attention_mask, scaling, layout, **kwargs):
-    """Hugging Face's attention interface, of the language model: q (B, H, L, D), k, v (B, Hk, L, D)
-    -> (B, L, H, D). layout: what attends to what."""
-    return layout(module.layer_idx, q, k, v, scaling).transpose(1, 2), None
+    """Hugging Face's attention interface, of the language model: q (1, H, N, D), k, v (1, Hk, N, D)
+    -> (1, N, H, D). layout: what attends to what."""
+    kv = torch.cat([k, v])                                                       # (2, Hk, N, D)
+    return layout(module.layer_idx, q, kv, scaling), None
 
 
 def window_attention(module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
@@ -621,34 +600,33 @@ ALL_ATTENTION_FUNCTIONS.register("layout", layout_attention)
 ALL_ATTENTION_FUNCTIONS.register("flash_by_length", window_attention)
 
 
-def causal_attention(q, k, v, scale):
-    """q (1, H, L, D), k, v (1, Hk, M, D), M >= L: the queries are the last L of the M columns.
+def causal_attention(q, kv, scale):
+    """q (1, H, L, D), kv (2, Hk, M, D), M >= L: the queries are the last L of the M columns.
     -> (1, H, L, D)"""
+    k, v = kv.split(1)                                                           # (1, Hk, M, D)
     mask = causal_lower_right(q.shape[2], k.shape[2])        # a bias that the flash kernel knows
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
 
+@dataclass
 class TrainLayout:
     """Tokens (1, N), of each group [prompt | response 1 | ... | response G]. Each response is
-    computed with a copy of its prompt's K/V, a single one as its prompt's end. lengths:
-    see pack."""
+    computed with a copy of its prompt's K/V. lengths: see pack."""
 
-    def __init__(self, lengths):
-        self.lengths = [[sum(group)] if len(group) == 2 else group for group in lengths]
+    lengths: list
 
-    def __call__(self, layer, q, k, v, scale):
+    def __call__(self, layer, q, kv, scale):
         flat = sum(self.lengths, [])
-        chunks = zip(*(x.split(flat, 2) for x in (q, k, v)), strict=True)
+        chunks = zip(q.split(flat, 2), kv.split(flat, 2), strict=True)
         out = []
         for _, *responses in self.lengths:
-            q, prompt_k, prompt_v = next(chunks)
-            out.append(causal_attention(q, prompt_k, prompt_v, scale))
+            q, prompt = next(chunks)
+            out.append(causal_attention(q, prompt, scale))
             for _ in responses:
-                q, k, v = next(chunks)
-                k = torch.cat([prompt_k, k], 2)                                  # (1, Hk, P + L, D)
-                v = torch.cat([prompt_v, v], 2)
-                out.append(causal_attention(q, k, v, scale))
-        return torch.cat(out, 2)
+                q, kv = next(chunks)
+                kv = torch.cat([prompt, kv], 2)                                  # (2, Hk, P + L, D)
+                out.append(causal_attention(q, kv, scale))
+        return torch.cat(out, 2).transpose(1, 2)
 
 
 class Cache:
@@ -657,32 +635,33 @@ class Cache:
 
     def __init__(self, policy, slots, rows, prompt_columns, own_columns):
         layers, heads, dim = policy.kv_shape                                     # , Hk, D
-        zeros = partial(torch.zeros, dtype=policy.model.dtype, device=policy.device)
+        kind = dict(dtype=policy.model.dtype, device=policy.device)
         self.slots = slots                                                       # S
         self.rows = rows                                                         # G
-        self.prompt = zeros(layers, 2, slots, heads, prompt_columns, dim)    # (2, S, Hk, P, D) each
-        self.own = zeros(layers, 2, slots, heads, rows, own_columns, dim)    # (2, S, Hk, G, T, D)
+        self.prompt = torch.zeros(layers, 2, slots, heads, prompt_columns, dim, **kind)
+        self.own = torch.zeros(layers, 2, slots, heads, rows, own_columns, dim, **kind)
 
 
+@dataclass
 class ReadLayout:
     """Tokens (1, N), end to end: the prompts of new groups, of which one row each is listed in
     `first_rows`, then what each of `rows` has not read. Their K/V is kept in the cache."""
 
-    def __init__(self, cache, first_rows, rows):
-        self.cache, self.first_rows, self.rows = cache, first_rows, rows
+    cache: Cache
+    first_rows: list
+    rows: list
 
-    def __call__(self, layer, q, k, v, scale):
+    def __call__(self, layer, q, kv, scale):
         prompt = self.cache.prompt[layer]
         own = self.cache.own[layer]
         lengths = [row.prompt_length for row in self.first_rows]
         lengths += [row.unread for row in self.rows]
-        kv = torch.cat([k, v])                                                   # (2, Hk, N, D)
         chunks = zip(q.split(lengths, 2), kv.split(lengths, 2), strict=True)
         out = []
         for row in self.first_rows:
             q, kv = next(chunks)                                                 # kv (2, Hk, L, D)
             prompt[:, row.slot, :, :row.prompt_length] = kv
-            out.append(causal_attention(q, *kv.split(1), scale))
+            out.append(causal_attention(q, kv, scale))
         for row in self.rows:
             q, kv = next(chunks)
             seat = own[:, row.slot, :, row.number]                               # (2, Hk, T, D)
@@ -690,54 +669,61 @@ class ReadLayout:
             seat[:, :, row.read:end] = kv
             of_prompt = prompt[:, row.slot, :, :row.prompt_length]
             kv = torch.cat([of_prompt, seat[:, :, :end]], 2)
-            out.append(causal_attention(q, *kv.split(1), scale))
-        return torch.cat(out, 2)
+            out.append(causal_attention(q, kv, scale))
+        return torch.cat(out, 2).transpose(1, 2)
 
 
 class DecodeLayout:
-    """The last token of each of N rows: q (N, H, 1, D), each at its seat among those of the S slots
+    """The last token of each of N rows: q (1, H, N, D), each at its seat among those of the S slots
     in use. The other seats compute with zeros.
 
     The queries of a slot meet its prompt's K/V as one matrix product, so that it is read once a
     group, and each row's own K/V is read where it lies."""
 
     def __init__(self, cache, rows):
-        seats = [(row.slot, row.number, row.read, row.prompt_length) for row in rows]
-        seats = torch.tensor(seats)                                              # (N, 4)
-        slot, _, column, prompt_width = seats.amax(0).tolist()                   # the highest
-        self.prompt = cache.prompt[:, :, :slot + 1, :, :prompt_width]   # (layers, 2, S, Hk, P, D)
-        self.own = cache.own[:, :, :slot + 1, :, :, :column + 1]     # (layers, 2, S, Hk, G, T, D)
-        slots, numbers, self.columns, lengths = seats.to(cache.own.device).T     # (N,) each
-        self.seats = slots, numbers
-        # A row sees its prompt and its own columns up to this one.
-        seen = torch.cat([below(lengths, prompt_width), below(self.columns + 1, column + 1)], 1)
-        shape = slot + 1, 1, cache.rows, 1, seen.shape[1]                    # (S, 1, G, 1, P + T)
+        # Of each row: its seat, and the last column that it sees of the prompt and of its own.
+        places = [(row.slot, row.number, row.prompt_length - 1, row.read) for row in rows]
+        places = torch.tensor(places)                                            # (N, 4)
+        used = places.amax(0) + 1
+        slots, _, prompt_columns, own_columns = used.tolist()                    # S, , P, T
+        self.prompt = cache.prompt[:, :, :slots, :, :prompt_columns]    # (layers, 2, S, Hk, P, D)
+        self.own = cache.own[:, :, :slots, :, :, :own_columns]       # (layers, 2, S, Hk, G, T, D)
+        slot, number, prompt_end, self.column = places.to(cache.own.device).T    # (N,) each
+        self.seats = slot, number
+        seen_prompt = up_to(prompt_end, prompt_columns)                          # (N, P)
+        seen_own = up_to(self.column, own_columns)                               # (N, T)
+        seen = torch.cat([seen_prompt, seen_own], 1)
+        self.widths = prompt_columns, own_columns
+        shape = slots, 1, cache.rows, 1, sum(self.widths)                    # (S, 1, G, 1, P + T)
         self.bias = torch.zeros(shape, device=seen.device)
-        self.bias[slots, 0, numbers, 0] = seen.log()                             # 0, or -inf
+        self.bias[slot, 0, number, 0] = seen.log()                               # 0, or -inf
 
-    def __call__(self, layer, q, k, v, scale):
-        slots, numbers = self.seats
+    def __call__(self, layer, q, kv, scale):
+        slot, number = self.seats
         own = self.own[layer]
-        own[:, slots, :, numbers, self.columns] = torch.stack([k, v], 1).squeeze(3)
+        own[:, slot, :, number, self.column] = kv.permute(2, 0, 1, 3)
         own_k, own_v = own                                                       # (S, Hk, G, T, D)
         prompt_k, prompt_v = self.prompt[layer]                                  # (S, Hk, P, D)
 
         # f query heads share one head of keys and values.
-        by_head = q.unflatten(1, (k.shape[1], -1)).squeeze(3)                    # (N, Hk, f, D)
+        by_head = q.unflatten(1, (kv.shape[1], -1))                              # (1, Hk, f, N, D)
+        by_head = by_head[0].permute(2, 0, 1, 3)                                 # (N, Hk, f, D)
         queries = q.new_zeros(own_k.shape[:3] + by_head.shape[2:])               # (S, Hk, G, f, D)
-        queries[slots, :, numbers] = by_head
+        queries[slot, :, number] = by_head
         of_prompt = product(queries, prompt_k.mT)                                # (S, Hk, G, f, P)
         of_own = product(queries, own_k.mT)                                      # (S, Hk, G, f, T)
-        scores = torch.cat([of_prompt, of_own], -1) * scale + self.bias
+        scores = torch.cat([of_prompt, of_own], -1)
+        scores = scores * scale + self.bias
         weights = scores.softmax(-1).to(q.dtype)
-        to_prompt, to_own = weights.tensor_split([of_prompt.shape[-1]], -1)
+        to_prompt, to_own = weights.split(self.widths, -1)
         out = product(to_prompt, prompt_v) + product(to_own, own_v)              # (S, Hk, G, f, D)
-        return out[slots, :, numbers].view(q.shape).to(q.dtype)
+        out = out[slot, :, number]                                               # (N, Hk, f, D)
+        return out.flatten(1, 2)[None].to(q.dtype)
 
 
-def below(limits, width):
-    """Which of the numbers 0 to width - 1 are below each of N limits. -> (N, width), bool"""
-    return torch.arange(width, device=limits.device) < limits[:, None]
+def up_to(last, width):
+    """Which of the numbers 0 to width - 1 are not above each of N last ones. -> (N, width), bool"""
+    return torch.arange(width, device=last.device) <= last[:, None]
 
 
 def product(x, kv):
@@ -777,22 +763,19 @@ class Row:
         return len(self.sequence.prompt.ids)
 
 
+@dataclass
 class Engine:
-    """Runs many groups of continuations at once, each row decoded at its own pace.
-
-    policy, and: temperature (0: greedy), top_p, top_k (0: all), repetition_penalty (of all tokens
-    before, the prompt's too), turn_tokens (sampled tokens a turn at most), response_tokens (all
-    tokens behind the prompt at most), cache_tokens (K/V columns at most: decides how many groups
-    run at once; one always does; None: half of a GPU's free memory)."""
-
-    def __init__(self, policy, *, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0,
-                 turn_tokens=1024, response_tokens=2048, cache_tokens=None):
-        self.policy = policy
-        self.repetition_penalty = repetition_penalty
-        self.sampling = temperature, top_p, top_k, repetition_penalty
-        self.turn_tokens = turn_tokens
-        self.response_tokens = response_tokens
-        self.cache_tokens = cache_tokens
+    """Runs many groups of continuations at once, each row decoded at its own pace."""
+    policy: Policy
+    temperature: float = 1.0               # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0                         # 0: all
+    repetition_penalty: float = 1.0        # of all tokens before, the prompt's too
+    turn_tokens: int = 1024                # sampled tokens a turn at most
+    response_tokens: int = 2048            # all tokens behind the prompt at most
+    # K/V columns at most: decides how many groups run at once; one always does. None: half of a
+    # GPU's free memory.
+    cache_tokens: int | None = None
 
     @torch.no_grad()
     def run(self, groups, on_turn):
@@ -802,17 +785,24 @@ class Engine:
         from, or None to end. Yields each group as it is finished."""
         if not groups:
             return
-        self.cache = self.make_cache(groups)
-        coming = deque(groups)
+        # A cache for the longest prompt, and for as many groups as there is memory for.
+        prompt_columns = max(len(group[0].prompt.ids) for group in groups)
+        own_rows = max(map(len, groups))
+        columns = prompt_columns + own_rows * self.response_tokens       # of a group
+        cache_tokens = self.cache_tokens or free_columns(self.policy)
+        slots = max(1, min(cache_tokens // columns, len(groups)))
+        self.cache = Cache(self.policy, slots, own_rows, prompt_columns, self.response_tokens)
+
+        coming = list(groups)
         in_flight = {}                                       # slot -> its group
         rows = []                                            # in flight, of all slots
         while coming or rows:
             # Start groups while slots are free, the lowest ones: a pass is as wide as the highest.
             started = []
-            for slot in range(self.cache.slots):
+            for slot in range(slots):
                 if coming and slot not in in_flight:
-                    in_flight[slot] = coming.popleft()
-                    new = [Row(s, slot, number) for number, s in enumerate(in_flight[slot])]
+                    group = in_flight[slot] = coming.pop(0)
+                    new = [Row(s, slot, number) for number, s in enumerate(group)]
                     started.append(new)
                     rows += new
 
@@ -838,64 +828,55 @@ class Engine:
                 if all(other.slot != row.slot for other in rows):
                     yield in_flight.pop(row.slot)
 
-    def make_cache(self, groups):
-        """A Cache for the longest prompt, and for as many of the groups as there is memory for."""
-        rows = max(map(len, groups))
-        prompt_columns = max(len(group[0].prompt.ids) for group in groups)
-        self.cache = None                                    # frees the one of the run before
-        cache_tokens = self.cache_tokens or free_columns(self.policy)
-        columns = prompt_columns + rows * self.response_tokens           # of a group
-        slots = max(1, min(cache_tokens // columns, len(groups)))
-        return Cache(self.policy, slots, rows, prompt_columns, self.response_tokens)
-
     def read(self, started, rows):
         """Reads, end to end, the prompts of new groups (lists of Rows) and what `rows` have unread.
         -> the Rows that can go on, and the hidden states (rows, hidden) at the end of what each of
         them read"""
-        batch, ready, ends = PackedBatch(), [], []
+        batch = PackedBatch([])
+        ends = {}                                            # Row -> where it has read to
         for group in started:
-            after = batch.add(self.policy, group[0].sequence.prompt, 0)
+            prompt = group[0].sequence.prompt
+            after = batch.add(self.policy, prompt, 0)
             for row in group:
                 row.position = after
                 if not row.unread:
-                    ready.append(row)
-                    ends.append(len(batch.ids) - 1)
+                    ends[row] = len(batch.ids) - 1
         for row in rows:
             sequence = row.sequence
             chunk = Chunk(sequence.ids[row.read:], sequence.pictures[row.pictures_read:])
             row.position = batch.add(self.policy, chunk, row.position)
-            ready.append(row)
-            ends.append(len(batch.ids) - 1)
-        layout = ReadLayout(self.cache, [group[0] for group in started], rows)
-        hidden = self.policy.hidden_of(batch, layout)                            # (N, hidden)
+            ends[row] = len(batch.ids) - 1
+        first_rows = [group[0] for group in started]
+        layout = ReadLayout(self.cache, first_rows, rows)
+        hidden = self.policy.hidden_states(batch, layout)                            # (N, hidden)
         for row in rows:
-            row.read, row.pictures_read = len(row.sequence.ids), len(row.sequence.pictures)
-        return ready, hidden[ends]
+            row.read = len(row.sequence.ids)
+            row.pictures_read = len(row.sequence.pictures)
+        return list(ends), hidden[list(ends.values())]
 
     def decode(self, rows):
         """Reads the one unread token of each row. -> hidden states (rows, hidden)"""
         layout = DecodeLayout(self.cache, rows)
         ids = [row.sequence.ids[-1] for row in rows]
-        positions = [row.position for row in rows]
-        x, _ = self.policy.embed(ids, [])                                        # (N, hidden)
-        positions = torch.tensor(positions).expand(3, -1)                        # (3, N)
+        positions = torch.tensor([row.position for row in rows])
+        batch = PackedBatch(ids, positions=[positions.expand(3, -1)])
         for row in rows:
             row.position += 1
             row.read += 1
-        hidden = self.policy.hidden(x[:, None], positions[..., None], layout)    # (N, 1, hidden)
-        return hidden[:, 0]
+        return self.policy.hidden_states(batch, layout)
 
     def sample(self, rows, hidden, on_turn):
         """Samples a token of each row and appends it, and what on_turn answers where a turn ends.
         -> the rows that are done"""
-        sequences = [row.sequence for row in rows]
-        rngs = [sequence.rng for sequence in sequences]
+        rngs = [row.sequence.rng for row in rows]
         seen = ()
         if self.repetition_penalty != 1:
-            seen = [sequence.prompt.ids + sequence.ids for sequence in sequences]
-        tokens, log_probs = self.policy.choose(hidden, rngs, *self.sampling, seen)
+            seen = [row.sequence.prompt.ids + row.sequence.ids for row in rows]
+        chosen = self.policy.choose(hidden, rngs, self.temperature, self.top_p, self.top_k,
+                                    self.repetition_penalty, seen)
         done = []
-        for row, sequence, token, log_prob in zip(rows, sequences, tokens, log_probs, strict=True):
+        for row, token, log_prob in zip(rows, *chosen, strict=True):
+            sequence = row.sequence
             sequence.ids.append(token)
             sequence.sampled.append(True)
             sequence.log_probs.append(log_prob)
@@ -920,7 +901,8 @@ def free_columns(policy):
         return 262_144
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(policy.device)
-    return free // 2 // (2 * math.prod(policy.kv_shape) * policy.model.dtype.itemsize)
+    numbers = 2 * math.prod(policy.kv_shape)                 # of a column, K and V
+    return free // 2 // (numbers * policy.model.dtype.itemsize)
 
 
 # -------------------------------------------------------------------------------- several processes
@@ -948,14 +930,15 @@ def gather_shares(values):
     """The values of all items in their order, on every process. values: of this process's items,
     number rank, rank + world_size, and so on."""
     shares = gather(values)
-    processes = len(shares)
-    total = sum(map(len, shares))
-    return [shares[i % processes][i // processes] for i in range(total)]
+    merged = [None] * sum(map(len, shares))
+    for number, share in enumerate(shares):
+        merged[number::len(shares)] = share
+    return merged
 
 
 def sum_over_processes(numbers):
     """The sums over all processes of some numbers, a list."""
-    return [sum(values) for values in zip(*gather(numbers), strict=True)]
+    return list(map(sum, zip(*gather(numbers), strict=True)))
 
 
 def sum_gradients(parameters):
@@ -1000,8 +983,10 @@ def micro_batches(groups, tokens, filler=None):
     filler: groups to make up the number with, where weights are sharded. All processes gather these
     together, so each gets as many micro-batches as the one that has most."""
     def size(group):
-        return len(group[0].prompt.ids) + sum(len(sequence.ids) for sequence in group)
-    batches = [MicroBatch(part) for part in split_by_size(sorted(groups, key=size), size, tokens)]
+        responses = sum(len(sequence.ids) for sequence in group)
+        return len(group[0].prompt.ids) + responses
+    parts = split_by_size(sorted(groups, key=size), size, tokens)
+    batches = [MicroBatch(part) for part in parts]
     if filler is not None:
         missing = max(gather(len(batches))) - len(batches)
         batches += [MicroBatch(filler, 0.0)] * missing
@@ -1015,20 +1000,20 @@ def shard_if_large(policy):
     FSDP2: each process keeps a part of every weight, gradient and optimizer state. In an update,
     the weights of the language model are gathered layer by layer, and all others at once. With
     several nodes, each has all the parts, and weights are gathered inside of a node."""
-    if world_size() == 1 or sum(p.numel() for p in policy.parameters()) <= REPLICATED:
+    if world_size() == 1 or policy.model.num_parameters() <= REPLICATED:
         return
     gpus = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    mesh = init_device_mesh(policy.device.type, (world_size() // gpus, gpus),
-                            mesh_dim_names=("replicate", "shard"))
-    options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+    mesh = dist.init_device_mesh(policy.device.type, (world_size() // gpus, gpus),
+                                 mesh_dim_names=("replicate", "shard"))
+    options = dict(mesh=mesh, mp_policy=fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32),
                    reshard_after_forward=True)
     # The vision tower stays unsharded: which process has images to encode, and when, is its own
     # affair.
-    frozen = set(policy.parameters()) - set(policy.trainable())
+    frozen = set(policy.model.model.visual.parameters())
     for layer in policy.model.model.language_model.layers:
-        fully_shard(layer, **options)
-    fully_shard(policy, **options, ignored_params=frozen)
-    register_fsdp_forward_method(policy, "log_probs")
+        fsdp.fully_shard(layer, **options)
+    fsdp.fully_shard(policy, **options, ignored_params=frozen)
+    fsdp.register_fsdp_forward_method(policy, "log_probs")
     for unit in fsdp_units(policy):
         # Gradients are summed, not averaged: the loss is divided by the tokens of all processes.
         unit.set_gradient_divide_factor(1.0)
@@ -1038,11 +1023,11 @@ def shard_if_large(policy):
 
 
 def is_sharded(policy):
-    return isinstance(policy, FSDPModule)
+    return isinstance(policy, fsdp.FSDPModule)
 
 
 def fsdp_units(policy):
-    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    return [module for module in policy.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 @contextmanager
@@ -1051,8 +1036,8 @@ def unsharded(policy):
     the others."""
     for unit in fsdp_units(policy):
         unit.unshard()
-        unit.set_reshard_after_forward(False, recurse=False)
+        unit.set_reshard_after_forward(False)
     yield
     for unit in fsdp_units(policy):
-        unit.set_reshard_after_forward(True, recurse=False)
+        unit.set_reshard_after_forward(True)
         unit.reshard()
