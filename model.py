@@ -169,6 +169,7 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
         raise UserError(f"{path}: preprocessor_config.json has to have patch_size, merge_size "
                         f"{sides}, as config.json, and a size of shortest_edge and longest_edge, "
                         "in pixels; get it again")
+    own_size = {"shortest_edge": least, "longest_edge": most}
     most = min(most, max_pixels or most)
     processor.size = {"shortest_edge": min(least, most), "longest_edge": most}
     visual = model.model.visual
@@ -181,7 +182,7 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
     def product(patches):
         return F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias)
     embed.forward = product
-    return Policy(model.to(device), tokenizer, processor, max_image_side).eval()
+    return Policy(model.to(device), tokenizer, processor, max_image_side, own_size).eval()
 
 
 @contextmanager
@@ -242,7 +243,7 @@ class Policy(nn.Module):
     """Model, tokenizer and image processor of a checkpoint, and the few numbers they imply. As a
     module it is `log_probs`."""
 
-    def __init__(self, model, tokenizer, image_processor, max_image_side=None):
+    def __init__(self, model, tokenizer, image_processor, max_image_side=None, own_size=None):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -292,6 +293,9 @@ class Policy(nn.Module):
         self.tokenizer.save_pretrained(part)
         self.image_processor.save_pretrained(part)
         notes |= names_of_transformers_4(part)
+        if self.own_size:                            # not the bounds of this run
+            processor = read_json(part / "preprocessor_config.json")
+            notes["preprocessor_config"] = processor | {"size": self.own_size}
         for name, note in notes.items():
             text = json.dumps(note, indent=1, ensure_ascii=False)
             write_text(part / f"{name}.json", text + "\n")

@@ -54,6 +54,7 @@ from model import (
     micro_batches,
     move_into_place,
     rank,
+    read_json,
     sum_over_processes,
     unsharded,
     world_size,
@@ -386,7 +387,7 @@ def minutes_of(notes):
     if not notes.is_file():
         return 0
     with reading_back(notes):
-        return float(json.loads(notes.read_text(encoding="utf-8")).get("minutes", 0))
+        return float(read_json(notes).get("minutes", 0))
 
 
 def main():

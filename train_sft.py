@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
+from transformers.utils import cached_file
 
 from evaluate import make_question, open_file, questions_of, read_rows, read_sft, settle
 from model import (
@@ -42,7 +43,8 @@ from model import (
     load,
     micro_batches,
     rank,
-    read_config,
+    read_json,
+    reading,
     shard_if_large,
     sum_gradients,
     sum_over_processes,
@@ -652,7 +654,7 @@ def check_settings(out, settings):
         raise UserError(f"{out} holds nothing to resume: no args.json says what was made there; "
                         "leave out --resume, or give another --out")
     with reading_back(path):
-        earlier = dict(**json.loads(path.read_text(encoding="utf-8")))
+        earlier = dict(**read_json(path))
     other = [f"{name} {earlier[name]}, not {value}" for name, value in settings.items()
              if name in earlier and name not in CAN_CHANGE and earlier[name] != value]
     if other:
@@ -706,7 +708,9 @@ def grow_trees(args, questions, out):
     search.jsonl. Raises UserError where there are none."""
     teacher = load(args.teacher or args.model, **input_limits(args))
     check_finite([*teacher.parameters()])
-    if COORDINATES[read_config(args.model).model_type] != teacher.coordinates:
+    with reading(args.model, "config.json"):
+        learner = read_json(cached_file(args.model, "config.json"))["model_type"]
+    if COORDINATES.get(learner) != teacher.coordinates:
         raise UserError(f"--teacher {args.teacher} points in other coordinates than --model "
                         f"{args.model}; give a teacher of the same family")
     print(f"traces: searching {len(questions)} questions with {args.teacher or args.model}")

@@ -611,6 +611,16 @@ def test_max_pixels_only_lowers_the_checkpoints_bound(tiny_folder):
     assert policy.input_size(96, 64) == (48, 32) and policy.input_size(96, 40, False) == (48, 20)
 
 
+def test_the_bounds_of_a_run_are_not_the_checkpoints(tiny_folder, tmp_path):
+    """Guards an evaluation at more pixels than training had: what is saved has the bounds of the
+    checkpoint that it came from."""
+    policy = load(tiny_folder, device="cpu", max_pixels=32 * 32)
+    policy.save(tmp_path / "out")
+    before, after = (load(folder, device="cpu").image_processor.size
+                     for folder in (tiny_folder, tmp_path / "out"))
+    assert before == after != policy.image_processor.size
+
+
 def test_text_round_trip(policy):
     """Guards the tiny tokenizer: any text must come back as it was, digits one by one, fixed
     strings as one token."""

@@ -285,7 +285,7 @@ def test_a_special_token_spelled_in_letters_stays_text(policy, question, spelled
 
 
 def test_chains_of_a_question_share_its_image(policy, question):
-    """Guards the memory of fine-tuning: image and crops are encoded once a question, not a chain."""
+    """Guards the memory of fine-tuning: image and crops are encoded once for all chains."""
     starts = {}
     way = dialogue()
     chains = [[zoom_call(10, 10), answer("dotted")]] * 2
