@@ -249,6 +249,7 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.max_image_side = max_image_side or math.inf               # px, of the model input
+        self.own_size = own_size               # the checkpoint's bounds, where those of a run count
         config = model.config
         self.coordinates = COORDINATES[config.model_type]
         self.text_config = text = config.text_config
