@@ -3,6 +3,7 @@ the grammar of the dialogues, but decides without sense. When to look on and whe
 reinforcement learning is to teach it.
 
     python tests/tiny/make_base.py                       # tests/tiny/base, from random weights
+    python tests/tiny/make_base.py --base FOLDER         # goes on with a base, after new lessons
 
 First the vision tower alone learns to tell what its tokens show; then, with the tower frozen, the
 language model takes lessons: lists of cards, dialogues, answers. An exam on scenes that no lesson
@@ -45,6 +46,7 @@ from make_data import (  # noqa: E402
     CLICK,
     CLICK_ALIKE,
     COLOURS,
+    DIGITS,
     DIRECTIONS,
     FACES,
     IS_THE,
@@ -54,17 +56,23 @@ from make_data import (  # noqa: E402
     PATTERNS,
     RELATION,
     SEARCH,
+    SHOWN,
     SIDE,
     Scene,
+    Site,
+    Step,
     ask,
     ask_screen,
     ask_spatial,
+    element,
+    own_action,
     place_cards,
     search_scene,
     windows_of,
 )
 
 from model import Chunk, Policy, Sequence, load  # noqa: E402
+from reward import format_fault, parse_action  # noqa: E402
 from rollout import (  # noqa: E402
     Dialogue,
     Frame,
@@ -98,6 +106,7 @@ DIALOGUE = {
 SHOW = ("Show each", " card.")         # in lessons: to zoom into all cards of a colour
 LIST = "List the cards."
 COMPARE = "Compare the cards."
+MARKED = "Read the marks."
 BACKTRACK = "That was not it."
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
                   "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -125,7 +134,12 @@ def strings():
              f"{BACKTRACK} "]
     said = [f" {word}" for word in (*COLOURS, *PATTERNS, *DIRECTIONS)]
     patterns = [f"{pattern.capitalize()}." for pattern in PATTERNS]
-    return tags + grammar + words + said + patterns
+    asked = ["OBJECTIVE: ", *SHOWN, "\n\nPREVIOUS ACTIONS: ", "None", "\n\nIMAGE:", MARKED,
+             "Here is a", " Here is a", " card"]
+    done = [f" click {element(colour)}" for colour in COLOURS]
+    actions = [*(f" click [{number}]" for number in DIGITS), " scroll [down]", " go_back",
+               *(f" stop [{pattern}]" for pattern in ANSWERS)]
+    return tags + grammar + words + said + patterns + asked + done + actions
 
 
 def make_tiny(folder, strings, *, image_px=SEEN, hidden=96, layers=4, heads=3, vision_hidden=64):
@@ -203,16 +217,16 @@ TILE = 16                              # px of the model input that a token of t
 PLACES = [cell * CELL + CELL // 2 + shift for cell in range(SIDE // CELL) for shift in JITTER]
 
 # What a token of the tower tells: colour or that there is no card, pattern, place of the card in x
-# and in y (one of PLACES, px), and which card of its colour it is, in reading order.
-CLASSES = (len(COLOURS) + 1, len(PATTERNS), len(PLACES), len(PLACES), 3)
+# and in y (one of PLACES, px), which card of its colour it is, in reading order, and its mark.
+CLASSES = (len(COLOURS) + 1, len(PATTERNS), len(PLACES), len(PLACES), 3, len(DIGITS))
 UNASKED = -1
-NO_CARD = (len(COLOURS), UNASKED, UNASKED, UNASKED, UNASKED)
-NOT_ASKED = (UNASKED,) * 5
+NOT_ASKED = (UNASKED,) * len(CLASSES)
+NO_CARD = (len(COLOURS), *NOT_ASKED[1:])
 
 
 def face_truth(colour, pattern):
     """Of a token that a card fills."""
-    return (list(COLOURS).index(colour), list(PATTERNS).index(pattern), UNASKED, UNASKED, UNASKED)
+    return (list(COLOURS).index(colour), list(PATTERNS).index(pattern), *NOT_ASKED[2:])
 
 
 def overview(drawing):
@@ -231,6 +245,13 @@ def mixed_scene(rng, fewest=4, most=9, copies=(1, 2, 3, 3), in_windows=0.0):
     faces = [(colour, rng.choice(("plain", *PATTERNS))) for colour in colours]
     windows = windows_of(rng) if rng.random() < in_windows else ()
     return Scene(place_cards(rng, faces, windows), colours[0], windows=windows)
+
+
+def marked(rng, scene, share=1.0):
+    """The scene, with a mark on each card, or on a share of them."""
+    cards = [replace(card, mark=rng.choice(list(DIGITS)) if rng.random() < share else 0)
+             for card in scene.cards]
+    return replace(scene, cards=tuple(cards))
 
 
 def tile_truths(rng):
@@ -255,6 +276,7 @@ def cell_truths(rng):
     """-> an overview of many cards, and of each of its tokens the numbers of its CLASSES; the
     pattern cannot be seen in it."""
     scene = mixed_scene(rng, 9, 16, in_windows=IN_WINDOWS)
+    scene = marked(rng, scene, rng.choice((0, 0.7)))
     cards = {card.cell: card for card in scene.cards}
     seen = []
     truths = []
@@ -265,7 +287,8 @@ def cell_truths(rng):
             continue
         colour = list(COLOURS).index(card.colour)
         place = PLACES.index(card.x), PLACES.index(card.y)
-        truths.append((colour, UNASKED, *place, seen.count(colour)))
+        mark = card.mark - 1 if card.mark else UNASKED
+        truths.append((colour, UNASKED, *place, seen.count(colour), mark))
         seen.append(colour)
     return overview(scene.draw()), truths
 
@@ -296,15 +319,16 @@ def tower_directions(seed, hidden):
     hidden), and those of x and y, (2, hidden): places also lie along these, by column and row."""
     torch.manual_seed(seed)
     directions = torch.nn.init.orthogonal_(torch.empty(sum(CLASSES) + 2, hidden))
-    directions, axes = directions.split([sum(CLASSES), 2])
+    others, axes, marks = directions.split([sum(CLASSES[:-1]), 2, CLASSES[-1]])
+    directions = torch.cat([others, marks])
     cells = torch.arange(len(PLACES)) // len(JITTER) / 1.5 - 1                   # from -1 to 1
     for axis, places in zip(axes, directions.split(CLASSES)[2:4], strict=True):
         places += cells[:, None] * axis
     return directions, axes
 
 
-def train_tower(policy, seed, directions, steps):
-    """Teaches the vision tower alone.
+def train_tower(policy, seed, directions, steps, peak=1.0):
+    """Teaches the vision tower alone. peak: of the learning rates, as a share of TOWER_RATES.
 
     Its tokens tell their CLASSES along fixed directions: what is told fills the token. (With linear
     heads that learn it can hide in a small part of the token, where the language model does not
@@ -331,23 +355,25 @@ def train_tower(policy, seed, directions, steps):
             loss = loss + F.cross_entropy(x, target, ignore_index=UNASKED,
                                           reduction="sum") / asked
         loss.backward()
-        step_along(tower, optimizers, factor_at(step, steps, 20, 0.05))
+        step_along(tower, optimizers, peak * factor_at(step, steps, 20, 0.05))
         if step % 50 == 49:
             print(f"vision tower {step + 1}/{steps}  loss {loss.item():.3f}  "
                   f"{time.time() - started:.0f} s", flush=True)
 
 
-def align_words(policy, directions, axes):
-    """Adds to the embeddings of words the directions of what they name. So what an image shows is
-    found by its word, and named by it, before there was a lesson (CLIP's idea)."""
-    colours, patterns, *_ = directions.split(CLASSES)
+def align_words(policy, directions, axes, words):
+    """Adds to the embeddings of those words that name something its directions. So what an image
+    shows is found by its word, and named by it, before there was a lesson (CLIP's idea)."""
+    colours, patterns, *_, marks = directions.split(CLASSES)
     rows = {f" {colour}": row for colour, row in zip(COLOURS, colours, strict=False)}
     for pattern, row in zip(PATTERNS, patterns, strict=True):
-        rows |= {f" {pattern}": row, f"{pattern.capitalize()}.": row}
+        rows |= {f" {pattern}": row, f"{pattern.capitalize()}.": row, f" stop [{pattern}]": row}
+    rows |= {f" click [{number}]": row for number, row in zip(DIGITS, marks, strict=True)}
     rows |= {"Nothing.": colours[-1], " left": -axes[0], " right": axes[0], " above": -axes[1],
              " below": axes[1]}
     with torch.no_grad():
-        for word, row in rows.items():
+        for word in rows.keys() & set(words):
+            row = rows[word]
             token, = policy.encode(word)
             policy.model.model.language_model.embed_tokens.weight[token] += row
 
@@ -355,6 +381,8 @@ def align_words(policy, directions, axes):
 # ------------------------------------------------------------------------------------------ lessons
 
 LANGUAGE_RATES = (0.01, 5e-3)          # peak learning rates: of Muon, of AdamW
+LOWER_RATE = 0.5                       # share of the rates for a base that goes on
+KEPT = 0.12                            # of the weights of such a base, in the end
 BATCH = 16                             # lessons a step at least
 GO_ON = 0.4                            # probability that a dialogue goes on, whatever a crop showed
 BACK = 0.15                            # that it then says that this was not it, after a plain card
@@ -363,6 +391,9 @@ ASTRAY = 0.08                          # share of zoom calls to any place
 GUESSES = 0.05                         # share of the other dialogues that answer at once, blindly
 KNOWS = 0.4                            # share of questions on directions with a right answer
 AT_ONCE = 0.3                          # share of those on screens that answer without a zoom call
+SEEN_GOAL = 0.6                        # share of looks at the goal's card, if it is shown
+TWO_LOOKS = 0.2                        # share of steps with a second look after a wrong one
+ANYWHERE = ("scroll [down]", "go_back")
 FRAME = Frame((SEEN, SEEN), (SIDE, SIDE))
 
 
@@ -397,6 +428,15 @@ class Lesson(Sequence):
 
 def card_text(number, point=None):
     return f"Card {number} at {format_point(point)}." if point else f"Card {number}."
+
+
+def here_text(card):
+    return f"Here is a {card.colour} card at {format_point(FRAME.to_input((card.x, card.y)))}."
+
+
+def look_text(card, goal):
+    """What a step on a site says of a card, the goal's or not."""
+    return here_text(card) if card.colour == goal else f"{here_text(card)} {BACKTRACK}"
 
 
 def answer_text(answer):
@@ -499,6 +539,42 @@ def lesson_answer(policy, rng, share=1.0):
     return lesson.write(answer_text(answer)).end_turn()
 
 
+def lesson_marks(policy, rng, share=1.0, places=True):
+    """Read: where is the card of a colour, and what number has it? All cards of a screen. places:
+    are learned, too."""
+    scene = marked(rng, mixed_scene(rng, 2, 6, copies=(1,), in_windows=0.5))
+    lesson = Lesson(policy, "grounded", MARKED, overview(scene.draw()))
+    for card in rng.sample(scene.cards, len(scene.cards)):
+        before, place = here_text(card).split("(")
+        lesson.write(f" {before}(", learned=False).write(place, learned=places)
+        lesson.write(f" click [{card.mark}]")
+    return lesson
+
+
+def lesson_web(policy, rng, share=1.0):
+    """A step on a drawn site: points at a card, and says it where that is not the goal's; now and
+    then at another one, too. Then it does something, whatever was said: often what such a screen
+    is left by."""
+    site = Site(rng, rng.randrange(4))
+    screen = rng.choice(("top", "bottom", *rng.sample(list(COLOURS), 2)))
+    cards = site.screens[screen].cards
+    colours = rng.sample(list(COLOURS), 2)
+    history = rng.sample([f"click {element(colours[0])}", f"click {element(colours[1])}",
+                          "scroll [down]", "go_back", "go_back"], rng.randrange(4))
+    asked = site.ask(screen, history)
+    looks = []
+    for _ in range(1 + (rng.random() < TWO_LOOKS)):
+        if not looks or looks[-1].colour != site.goal:
+            at_goal = rng.random() < SEEN_GOAL
+            looks += (at_goal and asked.scene.candidates) or [rng.choice(cards)]
+    thought = " ".join(look_text(card, site.goal) for card in looks)
+    scrolls, goes_back = (4, 2) if looks[-1].mark else (2, 4)
+    action = rng.choices((own_action(looks[-1]), *ANYWHERE), (4, scrolls, goes_back))[0]
+    lesson = Lesson(policy, "grounded", asked.text, overview(asked.scene.draw()))
+    lesson.write(f"<think>{thought}</think>\n")
+    return lesson.write(answer_text(action)).end_turn()
+
+
 def patterned(rng, colour=None, candidates=None):
     """A scene as the search has, but any candidate may bear a pattern, or all, or none."""
     scene = search_scene(rng, colour, candidates)
@@ -580,7 +656,8 @@ def lesson_mix(share):
         return [lesson_read] + [lesson_list] * (BATCH - 1)
     kinds = [lesson_read] + [lesson_dialogue] * (4 if share < 0.45 else 8)
     kinds += [lesson_answer] * 4 + [lesson_compare] * (3 if share < 1 else 5)
-    return kinds + [lesson_list] * (max(2, BATCH - len(kinds)) if share < 1 else 4)
+    kinds += [lesson_list] * (max(2, BATCH - len(kinds)) if share < 1 else 4)
+    return kinds + [lesson_marks] * 2 + [lesson_web] * 6
 
 
 def learn(policy, first, length, steps, peak, seed):
@@ -608,32 +685,36 @@ def learn(policy, first, length, steps, peak, seed):
             weight.copy_(averaged)
 
 
-def train(policy, steps, seed):
+def train(policy, steps, seed, words, done=0):
     """Teaches the base to see and to speak. -> the marks of its last exam, and the lesson steps
 
     After `steps` steps comes the exam. A base that fails it goes on for two fifths of the steps,
-    from a lower rate, and tries again, at most three times."""
-    for layer in policy.model.model.language_model.layers:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)  # at first a layer adds nothing to
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)     # what the tower tells
+    from a lower rate, and tries again, at most three times. words: of the tokenizer that are new.
+    done: lesson steps that the base has behind it; one that has some begins with going on."""
     directions, axes = tower_directions(seed, policy.text_config.hidden_size)
-    train_tower(policy, seed, directions, min(TOWER_STEPS, steps))
-    align_words(policy, directions, axes)
+    if done == 0:
+        for layer in policy.model.model.language_model.layers:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)  # at first a layer adds nothing to
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)     # what the tower tells
+    if words:
+        peak = LOWER_RATE if done else 1.0
+        train_tower(policy, seed, directions, min(TOWER_STEPS, steps), peak)
+    align_words(policy, directions, axes, words)
     more = max(1, 2 * steps // 5)
-    done = 0
+    last = max(done, steps) + 3 * more
     while True:
         if done == 0:
             learn(policy, 0, steps, steps, 1.0, seed)
             done = steps
         else:
-            learn(policy, done, more, steps, 0.4, seed)
+            learn(policy, done, more, steps, LOWER_RATE, seed)
             done += more
         marks = exam(policy, f"{seed}", n=min(1024, 8 * steps))
         print("exam: " + "  ".join(f"{name} {mark:.3f}" for name, mark in marks.items()))
         failed = [name for name, mark in marks.items() if mark < PASSES[name.split()[0]]]
         if failed:
             print(f"exam: NOT PASSED in {', '.join(failed)}", flush=True)
-        if not failed or done >= steps + 3 * more:
+        if not failed or done >= last:
             return marks, done
 
 
@@ -641,7 +722,7 @@ def train(policy, steps, seed):
 
 # The least share of right marks, by part of the exam.
 PASSES = {"says": 0.995, "target": 0.995, "lists": 0.97, "relation": 0.95, "moved": 0.95,
-          "compare": 0.95, "screen": 0.95}
+          "compare": 0.95, "screen": 0.95, "marks": 0.95, "actions": 0.97, "steps": 0.8}
 
 
 def exam(policy, seed, n=1024):
@@ -649,10 +730,12 @@ def exam(policy, seed, n=1024):
 
     Probabilities at temperature 1, which tell more than samples: says PATTERN: of naming the
     pattern of a card that a crop shows; target 1, 2, 3: of pointing at the first, second and third
-    candidate (its centre); lists: of listing all cards of a scene without a mistake.
+    candidate (its centre); lists: of listing all cards of a scene without a mistake; marks: of
+    reading the mark of a card behind its colour and place.
     Shares of sampled traces of the mode `grounded`: relation, moved, screen: that point at what is
     asked about, and answer; compare: of their comparisons, those that are true and answered
-    accordingly."""
+    accordingly; actions: that are well-formed and say an action; steps: that do, and name a card
+    that is shown, point at it, tell whether it is the goal's, and do what can be done there."""
     marks = []                                               # (part, its probability, or 0 or 1)
     with torch.no_grad():
         for first in range(0, n, BATCH):
@@ -661,8 +744,10 @@ def exam(policy, seed, n=1024):
         for i in range(n // 8):
             lesson = lesson_list(policy, random.Random(f"exam list {seed} {i}"))
             marks.append(("lists", policy.log_probs([[lesson]]).sum().exp().item()))
+            lesson = lesson_marks(policy, random.Random(f"exam marks {seed} {i}"), places=False)
+            marks += [("marks", p) for p in policy.log_probs([[lesson]]).exp().tolist()]
     asked = [ask("spatial", "exam", seed, i) for i in range(n // 2)]
-    asked += [ask("gui", "exam", seed, i) for i in range(n // 4)]
+    asked += [ask(task, "exam", seed, i) for task in ("gui", "web") for i in range(n // 4)]
     questions = [Question(one.text, one.draw(), one.answer) for one in asked]
     grounded = Dialogue(mode="grounded", **DIALOGUE)
     seeds = [f"exam {seed} {i}" for i in range(len(asked))]
@@ -673,7 +758,7 @@ def exam(policy, seed, n=1024):
     for name, mark in marks:
         by_part[name].append(mark)
     names = ["lists", *(f"says {pattern}" for pattern in PATTERNS), "target 1", "target 2",
-             "target 3", "relation", "moved", "compare", "screen"]
+             "target 3", "relation", "moved", "compare", "screen", "marks", "actions", "steps"]
     return {name: sum(by_part[name]) / max(1, len(by_part[name])) for name in names}
 
 
@@ -706,14 +791,29 @@ def examine_dialogues(policy, rngs):
     return [(name, part.sum().exp().item()) for name, part in zip(names, parts, strict=True)]
 
 
+def is_action(text):
+    try:
+        parse_action(text)
+    except ValueError:
+        return False
+    return True
+
+
 def examine_answer(asked, trace):
     """The marks of a trace of the mode `grounded`: whether it points at what is asked about, in
     order, and answers by a direction, right or wrong, or by a point on a candidate; whether a
-    comparison in its thought is true, and the answer follows from it."""
+    comparison in its thought is true, and the answer follows from it; whether a step on a
+    site says an action, and one that can be done with the card that it names and points at."""
     scene = asked.scene
     turn = trace.turns[0]
     answer = turn.answer or ""
     points = [FRAME.to_original(point) for point in turn.points]
+    if isinstance(asked, Step):
+        said_well = is_action(answer) and not format_fault(trace)
+        named = [card for card in scene.cards
+                 if turn.thought.endswith(look_text(card, scene.colour))]
+        doable = [action for card in named for action in (own_action(card), *ANYWHERE)]
+        return [("actions", said_well), ("steps", said_well and answer in doable)]
     if not scene.named:
         points += [FRAME.to_original(point) for point in parse_points(answer)]
         hits = [any(card.contains(point) for card in scene.candidates) for point in points]
@@ -728,14 +828,43 @@ def examine_answer(asked, trace):
 
 # --------------------------------------------------------------------------------------- the script
 
-def make_base(folder, steps, seed):
-    """Makes the base from random weights and writes it to a folder."""
+def with_words(policy, words, folder):
+    """The policy with these words as tokens, too, by way of a folder."""
+    tokens = [AddedToken(word, normalized=False) for word in words]
+    policy.tokenizer.add_tokens(tokens)
+    policy.model.resize_token_embeddings(len(policy.tokenizer), mean_resizing=False)
+    policy.save(folder)
+    return load(folder)
+
+
+def blend(policy, base):
+    """Moves the weights a bit back to those of the base that it went on with: the mean of both
+    knows the earlier lessons better than either."""
+    old = load(base).model.state_dict()
+    with torch.no_grad():
+        for name, weight in policy.model.state_dict().items():
+            weight[:len(old[name])].lerp_(old[name], KEPT)   # the base had fewer words
+
+
+def make_base(folder, steps, seed, base=""):
+    """Makes the base from random weights, or from another base, and writes it to a folder."""
     started = time.time()
     torch.manual_seed(seed)
+    words = strings()
+    done = 0
     with TemporaryDirectory() as start:
-        make_tiny(start, strings())
-        policy = load(start)
-    marks, done = train(policy, steps, seed)
+        if base:
+            policy = load(base)
+            words = [word for word in words if len(policy.encode(word)) > 1]
+            policy = with_words(policy, words, start)
+            done = json.loads((Path(base) / "notes.json").read_text())["steps"]
+        else:
+            make_tiny(start, words)
+            policy = load(start)
+    marks, done = train(policy, steps, seed, words, done)
+    if base:
+        blend(policy, base)
+        marks = exam(policy, f"{seed}", n=min(1024, 8 * steps))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     notes = {"commit": commit.stdout.strip(), "seed": seed, "steps": done,
              "minutes": round((time.time() - started) / 60, 1),
@@ -748,10 +877,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2500, help="of lessons before the exam [2500]")
     parser.add_argument("--seed", type=int, default=0, help="[0]")
+    parser.add_argument("--base", default="", help="folder of a base to go on with")
     parser.add_argument("--out", default=str(HERE / "base"), help="folder [base, beside this file]")
     args = parser.parse_args()
     torch.set_num_threads(1)                                 # the matrices are too small for more
-    make_base(args.out, args.steps, args.seed)
+    make_base(args.out, args.steps, args.seed, args.base)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws the questions of three tasks in miniature, of which the truth is known.
+"""Draws the questions of four tasks in miniature, of which the truth is known.
 
     python tests/tiny/make_data.py                       # search-train.jsonl, search-test.jsonl
     python tests/tiny/make_data.py --task gui --n 1200 --split train --out runs/tiny
@@ -11,18 +11,22 @@ of its old place? All of it can be seen in the images.
 gui (as ScreenSpot): a screen with windows, buttons in them and icons beside. The answer is a box:
 the element asked for. Its colour will do where it is alone; of several alike, the one that bears a
 pattern is the one, and has to be zoomed into.
+web (as VisualWebArena): steps on a site of two screens of cards, each card with a numbered mark and
+a page of its own, that shows its pattern large. The answer is the next action of a shortest path:
+to click a mark, to scroll, to go back, or to stop with the pattern.
 
-A pattern is seen in a crop alone: it has a mean of zero over every block of 4x4 px, the cards'
-edges lie on block edges, and the model gets the means of the blocks.
+Of the first three, a pattern is seen in a crop alone: it has a mean of zero over every block of 4x4
+px, the cards' edges lie on block edges, and the model gets the means of the blocks.
 
 A row is one of the release's RL form, its images as data URIs, and `regions`: what the question is
-about, boxes in px of the image with the pattern that is there (of spatial, the colour).
+about, boxes in px of the image with the pattern that is there (of spatial and web, the colour).
 """
 import argparse
 import base64
 import io
 import json
 import random
+import sys
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -30,7 +34,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from rollout import Dialogue  # noqa: E402
 
 BLOCK = 4                  # px of the drawing that become one px of the model input
 SIDE = 256                 # px, width and height of the drawing
@@ -38,6 +45,7 @@ CELL = 64                  # px: the cards lie in a 4x4 grid of cells, each move
 JITTER = (-12, 0, 12)      # px, in x and in y
 CARD = (40, 40)            # px, width and height of a card, or of an icon
 BUTTON = (56, 32)          # px, width and height
+POSTER = (128, 128)        # px, of the card on its page: its pattern is BLOCK times as large
 VISIBLE = 0.3              # of a card's sides: then its pattern can be read
 COLOURS = {"red": (190, 50, 50), "green": (50, 170, 70), "blue": (60, 80, 200),
            "yellow": (200, 190, 50), "purple": (150, 50, 180), "cyan": (60, 180, 190)}
@@ -63,6 +71,10 @@ ANSWERS = tuple(pattern for pattern in PATTERNS if pattern != "plain")
 NOTHING = "nothing"        # said of a crop that shows no candidate
 DIRECTIONS = ("left", "right", "above", "below")
 
+# The digits of marks, of which each point is a block.
+DIGITS = {1: ".#. ##. .#. .#. ###", 2: "### ..# ### #.. ###", 3: "### ..# ### ..# ###",
+          4: "#.# #.# ### ..# ..#", 5: "### #.. ### ..# ###", 6: "### #.. ### #.# ###"}
+
 # What is asked: a colour stands between, and RELATION is followed by another.
 SEARCH = ("One", " card bears a pattern. Which?")
 IS_THE = "Is the"
@@ -72,6 +84,7 @@ MOVED = {("left", "right"): " card now left or right of its old place?",
          ("above", "below"): " card now above or below its old place?"}
 CLICK = ("Click the", " element.")
 CLICK_ALIKE = ("Click the", " element that bears a pattern.")
+SHOWN = ("Which pattern does the", " card's page show?")
 
 
 # ------------------------------------------------------------------------------------------ drawing
@@ -107,6 +120,16 @@ def draw_window(image, box):
         x += 2 * BLOCK
 
 
+def draw_mark(number):
+    """A white digit on black, (28, 20, 3)."""
+    points = np.array([[point == "#" for point in line] for line in DIGITS[number].split()])
+    framed = np.pad(255 * points.astype(np.uint8), 1)
+    return framed.repeat(BLOCK, 0).repeat(BLOCK, 1)[..., None].repeat(3, 2)
+
+
+MARKS = {number: draw_mark(number) for number in DIGITS}
+
+
 @dataclass(frozen=True)
 class Card:
     colour: str
@@ -114,6 +137,7 @@ class Card:
     x: int                 # centre, px of the drawing
     y: int
     size: tuple = CARD
+    mark: int = 0          # the number in its corner, by which it is clicked
 
     @property
     def cell(self):
@@ -175,7 +199,12 @@ class Scene:
         for card in self.cards:
             left, top, right, bottom = card.box
             face = FACES[card.colour, card.pattern]
+            if card.size == POSTER:
+                face = face.repeat(BLOCK, 0).repeat(BLOCK, 1)
             image[top:bottom, left:right] = face[:bottom - top, :right - left]
+            if card.mark:
+                height, width, _ = MARKS[card.mark].shape
+                image[top:top + height, left:left + width] = MARKS[card.mark]
         return Image.fromarray(image)
 
     def draw_later(self):
@@ -324,13 +353,136 @@ def ask_screen(rng):
                  f"{kind} | {'alike' if alike else 'alone'}")
 
 
+# --------------------------------------------------------------------------------------- the site
+
+SCROLL = {"top": "scroll [down]", "bottom": "scroll [up]"}
+PATHS = (2, 3, 3, 4)       # the steps of a shortest path, by kind: see Site
+STEPS = [(kind, step) for kind, length in enumerate(PATHS) for step in range(length)]
+
+
+class Site:
+    """Two screens of cards, "top" and "bottom", and of each card its page, named by its colour.
+
+    The goal is to tell the pattern of one card. kind: 0: this card is on the first screen, "top";
+    1: it is on the other one; 2 and 3: the same, but the browser was left on another card's page.
+    screens: {name: Scene}. links: {(screen, element): screen}."""
+
+    def __init__(self, rng, kind):
+        colours = rng.sample(list(COLOURS), len(COLOURS))
+        split = rng.randint(2, 4)
+        on_bottom = kind % 2 == 1
+        self.goal = colours[-1 if on_bottom else 0]
+        self.intent = f"{SHOWN[0]} {self.goal}{SHOWN[1]}"
+        self.start = ["top"] if kind < 2 else ["top", colours[1]]
+        self.screens = {"top": self.draw_list(rng, colours[:split]),
+                        "bottom": self.draw_list(rng, colours[split:])}
+        self.links = {("top", SCROLL["top"]): "bottom", ("bottom", SCROLL["bottom"]): "top"}
+        for name in SCROLL:
+            for card in self.screens[name].cards:
+                self.links[name, element(card.colour)] = card.colour
+        for colour in colours:
+            pattern = rng.choice(ANSWERS)
+            if colour == self.goal:
+                self.pattern = pattern
+            page = Card(colour, pattern, SIDE // 2, SIDE // 2, POSTER)
+            self.screens[colour] = Scene((page,), self.goal, windows=((0, 0, SIDE, SIDE),))
+
+    def draw_list(self, rng, colours):
+        """A screen like those of the task gui, of plain cards with marks in any order."""
+        windows = windows_of(rng)
+        cards = place_cards(rng, [(colour, "plain") for colour in colours], windows)
+        marks = rng.sample(list(MARKS), len(cards))
+        marked = [replace(card, mark=mark) for card, mark in zip(cards, marks, strict=True)]
+        return Scene(tuple(marked), self.goal, windows=windows)
+
+    def best(self, screen):
+        """The action that a shortest path goes on with."""
+        scene = self.screens[screen]
+        if scene.candidates:
+            card, = scene.candidates
+            return own_action(card)
+        return SCROLL.get(screen, "go_back")
+
+    def named(self, screen, action):
+        """An action with the element in place of its number: click [CARD] [red]."""
+        for card in self.screens[screen].cards:
+            if card.mark and action == f"click [{card.mark}]":
+                return f"click {element(card.colour)}"
+        return action
+
+    def after(self, visited, action):
+        """The screens that were visited, the shown one last -> the same after an action; what leads
+        nowhere changes nothing."""
+        if action == "go_back":
+            return visited[:-1] or visited
+        link = visited[-1], self.named(visited[-1], action).removeprefix("click ")
+        if link not in self.links:
+            return visited
+        kept = visited[:-1] if "scroll" in action else visited
+        return [*kept, self.links[link]]
+
+    def ask(self, screen, history):
+        """The question at a step. history: what was done before, with named elements."""
+        best = self.best(screen)
+        text = Dialogue().web_text(self.intent, history)
+        return Step(text, self.screens[screen], best, best.split()[0])
+
+    def path(self):
+        """-> the questions of a shortest path."""
+        visited = self.start
+        history = []
+        steps = []
+        while not steps or steps[-1].category != "stop":
+            steps.append(self.ask(visited[-1], history))
+            history.append(self.named(visited[-1], steps[-1].answer))
+            visited = self.after(visited, steps[-1].answer)
+        return steps
+
+
+class Step(Asked):
+    """A question about the next action."""
+
+    @property
+    def regions(self):
+        return [{"box": card.box, "name": card.colour} for card in self.scene.candidates]
+
+    def row(self, name):
+        return super().row(name) | {"problem": self.text + "\n<image>"}
+
+
+def own_action(card):
+    """What can be done with a card: to click its mark, or, on its page, to tell its pattern."""
+    return f"click [{card.mark}]" if card.mark else f"stop [{card.pattern}]"
+
+
+def element(colour):
+    return f"[CARD] [{colour}]"
+
+
+def ask_web(split, seed, index):
+    """Every step of one path after the other, of all kinds in turn."""
+    cycle, place = divmod(index, len(STEPS))
+    kind, step = STEPS[place]
+    return site_of(split, seed, cycle * len(PATHS) + kind).path()[step]
+
+
+def site_of(split, seed, number):
+    """The site of goal `number`."""
+    return Site(random.Random(f"web {split} {seed} {number}"), number % len(PATHS))
+
+
+# ---------------------------------------------------------------------------------------- the files
+
 TASKS = {"search": ask_search, "spatial": ask_spatial, "gui": ask_screen}
 SIZES = {"train": 1200, "test": 1024}
+WEB_SIZES = {"train": 1200, "test": 516}       # whole rounds of STEPS
 
 
 def ask(task, split, seed, index):
     """Question number `index` of a split ("train", "test", or any other name); each (split, seed,
-    index) has random numbers of its own."""
+    index) has random numbers of its own, and each path of the task web."""
+    if task == "web":
+        return ask_web(split, seed, index)
     return TASKS[task](random.Random(f"{task} {split} {seed} {index}"))
 
 
@@ -346,14 +498,15 @@ def write(task, split, n, seed, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=TASKS, default="search")
+    parser.add_argument("--task", choices=[*TASKS, "web"], default="search")
     parser.add_argument("--split", choices=SIZES, help="[both]")
-    parser.add_argument("--n", type=int, help=f"rows of a split [{SIZES}]")
+    parser.add_argument("--n", type=int, help=f"rows of a split [{SIZES}, web {WEB_SIZES}]")
     parser.add_argument("--seed", type=int, default=0, help="[0]")
     parser.add_argument("--out", default=HERE, help="folder [the one of this script]")
     args = parser.parse_args()
-    for split in [args.split] if args.split else SIZES:
-        print(write(args.task, split, args.n or SIZES[split], args.seed, args.out))
+    sizes = WEB_SIZES if args.task == "web" else SIZES
+    for split in [args.split] if args.split else sizes:
+        print(write(args.task, split, args.n or sizes[split], args.seed, args.out))
 
 
 if __name__ == "__main__":
