@@ -80,7 +80,7 @@ class Picture:
     features: torch.Tensor | None = None
 
 
-@dataclass(eq=False)
+@dataclass
 class Chunk:
     """Tokens that we write: text, with the images that its image tokens stand for, in order."""
     ids: list[int]
@@ -265,7 +265,7 @@ class Policy(nn.Module):
         self.end_tokens = {tokenizer.eos_token_id, *ends}
         forbidden = torch.zeros(text.vocab_size, dtype=torch.bool, device=model.device)
         forbidden[len(tokenizer):] = True            # rows of the matrix that stand for no token
-        forbidden[[config.image_token_id, config.video_token_id,
+        forbidden[[self.image_token, config.video_token_id,
                    config.vision_start_token_id, config.vision_end_token_id]] = True
         self.register_buffer("forbidden", forbidden, persistent=False)
 
@@ -464,7 +464,7 @@ class Policy(nn.Module):
                 row[ids] = penalty
             logits = torch.where(logits < 0, logits * penalties, logits / penalties)
         logits = logits.masked_fill(self.forbidden, -torch.inf) / temperature
-        return logits.log_softmax(-1)
+        return logits.log_softmax(1)
 
     def choose(self, hidden, rngs, temperature=1.0, top_p=1.0, top_k=0, penalty=1.0, seen=()):
         """Samples a token from each of N hidden states (N, hidden), by the next number of each of N
@@ -479,7 +479,7 @@ class Policy(nn.Module):
         if top_p < 1:
             log_probs = nucleus(log_probs, top_p)
         if temperature == 0:
-            tokens = log_probs.argmax(-1, keepdim=True)                          # (N, 1)
+            tokens = log_probs.argmax(1, keepdim=True)                          # (N, 1)
         else:
             uniforms = [rng.getrandbits(32) / 2**32 for rng in rngs]
             tokens = invert(log_probs, uniforms)                                 # (N, 1)
@@ -494,10 +494,10 @@ class Policy(nn.Module):
         batch, lengths, targets, predicted_from = pack(self, groups)
         hidden = self.hidden_states(batch, TrainLayout(lengths))
         hidden = hidden[predicted_from]                                          # (N, hidden)
-        tokens = torch.tensor(targets, device=self.device)[:, None]              # (N, 1)
+        tokens = torch.tensor(targets, dtype=torch.long, device=self.device)     # (N,)
 
         def log_probs_of(h, t):
-            return self.log_softmax(h, temperature).gather(1, t)                 # (n, 1)
+            return self.log_softmax(h, temperature).gather(1, t[:, None])        # (n, 1)
         # In parts, whose logits are computed again for the gradients: few are in memory at a time.
         size = MAX_LOGITS // self.text_config.vocab_size
         parts = zip(hidden.split(size), tokens.split(size), strict=True)
@@ -552,7 +552,7 @@ def invert(log_probs, uniforms):
     uniform number in [0, 1). log_probs (N, vocabulary); uniforms: N numbers. -> tokens (N, 1)
 
     A token of probability 0 is never the first."""
-    cumulated = log_probs.exp().cumsum(-1, dtype=torch.float64)                  # (N, vocabulary)
+    cumulated = log_probs.exp().cumsum(1, dtype=torch.float64)                   # (N, vocabulary)
     uniforms = cumulated.new_tensor(uniforms)
     wanted = uniforms[:, None] * cumulated[:, -1:]                               # (N, 1)
     return torch.searchsorted(cumulated, wanted, right=True)
@@ -561,16 +561,16 @@ def invert(log_probs, uniforms):
 def nucleus(log_probs, top_p):
     """Keeps the fewest tokens whose probabilities add up to top_p, and renormalises; (N,
     vocabulary) both."""
-    ordered, index = log_probs.sort(-1, descending=True)
+    ordered, index = log_probs.sort(1, descending=True)
     probs = ordered.exp()
-    beyond = probs.cumsum(-1) - probs >= top_p
-    dropped = beyond.scatter(-1, index, beyond)              # in the vocabulary's order
+    beyond = probs.cumsum(1) - probs >= top_p
+    dropped = beyond.scatter(1, index, beyond)               # in the vocabulary's order
     return without(log_probs, dropped)
 
 
 def without(log_probs, dropped):
     """The distribution without the dropped tokens (bool), renormalised."""
-    return log_probs.masked_fill(dropped, -torch.inf).log_softmax(-1)
+    return log_probs.masked_fill(dropped, -torch.inf).log_softmax(1)
 
 
 # -------------------------------------------------------------------------- attention and its cache
@@ -604,10 +604,11 @@ ALL_ATTENTION_FUNCTIONS.register("flash_by_length", window_attention)
 
 def causal_attention(q, kv, scale):
     """q (1, H, L, D), kv (2, Hk, M, D), M >= L: the queries are the last L of the M columns.
-    -> (1, H, L, D)"""
+    -> (1, L, H, D)"""
     k, v = kv.split(1)                                                           # (1, Hk, M, D)
     mask = causal_lower_right(q.shape[2], k.shape[2])        # a bias that the flash kernel knows
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
 @dataclass
@@ -627,7 +628,7 @@ class TrainLayout:
                 q, kv = next(chunks)
                 kv = torch.cat([prompt, kv], 2)                                  # (2, Hk, P + L, D)
                 out.append(causal_attention(q, kv, scale))
-        return torch.cat(out, 2).transpose(1, 2)
+        return torch.cat(out, 1)
 
 
 class Cache:
@@ -669,7 +670,7 @@ class ReadLayout:
             of_prompt = prompt[:, row.slot, :, :row.prompt_length]
             kv = torch.cat([of_prompt, seat[:, :, :end]], 2)
             out.append(causal_attention(q, kv, scale))
-        return torch.cat(out, 2).transpose(1, 2)
+        return torch.cat(out, 1)
 
 
 class DecodeLayout:
@@ -731,7 +732,7 @@ def product(x, kv):
     Float32 as in the kernels of training: scores rounded to bfloat16 would be those of another
     policy."""
     kv = kv.flatten(0, -3)                                                       # (B, a, b)
-    rows = x.reshape(len(kv), -1, x.shape[-1])                                   # (B, rows, a)
+    rows = x.reshape(len(kv), -1, kv.shape[1])                                   # (B, rows, a)
     if x.is_cuda and x.dtype == torch.bfloat16:
         out = torch.bmm(rows, kv, out_dtype=torch.float32)
     else:
@@ -984,7 +985,7 @@ def micro_batches(groups, tokens, filler=None):
         return len(group[0].prompt.ids) + responses
     parts = split_by_size(sorted(groups, key=size), size, tokens)
     batches = [MicroBatch(part) for part in parts]
-    if filler is not None:
+    if filler:
         missing = max(gather(len(batches))) - len(batches)
         batches += [MicroBatch(filler, 0.0)] * missing
     return batches
