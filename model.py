@@ -75,12 +75,12 @@ class Picture:
     model. Once they are there the image is dropped."""
     # Pixels are kept as bytes: what the tower gets, floats and each twice, is eight times as large.
     image: Image.Image | None
-    grid: tuple[int, int, int]
+    grid: tuple
     tokens: int
     features: torch.Tensor | None = None
 
 
-@dataclass(eq=False)
+@dataclass
 class Chunk:
     """Tokens that we write: text, with the images that its image tokens stand for, in order."""
     ids: list[int]
@@ -137,17 +137,17 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
     with reading(path, "preprocessor_config.json"):
         processor = processing.Qwen2VLImageProcessorPil.from_pretrained(path)
 
-    for file in sorted(Path(path).glob("*.safetensors")):
+    for file in Path(path).glob("*.safetensors"):
         with reading(file, "its header"):                # of a truncated file
             load_state_dict(file, map_location="meta")
     with reading(path, "its weights"):
         model, report = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     mismatched = {name for name, *_ in report["mismatched_keys"]}
-    missing = sorted(report["missing_keys"] | mismatched)
+    missing = report["missing_keys"] | mismatched
     if missing:                                          # they would stay random
         raise UserError(f"{path}: {len(missing)} weights are missing or of another size than "
-                        f"config.json says, the first is {missing[0]}; get all its files again")
+                        f"config.json says, the first is {min(missing)}; get all its files again")
     if len(tokenizer) <= model.config.image_token_id or not tokenizer.chat_template:
         raise UserError(f"{path}: its tokenizer ({len(tokenizer)} tokens) or its chat template is "
                         "missing; put tokenizer.json, tokenizer_config.json and chat_template.json "
@@ -162,10 +162,11 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
 
     vision = model.config.vision_config
     sides = vision.patch_size, vision.spatial_merge_size
+    its_sides = processor.patch_size, processor.merge_size
     size = processor.size
     least = size.shortest_edge or size.min_pixels
     most = size.longest_edge or size.max_pixels
-    if not least or not most or sides != (processor.patch_size, processor.merge_size):
+    if not least or not most or sides != its_sides:
         raise UserError(f"{path}: preprocessor_config.json has to have patch_size, merge_size "
                         f"{sides}, as config.json, and a size of shortest_edge and longest_edge, "
                         "in pixels; get it again")
@@ -180,7 +181,8 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
     embed = visual.patch_embed
 
     def product(patches):
-        return F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias)
+        weight = embed.proj.weight.flatten(1)
+        return F.linear(patches, weight, embed.proj.bias)
     embed.forward = product
     return Policy(model.to(device), tokenizer, processor, max_image_side, own_size).eval()
 
@@ -265,7 +267,7 @@ class Policy(nn.Module):
         self.end_tokens = {tokenizer.eos_token_id, *ends}
         forbidden = torch.zeros(text.vocab_size, dtype=torch.bool, device=model.device)
         forbidden[len(tokenizer):] = True            # rows of the matrix that stand for no token
-        forbidden[[config.image_token_id, config.video_token_id,
+        forbidden[[self.image_token, config.video_token_id,
                    config.vision_start_token_id, config.vision_end_token_id]] = True
         self.register_buffer("forbidden", forbidden, persistent=False)
 
@@ -308,7 +310,7 @@ class Policy(nn.Module):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids):
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids)
 
     def input_size(self, width, height, rounded=True):
         """(width, height) in px of the model input made of an image of this size.
@@ -369,9 +371,8 @@ class Policy(nn.Module):
     def default_system_message(self):
         """The system message that the chat template adds where a dialogue has none. "": nothing, or
         the Qwen models' sentence, which says nothing of a task."""
-        text = self.render(EXCHANGE[:1])
-        system = text.partition("<|im_start|>system\n")[2]
-        message = system.partition("<|im_end|>")[0].strip()
+        text = self.render(EXCHANGE[:1]).partition("<|im_start|>system\n")[2]
+        message = text.partition("<|im_end|>")[0].strip()
         return "" if message == "You are a helpful assistant." else message
 
     def clean(self, text):
@@ -408,8 +409,8 @@ class Policy(nn.Module):
         pixels = self.pixel_values(pictures).to(self.device)
         # Those of one size are given to it as the frames of one film: it encodes each frame by
         # itself, and works out positions and windows once for all of them.
-        frames = Counter(picture.grid for picture in pictures)
-        grids = [(count, height, width) for (_, height, width), count in frames.items()]
+        frames = Counter(picture.grid[1:] for picture in pictures)
+        grids = [(count, *sides) for sides, count in frames.items()]
         grids = torch.tensor(grids, device=self.device)
         out = self.model.model.get_image_features(pixels, grids)
         depths = [out.pooler_output, *getattr(out, "deepstack_features", ())]
@@ -417,7 +418,7 @@ class Policy(nn.Module):
         lengths = [picture.tokens for picture in pictures]
         return features.split(lengths)
 
-    def positions(self, ids, pictures, start=0):
+    def positions(self, ids, pictures, start):
         """m-RoPE positions (3, N) of a chunk that starts at position `start`, and the one after it.
 
         Text counts on in all three rows. An image stands at one time; its tokens count down and
@@ -468,7 +469,7 @@ class Policy(nn.Module):
                 row[ids] = penalty
             logits = torch.where(logits < 0, logits * penalties, logits / penalties)
         logits = logits.masked_fill(self.forbidden, -torch.inf) / temperature
-        return logits.log_softmax(-1)
+        return logits.log_softmax(1)
 
     def choose(self, hidden, rngs, temperature=1.0, top_p=1.0, top_k=0, penalty=1.0, seen=()):
         """Samples a token from each of N hidden states (N, hidden), by the next number of each of N
@@ -483,7 +484,7 @@ class Policy(nn.Module):
         if top_p < 1:
             log_probs = nucleus(log_probs, top_p)
         if temperature == 0:
-            tokens = log_probs.argmax(-1, keepdim=True)                          # (N, 1)
+            tokens = log_probs.argmax(1, keepdim=True)                          # (N, 1)
         else:
             uniforms = [rng.getrandbits(32) / 2**32 for rng in rngs]
             tokens = invert(log_probs, uniforms)                                 # (N, 1)
@@ -498,10 +499,10 @@ class Policy(nn.Module):
         batch, lengths, targets, predicted_from = pack(self, groups)
         hidden = self.hidden_states(batch, TrainLayout(lengths))
         hidden = hidden[predicted_from]                                          # (N, hidden)
-        tokens = torch.tensor(targets, device=self.device)[:, None]              # (N, 1)
+        tokens = torch.tensor(targets, dtype=torch.long, device=self.device)     # (N,)
 
         def log_probs_of(h, t):
-            return self.log_softmax(h, temperature).gather(1, t)                 # (n, 1)
+            return self.log_softmax(h, temperature).gather(1, t[:, None])        # (n, 1)
         # In parts, whose logits are computed again for the gradients: few are in memory at a time.
         size = MAX_LOGITS // self.text_config.vocab_size
         parts = zip(hidden.split(size), tokens.split(size), strict=True)
@@ -536,7 +537,7 @@ def pack(policy, groups):
         prompt = group[0].prompt
         after = batch.add(policy, prompt, 0)
         prompt_end = len(batch.ids) - 1
-        lengths.append([len(prompt.ids)])
+        pieces = [len(prompt.ids)]
         for sequence in group:
             first = len(batch.ids)
             batch.add(policy, sequence, after)
@@ -544,9 +545,10 @@ def pack(policy, groups):
             # The first token is predicted by the prompt's last one, which all responses share.
             targets += compress(sequence.ids, sequence.sampled)
             predicted_from += compress([prompt_end, *places], sequence.sampled)
-            lengths[-1].append(len(places))
+            pieces.append(len(places))
         if len(group) == 1:                                  # it is computed as its prompt's end
-            lengths[-1] = [sum(lengths[-1])]
+            pieces = [sum(pieces)]
+        lengths.append(pieces)
     return batch, lengths, targets, predicted_from
 
 
@@ -555,7 +557,7 @@ def invert(log_probs, uniforms):
     uniform number in [0, 1). log_probs (N, vocabulary); uniforms: N numbers. -> tokens (N, 1)
 
     A token of probability 0 is never the first."""
-    cumulated = log_probs.exp().cumsum(-1, dtype=torch.float64)                  # (N, vocabulary)
+    cumulated = log_probs.exp().cumsum(1, dtype=torch.float64)                   # (N, vocabulary)
     uniforms = cumulated.new_tensor(uniforms)
     wanted = uniforms[:, None] * cumulated[:, -1:]                               # (N, 1)
     return torch.searchsorted(cumulated, wanted, right=True)
@@ -564,16 +566,16 @@ def invert(log_probs, uniforms):
 def nucleus(log_probs, top_p):
     """Keeps the fewest tokens whose probabilities add up to top_p, and renormalises; (N,
     vocabulary) both."""
-    ordered, index = log_probs.sort(-1, descending=True)
+    ordered, index = log_probs.sort(1, descending=True)
     probs = ordered.exp()
-    beyond = probs.cumsum(-1) - probs >= top_p
-    dropped = beyond.scatter(-1, index, beyond)              # in the vocabulary's order
+    beyond = probs.cumsum(1) - probs >= top_p
+    dropped = beyond.scatter(1, index, beyond)               # in the vocabulary's order
     return without(log_probs, dropped)
 
 
 def without(log_probs, dropped):
     """The distribution without the dropped tokens (bool), renormalised."""
-    return log_probs.masked_fill(dropped, -torch.inf).log_softmax(-1)
+    return log_probs.masked_fill(dropped, -torch.inf).log_softmax(1)
 
 
 # -------------------------------------------------------------------------- attention and its cache
@@ -585,7 +587,7 @@ def layout_attention(module, q, k, v, attention_mask, scaling, layout, **kwargs)
     return layout(module.layer_idx, q, kv, scaling), None
 
 
-def window_attention(module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
+def window_attention(module, q, k, v, attention_mask, scaling, cu_seq_lens_q, **kwargs):
     """The same of the vision tower: q, k, v (1, H, N, D), N patches of windows or images that begin
     at cu_seq_lens_q (W + 1,). All windows of one length are a batch: one call, not one a window."""
     qkv = torch.cat([q, k, v])                                                   # (3, H, N, D)
@@ -607,17 +609,17 @@ ALL_ATTENTION_FUNCTIONS.register("flash_by_length", window_attention)
 
 def causal_attention(q, kv, scale):
     """q (1, H, L, D), kv (2, Hk, M, D), M >= L: the queries are the last L of the M columns.
-    -> (1, H, L, D)"""
+    -> (1, L, H, D)"""
     k, v = kv.split(1)                                                           # (1, Hk, M, D)
     mask = causal_lower_right(q.shape[2], k.shape[2])        # a bias that the flash kernel knows
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
 @dataclass
 class TrainLayout:
     """Tokens (1, N), of each group [prompt | response 1 | ... | response G]. Each response is
     computed with a copy of its prompt's K/V. lengths: see pack."""
-
     lengths: list
 
     def __call__(self, layer, q, kv, scale):
@@ -631,7 +633,7 @@ class TrainLayout:
                 q, kv = next(chunks)
                 kv = torch.cat([prompt, kv], 2)                                  # (2, Hk, P + L, D)
                 out.append(causal_attention(q, kv, scale))
-        return torch.cat(out, 2).transpose(1, 2)
+        return torch.cat(out, 1)
 
 
 class Cache:
@@ -639,9 +641,8 @@ class Cache:
     slot and the row's number in the group are a fixed seat: nothing is ever moved."""
 
     def __init__(self, policy, slots, rows, prompt_columns, own_columns):
-        layers, heads, dim = policy.kv_shape                                     # , Hk, D
+        layers, heads, dim = policy.kv_shape                                     # slots: S
         kind = dict(dtype=policy.model.dtype, device=policy.device)
-        self.slots = slots                                                       # S
         self.rows = rows                                                         # G
         self.prompt = torch.zeros(layers, 2, slots, heads, prompt_columns, dim, **kind)
         self.own = torch.zeros(layers, 2, slots, heads, rows, own_columns, dim, **kind)
@@ -649,21 +650,20 @@ class Cache:
 
 @dataclass
 class ReadLayout:
-    """Tokens (1, N), end to end: the prompts of new groups, of which one row each is listed in
-    `first_rows`, then what each of `rows` has not read. Their K/V is kept in the cache."""
-
+    """Tokens (1, N), end to end: the prompts of new groups (lists of Rows), then what each of
+    `rows` has not read. Their K/V is kept in the cache."""
     cache: Cache
-    first_rows: list
+    groups: list
     rows: list
 
     def __call__(self, layer, q, kv, scale):
         prompt = self.cache.prompt[layer]
         own = self.cache.own[layer]
-        lengths = [row.prompt_length for row in self.first_rows]
+        lengths = [group[0].prompt_length for group in self.groups]
         lengths += [row.unread for row in self.rows]
         chunks = zip(q.split(lengths, 2), kv.split(lengths, 2), strict=True)
         out = []
-        for row in self.first_rows:
+        for row, *_ in self.groups:
             q, kv = next(chunks)                                                 # kv (2, Hk, L, D)
             prompt[:, row.slot, :, :row.prompt_length] = kv
             out.append(causal_attention(q, kv, scale))
@@ -675,7 +675,7 @@ class ReadLayout:
             of_prompt = prompt[:, row.slot, :, :row.prompt_length]
             kv = torch.cat([of_prompt, seat[:, :, :end]], 2)
             out.append(causal_attention(q, kv, scale))
-        return torch.cat(out, 2).transpose(1, 2)
+        return torch.cat(out, 1)
 
 
 class DecodeLayout:
@@ -689,8 +689,7 @@ class DecodeLayout:
         # Of each row: its seat, and the last column that it sees of the prompt and of its own.
         places = [(row.slot, row.number, row.prompt_length - 1, row.read) for row in rows]
         places = torch.tensor(places)                                            # (N, 4)
-        used = places.amax(0) + 1
-        slots, _, prompt_columns, own_columns = used.tolist()                    # S, , P, T
+        slots, _, prompt_columns, own_columns = (places.amax(0) + 1).tolist()    # S, , P, T
         self.prompt = cache.prompt[:, :, :slots, :, :prompt_columns]    # (layers, 2, S, Hk, P, D)
         self.own = cache.own[:, :, :slots, :, :, :own_columns]       # (layers, 2, S, Hk, G, T, D)
         slot, number, prompt_end, self.column = places.to(cache.own.device).T    # (N,) each
@@ -738,7 +737,7 @@ def product(x, kv):
     Float32 as in the kernels of training: scores rounded to bfloat16 would be those of another
     policy."""
     kv = kv.flatten(0, -3)                                                       # (B, a, b)
-    rows = x.reshape(len(kv), -1, x.shape[-1])                                   # (B, rows, a)
+    rows = x.reshape(len(kv), -1, kv.shape[1])                                   # (B, rows, a)
     if x.is_cuda and x.dtype == torch.bfloat16:
         out = torch.bmm(rows, kv, out_dtype=torch.float32)
     else:
@@ -778,9 +777,9 @@ class Engine:
     repetition_penalty: float = 1.0        # of all tokens before, the prompt's too
     turn_tokens: int = 1024                # sampled tokens a turn at most
     response_tokens: int = 2048            # all tokens behind the prompt at most
-    # K/V columns at most: decides how many groups run at once; one always does. None: half of a
-    # GPU's free memory.
-    cache_tokens: int | None = None
+    # K/V columns at most: decides how many groups run at once; one always does. 0: half of a GPU's
+    # free memory.
+    cache_tokens: int = 0
 
     @torch.no_grad()
     def run(self, groups, on_turn):
@@ -812,10 +811,10 @@ class Engine:
                     rows += new
 
             # Read what is unread: prompts, and observations. A row that waits holds up nobody: it
-            # is read when a tenth of the rows wait, or when there is nothing else to do.
+            # is read when a tenth as many wait as decode.
             decoding = [row for row in rows if row.unread == 1]
             waiting = [row for row in rows if row.unread > 1]
-            if (decoding or started) and len(waiting) < 0.1 * len(rows):
+            if len(waiting) < 0.1 * len(decoding):
                 waiting = []
             ready, hidden = [], []
             if started or waiting:
@@ -847,12 +846,11 @@ class Engine:
                 if not row.unread:
                     ends[row] = len(batch.ids) - 1
         for row in rows:
-            sequence = row.sequence
-            chunk = Chunk(sequence.ids[row.read:], sequence.pictures[row.pictures_read:])
-            row.position = batch.add(self.policy, chunk, row.position)
+            ids = row.sequence.ids[row.read:]
+            pictures = row.sequence.pictures[row.pictures_read:]
+            row.position = batch.add(self.policy, Chunk(ids, pictures), row.position)
             ends[row] = len(batch.ids) - 1
-        first_rows = [group[0] for group in started]
-        layout = ReadLayout(self.cache, first_rows, rows)
+        layout = ReadLayout(self.cache, started, rows)
         hidden = self.policy.hidden_states(batch, layout)                            # (N, hidden)
         for row in rows:
             row.read = len(row.sequence.ids)
@@ -992,7 +990,7 @@ def micro_batches(groups, tokens, filler=None):
         return len(group[0].prompt.ids) + responses
     parts = split_by_size(sorted(groups, key=size), size, tokens)
     batches = [MicroBatch(part) for part in parts]
-    if filler is not None:
+    if filler:
         missing = max(gather(len(batches))) - len(batches)
         batches += [MicroBatch(filler, 0.0)] * missing
     return batches
@@ -1032,7 +1030,7 @@ def is_sharded(policy):
 
 
 def fsdp_units(policy):
-    return [module for module in policy.modules() if isinstance(module, fsdp.FSDPModule)]
+    return [module for module in policy.modules() if is_sharded(module)]
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def test_engine_equals_a_plain_forward(many_sizes, tiny_folder, turns):
     policy = many_sizes
     engine = Engine(policy, turn_tokens=7, response_tokens=150, cache_tokens=2 * (90 + 3 * 150))
     done = list(engine.run(list(prompts(policy, 5, 3, seed=turns)), converse(policy, turns)))
-    assert len(done) == 5 and engine.cache.slots == 2
+    assert len(done) == 5 and engine.cache.prompt.shape[2] == 2
     assert len({len(s.ids) for group in done for s in group}) > 1
     for group in done:
         for sequence in group:
