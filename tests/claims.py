@@ -281,7 +281,7 @@ def train_all(jobs, parallel):
     novice = next((job.runs / "novice" for job in left if "novice" in job.arm), None)
     if novice and not novice.is_dir():
         print("making the base that was shown no dialogues", flush=True)
-        call(TINY / "make_base.py", "--no-dialogues", "--out", novice,
+        call(TINY / "make_base.py", "--no-dialogues", "--steps", 1500, "--out", novice,
              *(["--steps", 2] if left[0].short else []))
     started = time.monotonic()
     threads = ThreadPoolExecutor(parallel)

@@ -31,12 +31,11 @@ from make_data import (  # noqa: E402
     Scene,
     ask,
     in_box,
-    web_text,
     write,
 )
 
 from model import load  # noqa: E402
-from rollout import crop_box  # noqa: E402
+from rollout import Dialogue, crop_box  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +242,7 @@ def test_the_base_has_words_as_tokens(base):
     assert len(base.encode("Plain. That was not it. Card 2 at (")) == 5
     for action in ("click [2]", "scroll [down]", "go_back", "stop [dotted]"):
         assert len(base.encode(f"<answer> {action} </answer>")) == 3
-    step = web_text("Which pattern does the red card's page show?", ["click [CARD] [red]"])
+    step = Dialogue().web_text("Which pattern does the red card's page show?", ["click [CARD] [red]"])
     assert len(base.encode(step)) == 10
     dialogue = json.loads((TINY / "base" / "dialogue.json").read_text())
     assert dialogue == make_base.DIALOGUE
@@ -275,3 +274,14 @@ def test_a_base_goes_on(tmp_path, base):
     assert steps[0] < steps[1] <= steps[0] + 3
     assert new.encode(" stop [dotted]") == [len(new.tokenizer) - 1] == [len(base.tokenizer)]
     assert new.encode(" checked") == base.encode(" checked")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.9])
+def test_lessons_without_dialogues(base, share):
+    """Guards --no-dialogues: no lesson has a zoom call, or a point in a thought."""
+    for number, kind in enumerate(make_base.lesson_mix(share, dialogues=False) * 2):
+        lesson = kind(base, random.Random(number), share)
+        text = base.decode(lesson.ids)
+        assert "<tool_call>" not in text
+        thoughts = [part.partition("</think>")[0] for part in text.split("<think>")[1:]]
+        assert not any("(" in thought for thought in thoughts)

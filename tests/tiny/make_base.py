@@ -18,6 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import permutations, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -515,12 +516,12 @@ def lesson_read(policy, rng, share=1.0):
     return lesson.end_turn()
 
 
-def lesson_answer(policy, rng, share=1.0):
+def lesson_answer(policy, rng, share=1.0, modes=("direct", "think", "grounded")):
     """The modes of one turn: names what is asked about, with or without its place, or nothing; then
     answers. In a share KNOWS of the lessons the thought says how the two cards lie, along the axis
     that is asked for, and the answer follows from it; else it is a guess. Of a screen it points at
     the first of the candidates, whichever is asked for."""
-    mode = rng.choice(("direct", "think", "grounded"))
+    mode = rng.choice(modes)
     asked = rng.choice((ask_spatial, ask_spatial, ask_screen))(rng)
     scene = asked.scene
     places = [FRAME.to_input((card.x, card.y)) for card in scene.named or scene.candidates[:1]]
@@ -649,18 +650,22 @@ def shifted(point, rng):
     return [min(max(value, 0), SIDE - 1) for value in moved]
 
 
-def lesson_mix(share):
+def lesson_mix(share, dialogues=True):
     """The lessons of a step at `share` of the whole: lists first, then ever more dialogues; in the
-    end, more of all else."""
+    end, more of all else. dialogues False: no thought that points, and no zoom call."""
     if share < 0.2:
         return [lesson_read] + [lesson_list] * (BATCH - 1)
+    if not dialogues:
+        answers = partial(lesson_answer, modes=("direct", "think"))
+        kinds = [lesson_read] * 3 + [answers] * 4 + [lesson_compare] * 4
+        return kinds + [lesson_list] * (BATCH - len(kinds))
     kinds = [lesson_read] + [lesson_dialogue] * (4 if share < 0.45 else 8)
     kinds += [lesson_answer] * 4 + [lesson_compare] * (3 if share < 1 else 5)
     kinds += [lesson_list] * (max(2, BATCH - len(kinds)) if share < 1 else 4)
     return kinds + [lesson_marks] * 2 + [lesson_web] * 6
 
 
-def learn(policy, first, length, steps, peak, seed):
+def learn(policy, first, length, steps, peak, seed, dialogues=True):
     """`length` lesson steps from number `first` on. The learning rate decays; what is left in the
     end is the exponential moving average of the weights, over a sixteenth of `steps`."""
     language = policy.model.model.language_model
@@ -672,7 +677,7 @@ def learn(policy, first, length, steps, peak, seed):
     for step in range(first, first + length):
         share = step / steps
         lessons = [[kind(policy, random.Random(f"lesson {seed} {step} {i}"), share)]
-                   for i, kind in enumerate(lesson_mix(share))]
+                   for i, kind in enumerate(lesson_mix(share, dialogues))]
         loss = -policy.log_probs(lessons).mean()
         loss.backward()
         step_along(weights, optimizers, peak * factor_at(step - first, length, 30, 0.03))
@@ -685,12 +690,13 @@ def learn(policy, first, length, steps, peak, seed):
             weight.copy_(averaged)
 
 
-def train(policy, steps, seed, words, done=0):
+def train(policy, steps, seed, words, done=0, dialogues=True):
     """Teaches the base to see and to speak. -> the marks of its last exam, and the lesson steps
 
     After `steps` steps comes the exam. A base that fails it goes on for two fifths of the steps,
     from a lower rate, and tries again, at most three times. words: of the tokenizer that are new.
-    done: lesson steps that the base has behind it; one that has some begins with going on."""
+    done: lesson steps that the base has behind it; one that has some begins with going on. Without
+    dialogues there is no exam."""
     directions, axes = tower_directions(seed, policy.text_config.hidden_size)
     if done == 0:
         for layer in policy.model.model.language_model.layers:
@@ -704,8 +710,10 @@ def train(policy, steps, seed, words, done=0):
     last = max(done, steps) + 3 * more
     while True:
         if done == 0:
-            learn(policy, 0, steps, steps, 1.0, seed)
+            learn(policy, 0, steps, steps, 1.0, seed, dialogues)
             done = steps
+            if not dialogues:
+                return {}, done
         else:
             learn(policy, done, more, steps, LOWER_RATE, seed)
             done += more
@@ -846,7 +854,7 @@ def blend(policy, base):
             weight[:len(old[name])].lerp_(old[name], KEPT)   # the base had fewer words
 
 
-def make_base(folder, steps, seed, base=""):
+def make_base(folder, steps, seed, base="", dialogues=True):
     """Makes the base from random weights, or from another base, and writes it to a folder."""
     started = time.time()
     torch.manual_seed(seed)
@@ -861,7 +869,7 @@ def make_base(folder, steps, seed, base=""):
         else:
             make_tiny(start, words)
             policy = load(start)
-    marks, done = train(policy, steps, seed, words, done)
+    marks, done = train(policy, steps, seed, words, done, dialogues)
     if base:
         blend(policy, base)
         marks = exam(policy, f"{seed}", n=min(1024, 8 * steps))
@@ -878,10 +886,12 @@ def main():
     parser.add_argument("--steps", type=int, default=2500, help="of lessons before the exam [2500]")
     parser.add_argument("--seed", type=int, default=0, help="[0]")
     parser.add_argument("--base", default="", help="folder of a base to go on with")
+    parser.add_argument("--no-dialogues", action="store_true",
+                        help="sees, lists, names and answers, but is shown no thought that points")
     parser.add_argument("--out", default=str(HERE / "base"), help="folder [base, beside this file]")
     args = parser.parse_args()
     torch.set_num_threads(1)                                 # the matrices are too small for more
-    make_base(args.out, args.steps, args.seed, args.base)
+    make_base(args.out, args.steps, args.seed, args.base, not args.no_dialogues)
 
 
 if __name__ == "__main__":
