@@ -536,7 +536,8 @@ def true_thoughts(trace):
     none. See `evaluate.row_of`."""
     if not trace.question.regions:
         return []
-    names = sorted(trace.question.names, key=len, reverse=True)    # "dark red" is not "red"
+    names = map(str.casefold, trace.question.names)
+    names = sorted(names, key=len, reverse=True)    # "dark red" is not "red"
     pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, names))})(?!\w)", re.I)
     found = []
     for before, turn in pairwise(trace.turns):

@@ -71,6 +71,7 @@ from rollout import (
     start,
     visible,
     whole,
+    writing,
 )
 from train_sft import (
     check_finite,
@@ -83,7 +84,6 @@ from train_sft import (
     save_checkpoint,
     sft_flags,
     warm_start,
-    writing,
 )
 
 
@@ -293,7 +293,8 @@ def append_rows(path, rows):
 
 
 def read_rows(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with reading_back(path):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def report(out, args, table_rows, traces):
@@ -329,7 +330,8 @@ def restore(policy, optimizer, out):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             state_dict.set_state_dict(policy, optimizer, model_state_dict=state["policy"],
                                       optim_state_dict=state["optimizer"], options=options)
-        step = state["step"]
+            check_finite(policy.trainable())
+            step = int(state["step"])
     if rank() == 0:
         for name in ("log.jsonl", "traces.jsonl"):
             drop_rows_after(out / name, step)
@@ -347,7 +349,7 @@ def drop_rows_after(path, step):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             damaged += bool(line)
     if damaged:
         print(f"{path}: {damaged} damaged rows are dropped")
@@ -406,7 +408,7 @@ def run(args, out, held_out):
     print(dialogue.describe())
     train(policy, reference, dialogue, args, out)
     gather(None)                            # the log is whole
-    minutes = sum(line["seconds"] for line in read_rows(out / "log.jsonl")) / 60
+    minutes = sum(line.get("seconds", 0) for line in read_rows(out / "log.jsonl")) / 60
     save_checkpoint(policy, dialogue, minutes, out / "rl")
 
     del policy, reference

@@ -188,7 +188,7 @@ def ends(error):
 
 
 @pytest.mark.parametrize("error, code, message", [
-    (UserError("wrong \ud83d"), 2, "error: wrong ?\n"),
+    (UserError("wrong \ud83d"), 2, "error: wrong [U+D83D]\n"),
     (KeyboardInterrupt(), 130, "interrupted; "), (KeyError("a"), 1, "Traceback"),
     (SystemExit(3), 3, "")])
 def test_how_a_script_ends(error, code, message, monkeypatch):

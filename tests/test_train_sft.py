@@ -1025,7 +1025,7 @@ def test_a_folder_that_cannot_be_written(arguments, tmp_path, out):
     (tmp_path / "file").touch()
     args = arguments()
     args.out = out
-    with pytest.raises(UserError, match="cannot be written .*; make room, or give another --out"):
+    with pytest.raises(UserError, match="cannot be written .*; make room, or give another name"):
         sft.open_run(args, [])
 
 
