@@ -598,9 +598,13 @@ def broken_rows():
     del no_truth["gt_answer"]
     late_system = released(1)
     late_system["messages"].insert(2, {"role": "system", "content": "Look closer."})
+    in_parts, in_number = released(1), released(1)
+    in_parts["messages"][-1]["content"] = [{"type": "text", "text": "<answer> A </answer>"}]
+    in_number["messages"][-1]["content"] = 5
     blind = released(1, images=["images/scene.png"])
     blind["messages"][1]["content"] = "What colour?"
     return {"an image less": fewer, "no last answer": unanswered, "no truth": no_truth,
+            "a content in parts": in_parts, "a content that is a number": in_number,
             "a system message inside": late_system, "no image in the question": blind,
             "an answer in numbers": released(0, gt_answer="(1, 2, 3)"),
             "no image": released(0, images=[]), "no text": released(0, messages=[{"role": "user"}]),
