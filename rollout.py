@@ -312,7 +312,7 @@ def fingerprint(path):
     """A hash of what a file or a checkpoint holds: something else may lie there later."""
     files = [Path(path)]
     if not files[0].is_file():
-        with suppress(OSError):         # of what is not there at all, its reader tells
+        with suppress(OSError, TypeError):      # of what is not there at all, its reader tells
             path = Path(cached_file(path, "config.json")).parent
         kinds = (".json", ".safetensors", ".bin")
         files = sorted(file for file in Path(path).glob("*") if file.suffix in kinds)

@@ -90,7 +90,7 @@ def sft_flags(parser):
     add("--backtrack", action=switch, default=True, help="also traces that correct a wrong one")
     add("--sft-steps", type=whole(0),
         help="of fine-tuning, of 32 traces each (None: one epoch; 0: none)")
-    add("--sft-lr", type=number(), default=1e-6, help="peak learning rate of fine-tuning")
+    add("--sft-lr", type=number(most=1e30), default=1e-6, help="peak learning rate of fine-tuning")
 
 
 # ---------------------------------------------------------------------------------- (a) tree search

@@ -1002,6 +1002,15 @@ def test_one_run_at_a_time(arguments):
     sft.open_run(arguments(), []).close()
 
 
+@pytest.mark.parametrize("flag", ["--traces", "--teacher"])
+def test_a_file_that_is_not_there_is_told(arguments, tmp_path, flag):
+    """Guards against a traceback where the folder notes what the file holds."""
+    args = arguments(flag, str(tmp_path / "none"))
+    open_run(args, []).close()
+    with pytest.raises(UserError, match="none.*; give"):
+        make_sft(args)
+
+
 @pytest.mark.parametrize("text", ["[]", "", '{"seed": ', "3", "null", "\0" * 40, "[" * 100_000])
 def test_damaged_settings_are_told(arguments, tmp_path, text):
     """Guards against tracebacks on args.json and notes.json after a crash of the machine."""
