@@ -94,7 +94,7 @@ def rl_flags(parser):
     add("--questions", type=whole(1), default=128, help="sampled a step")
     add("--update-questions", type=whole(1), default=64, help="of these, learnt from an update")
     add("--group", type=whole(2), default=8, help="traces of a question")
-    add("--lr", type=number(most=1e30), default=1e-6, help="learning rate, constant after the warm-up")
+    add("--lr", type=number(most=1e30), default=1e-6, help="constant after the warm-up")
     add("--warm-up", type=whole(0), default=25, help="steps of linear warm-up")
     add("--kl", type=number(), default=0.01, help="weight of the KL penalty; 0: no reference model")
     add("--clip-norm", type=number(), default=0.2, help="the gradient's norm is clipped to this")
