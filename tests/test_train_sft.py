@@ -1006,9 +1006,9 @@ def test_one_run_at_a_time(arguments):
 def test_a_file_that_is_not_there_is_told(arguments, tmp_path, flag):
     """Guards against a traceback where the folder notes what the file holds."""
     args = arguments(flag, str(tmp_path / "none"))
-    train_sft.open_run(args, []).close()
+    sft.open_run(args, []).close()
     with pytest.raises(UserError, match="none.*; give"):
-        train_sft.make_sft(args)
+        sft.make_sft(args)
 
 
 @pytest.mark.parametrize("text", ["[]", "", '{"seed": ', "3", "null", "\0" * 40, "[" * 100_000])
