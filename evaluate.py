@@ -52,6 +52,7 @@ from rollout import (
     draw_trace,
     family_settings,
     fingerprint,
+    in_one_line,
     input_limits,
     make_dialogue,
     number,
@@ -68,6 +69,7 @@ from rollout import (
     visible,
     web_question,
     whole,
+    writing,
 )
 
 # ------------------------------------------------------------------------------- data sets: formats
@@ -175,13 +177,15 @@ def scaled_to(shares, size):
 def read_hr_bench(row):
     """The image is in the row, in base64."""
     answer, options = row["answer"], [row[letter] for letter in "ABCD"]
+    if not {str, int, float}.issuperset(map(type, options)):
+        raise Unusable(f"its options, {options}, are not in words")
     if answer not in list("ABCD"):
         raise Unusable(f"its answer, {answer}, is none of its 4 options")
     lines = map("({}) {}".format, "ABCD", options)
     text = "\n".join([row["question"], *lines])
     image = f"data:image/jpeg;base64,{row['image']}"
     category = f"{row['category']}{FACET}cycle {row['cycle_category']}"
-    return Question(text, image, answer, "choice", tuple(options), category=category)
+    return Question(text, image, answer, "choice", tuple(map(str, options)), category=category)
 
 
 # A file has the format of its first row that has all the fields of one. The format says what the
@@ -221,6 +225,8 @@ def make_question(read, row, number, where):
         question.text = question.text.replace("<image>", "").strip()
         question.regions = [{"box": as_box(region["box"]), "name": str(region["name"])}
                             for region in row.get("regions") or []]
+        if not all(region["name"].strip() for region in question.regions):
+            raise Unusable("one of its regions has no name")
     except Unusable:
         raise
     except Exception as error:                         # a foreign file may hold anything
@@ -296,7 +302,7 @@ def open_file(path, image_root=""):
                 found.skipped.append(f"{where}: {why}")
     place_images(found, folder, image_root)
     skipped = len(found.skipped)
-    first = visible(found.skipped[0]) if skipped else "Is it empty?"
+    first = in_one_line(found.skipped[0]) if skipped else "Is it empty?"
     if not found:
         raise UserError(f"{path}: no usable row among {skipped}. {first}")
     names = frozenset(region["name"] for question in found for region in question.regions)
@@ -326,7 +332,7 @@ def read_rows(path):
                     yield number, row
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the path of a data file") from None
-    except (ValueError, RecursionError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         line = number + getattr(error, "lineno", 1)
         why = getattr(error, "msg", error)
         raise UserError(f"{path}:{line}: cannot be read ({why}); repair or remove it") from None
@@ -395,7 +401,7 @@ def fault_of(question):
 @lru_cache
 def name_skipped(fault):
     """Once in a process, for a file is read many times."""
-    print(f"skipped: {visible(fault)}", file=sys.stderr)
+    print(f"skipped: {in_one_line(fault)}", file=sys.stderr)
 
 
 def questions_of(args, split, n, first=0):
@@ -535,7 +541,7 @@ def evaluate(policy, questions, dialogue, seed, *, samples=1, done=(), path=None
             kept += [traces[0] for traces in groups[:keep - len(kept)]]
         new = sum(gather(mine), [])
         if path and rank() == 0:
-            with open(path, "a", encoding="utf-8") as file:
+            with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(rows) + "\n" for rows in new)
         answers |= {rows[0]["key"]: rows for rows in new}
         if log:
@@ -560,8 +566,9 @@ def read_answers(path, settings):
             write_text(path, json.dumps(settings) + "\n")
         first, *lines, _ = path.read_text(encoding="utf-8").split("\n")
         earlier = dict(json.loads(first))
-        answered = [rows for rows in map(json.loads, lines) if rows[0]["key"]]
-    except (OSError, ValueError, TypeError, LookupError) as error:
+        answered = [rows for rows in map(json.loads, lines) if {rows[0]["key"], rows[0]["tool"]}]
+        figures(answered)                              # each row has what they need
+    except Exception as error:                         # a damaged file may hold anything
         raise UserError(f"{path}: cannot be read as answers of an evaluation ({error}); move it "
                         "away, or give another --json FILE") from None
     settings = json.loads(json.dumps(settings))
@@ -570,7 +577,8 @@ def read_answers(path, settings):
     if other:
         raise UserError(f"{path} has answers with {', '.join(other)}; go on with the same, move "
                         "it away, or give another --json FILE")
-    write_text(path, "\n".join([first, *lines, ""]))
+    with writing(path):
+        write_text(path, "\n".join([first, *lines, ""]))
     return gather(answered)[0]
 
 
@@ -1055,11 +1063,12 @@ def main():
     print(f"-> {answer} ({trace.ended}; {len(trace.zoom_points)} zoom calls)\n")
     if rows:
         print(table(rows))
-    if args.save.endswith(".html"):
-        title = f"{args.image or args.task}, {args.mode}"
-        write_report(args.save, title, vars(args), [], rows, "", {args.model: traces})
-    elif args.save:
-        draw_trace(trace).save(args.save)
+    with writing(args.save):
+        if args.save.endswith(".html"):
+            title = f"{args.image or args.task}, {args.mode}"
+            write_report(args.save, title, vars(args), [], rows, "", {args.model: traces})
+        elif args.save:
+            draw_trace(trace).save(args.save)
 
 
 def evaluate_task(policy, dialogue, args):
@@ -1086,7 +1095,8 @@ def evaluate_task(policy, dialogue, args):
     print("a trace:", *(f"{name} {found[name]:.2f} " for name in ("regions", *PHRASES)))
     if args.json:
         if rank() == 0:
-            write_text(args.json, json.dumps(found, indent=1) + "\n")
+            with writing(args.json):
+                write_text(args.json, json.dumps(found, indent=1) + "\n")
         lock.close()
     row = [*cells(Path(args.task).stem, found, without), f"{found['official']:.3f}", found["n"]]
     return traces, [[*HEADS, "official", "n"], row]

@@ -229,7 +229,7 @@ def match_action(answer, truth):
 OPTIONS = (re.compile(r"\(([A-Z])\)\s*(.*?)(?=[\s,;]*(?:\b(?:or|and)\s*)?\([A-Z]\)|\n|$"
                       r"|[.!?。]\s*(?:Hint|Note|Please|Answer|Choose|Pick|Select|Respond|Reply|Give"
                       r"|Write|Return|Output|Provide|Say)\b)"),
-           re.compile(r"^\s*([A-Z])[.):、][^\S\n]*(.+)$", re.M))
+           re.compile(r"^[^\S\n]*([A-Z])[.):、][^\S\n]*(.+)$", re.M))
 NO_OPTION = re.compile(r"\W*(or|and)?\W*", re.I)         # of "answer with (A) or (B)."
 LETTER_ALONE = re.compile(r"\(?[a-z]\)?")
 BOX = re.compile(r"[(\[]?\s*\d+(?:\s*,\s*\d+){3}\s*[)\]]?")
@@ -539,7 +539,8 @@ def true_thoughts(trace):
     none. See `evaluate.row_of`."""
     if not trace.question.regions:
         return []
-    names = sorted(trace.question.names, key=len, reverse=True)    # "dark red" is not "red"
+    names = map(str.casefold, trace.question.names)
+    names = sorted(names, key=len, reverse=True)    # "dark red" is not "red"
     pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, names))})(?!\w)", re.I)
     found = []
     for before, turn in pairwise(trace.turns):

@@ -34,7 +34,7 @@ import traceback
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
@@ -94,7 +94,7 @@ def shared_flags(parser):
     add("--config", default="", help="JSON file {section: {flag: value}}; flags count more")
     add("--seed", type=whole(0), default=0, help="decides everything that is random")
     add("--max-pixels", type=whole(1), help="of the model input at most (None: the family's)")
-    add("--temperature", type=number(), default=1.0, help="of sampling; 0: the likeliest token")
+    add("--temperature", type=number(most=1e3), default=1.0, help="of sampling; 0: the likeliest")
     add("--top-p", type=number(1e-6, 1), default=1.0,
         help="sample from the likeliest tokens that add up to this")
     add("--turn-tokens", type=whole(1), default=1024, help="sampled a turn at most")
@@ -162,7 +162,7 @@ def config_words(parser, path, sections):
     in a text is the file's folder. Raises UserError."""
     words = []
     try:
-        config = parse_json(Path(path).read_text(encoding="utf-8"))
+        config = parse_json(Path(path).read_text(encoding="utf-8-sig"))
         for section in config:
             if section not in SECTIONS:
                 raise ValueError(f"no section {section!r}; there are {', '.join(SECTIONS)}")
@@ -183,7 +183,10 @@ def config_words(parser, path, sections):
 def parse_json(text):
     """JSON -> its value. Half characters ("\\ud83d" alone), which no file and no tokenizer takes,
     become question marks. Raises ValueError."""
-    text = json.dumps(json.loads(text), ensure_ascii=False)
+    try:
+        text = json.dumps(json.loads(text), ensure_ascii=False)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     return json.loads(text.encode(errors="replace"))
 
 
@@ -218,8 +221,8 @@ def indented(text):
 
 # --------------------------------------------------------------------------------- running a script
 
-INTERRUPTED = ("interrupted; a training run goes on with --resume, an evaluation with the same "
-               "--json FILE")
+GO_ON = "a training run goes on with --resume, an evaluation with the same --json FILE"
+INTERRUPTED = f"interrupted; {GO_ON}"
 
 
 def run_script(main):
@@ -227,14 +230,14 @@ def run_script(main):
 
     A UserError is told in a line, exit code 2. Where one of several processes ends, torchrun ends
     the others."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):     # one may be closed
         stream.reconfigure(errors="replace", line_buffering=True)     # an ASCII terminal gets "?"
     try:
         if "WORLD_SIZE" in os.environ:
             join_processes()
         main()
-    except UserError as error:
-        leave(f"error: {error}", 2)
+    except (UserError, OSError) as error:        # the second: of a disk or a pipe
+        leave(f"error: {in_one_line(error)}", 2)
     except KeyboardInterrupt:
         leave(INTERRUPTED, 130)
     except Exception:
@@ -253,7 +256,7 @@ def join_processes():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "nccl"
         dist.init_process_group(backend, timeout=timedelta(hours=4))
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"WORLD_SIZE is set, but this process cannot join others ({error}); start "
                         "it by torchrun, or unset WORLD_SIZE") from None
     if rank():
@@ -283,10 +286,26 @@ def leave(message, code):
     os._exit(code)                      # at once: to tear torch down can take a second
 
 
+@contextmanager
+def writing(path):
+    """Makes any error inside a UserError in a line: of a full disk libraries tell in many ways."""
+    try:
+        yield
+    except Exception as error:
+        why = first_line(error.__context__ or error)         # torch hides the first one
+        raise UserError(f"{path} cannot be written ({why}); make room, or give another name; what "
+                        f"is finished is kept: {GO_ON}") from None
+
+
+def first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def open_lock(path, flag):
     """-> the open file that keeps a second run from writing there: until it is closed, or the
     process ends, however it does. Raises UserError."""
-    lock = path.open("w")
+    with writing(path):
+        lock = path.open("w")
     try:
         if rank() == 0:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -300,7 +319,7 @@ def fingerprint(path):
     """A hash of what a file or a checkpoint holds: something else may lie there later."""
     files = [Path(path)]
     if not files[0].is_file():
-        with suppress(OSError):         # of what is not there at all, its reader tells
+        with suppress(OSError, TypeError):      # of what is not there at all, its reader tells
             path = Path(cached_file(path, "config.json")).parent
         kinds = (".json", ".safetensors", ".bin")
         files = sorted(file for file in Path(path).glob("*") if file.suffix in kinds)
@@ -332,6 +351,10 @@ def visible(text, most=TEXT_SHOWN):
         else:
             letters.append(f"[U+{ord(letter):04X}]")
     return "".join(letters)
+
+
+def in_one_line(text):
+    return visible(text).replace("\n", " ")
 
 
 # ---------------------------------------------------------------------------- questions and images
@@ -923,7 +946,7 @@ def make_dialogue(args, checkpoint, policy):
 def read_parts(path):
     """A file like dialogue.json -> {field of Dialogue: value}, checked. Raises UserError."""
     try:
-        parts = parse_json(Path(path).read_text(encoding="utf-8"))
+        parts = parse_json(Path(path).read_text(encoding="utf-8-sig"))
         Dialogue("zoom", True, **parts)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as parts of a dialogue ({error})") from None

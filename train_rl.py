@@ -73,6 +73,7 @@ from rollout import (
     shared_flags,
     visible,
     whole,
+    writing,
 )
 from train_sft import (
     check_finite,
@@ -85,7 +86,6 @@ from train_sft import (
     save_checkpoint,
     sft_flags,
     warm_start,
-    writing,
 )
 
 
@@ -96,7 +96,7 @@ def rl_flags(parser):
     add("--questions", type=whole(1), default=128, help="sampled a step")
     add("--update-questions", type=whole(1), default=64, help="of these, learnt from an update")
     add("--group", type=whole(2), default=8, help="traces of a question")
-    add("--lr", type=number(), default=1e-6, help="learning rate, constant after the warm-up")
+    add("--lr", type=number(most=1e30), default=1e-6, help="constant after the warm-up")
     add("--warm-up", type=whole(0), default=25, help="steps of linear warm-up")
     add("--kl", type=number(), default=0.01, help="weight of the KL penalty; 0: no reference model")
     add("--clip-norm", type=number(), default=0.2, help="the gradient's norm is clipped to this")
@@ -295,7 +295,8 @@ def append_rows(path, rows):
 
 
 def read_log(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with reading_back(path):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def report(out, args, table_rows, traces):
@@ -331,7 +332,8 @@ def restore(policy, optimizer, out):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             state_dict.set_state_dict(policy, optimizer, model_state_dict=state["policy"],
                                       optim_state_dict=state["optimizer"], options=options)
-        step = state["step"]
+            check_finite(policy.trainable())
+            step = int(state["step"])
     if rank() == 0:
         for name in ("log.jsonl", "traces.jsonl"):
             drop_rows_after(out / name, step)
@@ -349,7 +351,7 @@ def drop_rows_after(path, step):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             damaged += bool(line)
     if damaged:
         print(f"{path}: {damaged} damaged rows are dropped")
@@ -409,7 +411,7 @@ def run(args, out, held_out):
     print(dialogue.describe())
     train(policy, reference, dialogue, args, out)
     gather(None)                            # the log is whole
-    minutes = sum(line["seconds"] for line in read_log(out / "log.jsonl")) / 60
+    minutes = sum(line.get("seconds", 0) for line in read_log(out / "log.jsonl")) / 60
     save_checkpoint(policy, dialogue, minutes, out / "rl")
 
     del policy, reference

@@ -57,6 +57,7 @@ from rollout import (
     Trace,
     describe_settings,
     fingerprint,
+    first_line,
     format_call,
     input_limits,
     make_dialogue,
@@ -71,6 +72,7 @@ from rollout import (
     sampling_of,
     shared_flags,
     whole,
+    writing,
 )
 
 
@@ -92,7 +94,7 @@ def sft_flags(parser):
     add("--backtrack", action=switch, default=True, help="also traces that correct a wrong one")
     add("--sft-steps", type=whole(0),
         help="of fine-tuning, of 32 traces each (None: one epoch; 0: none)")
-    add("--sft-lr", type=number(), default=1e-6, help="peak learning rate of fine-tuning")
+    add("--sft-lr", type=number(most=1e30), default=1e-6, help="peak learning rate of fine-tuning")
 
 
 # ---------------------------------------------------------------------------------- (a) tree search
@@ -408,9 +410,11 @@ def read_traces(path, questions=(), image_root=""):
             roles = [message["role"] for message in talk]
             asked, *later = [message["content"].count("<image>") for message in talk[::2]]
             in_turns = roles == ["user", "assistant"] * (len(talk) // 2)
-            if not in_turns or not asked or len(images) not in (asked, asked + sum(later)):
-                raise ValueError("its roles are not user, assistant, ..., user, assistant, or it "
-                                 "has not one image for each <image>")
+            in_words = all(type(message["content"]) is str for message in messages)
+            known = asked and in_turns and in_words
+            if not known or len(images) not in (asked, asked + sum(later)):
+                raise ValueError("its roles are not user, assistant, ..., user, assistant, its "
+                                 "contents no texts, or it has not one image for each <image>")
             question = by_key.get(row.get("key")) or make_question(read_sft, row, line, where)
             question.images = images[:asked]
             traces.append((question, messages, images[asked:]))
@@ -625,7 +629,6 @@ def open_run(args, last):
     out = Path(args.out)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        (out / "lock").touch()
     lock = open_lock(out / "lock", "--out")
     made = [name for name in STAGES if (out / name).exists()]
     if not args.resume and set(made) & set(last):
@@ -664,17 +667,6 @@ def check_settings(out, settings):
 
 
 @contextmanager
-def writing(path):
-    """Makes any error inside a UserError in a line: of a full disk libraries tell in many ways."""
-    try:
-        yield
-    except Exception as error:
-        why = first_line(error.__context__ or error)         # torch hides the first one
-        raise UserError(f"{path} cannot be written ({why}); make room, or give another --out; what "
-                        "is finished is kept, and --resume goes on from it") from None
-
-
-@contextmanager
 def reading_back(path):
     """The same for a file that the run wrote, and that may be damaged."""
     try:
@@ -682,10 +674,6 @@ def reading_back(path):
     except Exception as error:
         raise UserError(f"{path} is damaged ({first_line(error)}); repair or delete it, or give "
                         "another --out") from None
-
-
-def first_line(error):
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 # ----------------------------------------------------------------------------------- (g) warm start

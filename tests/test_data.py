@@ -293,6 +293,12 @@ def test_hr_bench(data):
     assert ready(questions) == questions[:2] and question.loaded[0].size == (400, 400)
 
 
+def test_options_that_are_numbers(data):
+    """Guards against options of JSON's numbers, which no answer could be compared with."""
+    question, = read(data("a.jsonl", [hr_bench(A=3, B=4.5, C=7)]))
+    assert question.choices == ("3", "4.5", "7", "white")
+
+
 def test_visual_probe(data):
     """Guards: VisualProbe's `solution` not found where others have `answer`."""
     question = read(data("val.json", [PROBE]))[0]
@@ -472,7 +478,10 @@ def test_unusable_rows_are_counted_and_the_first_explained(data, capsys):
     (talk("Where?", True), "no answer in words"),
     (talk("Where?", [20, 30, float("nan"), 40]), "neither in words nor a box"),
     (ROBOSPATIAL[0] | {"answer": "[(0.1, 0.3, 0), (0.2, 0.3, 0), (0.2, 0.5, 0)]"}, "no polygon"),
-    (ROBOSPATIAL[0] | {"answer": "[(0.1, nan), (0.2, 0.3), (0.2, 0.5), (0, 0)]"}, "no polygon")])
+    (ROBOSPATIAL[0] | {"answer": "[(0.1, nan), (0.2, 0.3), (0.2, 0.5), (0, 0)]"}, "no polygon"),
+    (hr_bench(B=None), "options, .* are not in words"),
+    (hr_bench(D=["white"]), "options, .* are not in words"),
+    (PRO | {"regions": [{"box": [1, 2, 3, 4], "name": " "}]}, "one of its regions has no name")])
 def test_file_without_a_usable_row_is_an_error_that_says_why(data, row, why):
     """Guards: an evaluation over no questions; px taken for shares, or corners in disorder, by
     guessing from the numbers."""

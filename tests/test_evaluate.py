@@ -33,6 +33,7 @@ from rollout import (
     crop_box,
     draw_trace,
     format_call,
+    open_lock,
     parse_turn,
 )
 
@@ -73,6 +74,13 @@ def test_a_thought_that_describes(thought, true):
     assert thoughts(turn_of("Here (8, 8).", 8, 8), turn_of(thought)) == [true]
     named = thought not in ("Nothing.", "", "undotted")
     assert thoughts(turn_of("Here.", 8, 56), turn_of(thought)) == [not named]
+
+
+def test_names_that_change_when_letters_are_folded():
+    """Guards names in other scripts: a thought is compared without its capitals."""
+    regions = [{"box": [12, 12, 52, 52], "name": "Straße"}]
+    shown = trace_of(turn_of("", 8, 8), turn_of("The STRASSE."), regions=regions, names=["Straße"])
+    assert true_thoughts(shown) == [True]
 
 
 def test_names_within_names():
@@ -531,7 +539,10 @@ def test_answers_of_another_command_are_refused(policy, small_blocks, tmp_path):
             read_answers(path, settings)
     assert path.read_text() == before
     foreign = ("no JSON\n", "[1]\n", '{"problem": "Which?", "answer": "red"}\n', "no end of line",
-               "", json.dumps(SETTINGS) + "\n[1]\n", json.dumps(SETTINGS) + "\n[]\n")
+               "", json.dumps(SETTINGS) + "\n[1]\n", json.dumps(SETTINGS) + "\n[]\n",
+               json.dumps(SETTINGS) + '\n[{"key": "a", "tool": true}]\n',
+               before.replace('"category"', '"kind"'), before.replace('"key": "', '"key": ["'),
+               json.dumps(SETTINGS) + "\n" + "[" * 99_999 + "\n")
     for text in foreign:
         path.write_text(text)
         with pytest.raises(UserError, match="another --json"):
@@ -539,6 +550,16 @@ def test_answers_of_another_command_are_refused(policy, small_blocks, tmp_path):
         assert path.read_text() == text
     with pytest.raises(UserError, match="another --json"):
         read_answers(path / "inside" / "a.jsonl", SETTINGS)
+
+
+def test_answers_that_cannot_be_written(tmp_path):
+    """Guards against a traceback where the disk is full or a name is taken."""
+    (tmp_path / "a.jsonl.part").mkdir()
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be written .*the same --json FILE"):
+        (tmp_path / "a.jsonl").write_text(json.dumps(SETTINGS) + "\n")
+        read_answers(tmp_path / "a.jsonl", SETTINGS)
+    with pytest.raises(UserError, match="cannot be written"):
+        open_lock(tmp_path, "--json")
 
 
 def answer_all(model, path):

@@ -156,6 +156,7 @@ def test_a_broken_config_file_is_told_in_a_line(read, tmp_path, config):
     (["--lr", "much"], "no number"), (["--seed", 2**70], "no whole number"),
     (["--seed", -1], "no whole number"), (["--temperature", 0], "--temperature"),
     (["--temperature", 1e-39], "--temperature"), (["--top-p", 0], "--top-p"),
+    (["--temperature", 1e300], "--temperature"),
     (["--top-p", 1.5], "--top-p"), (["--top-p", 0.5], "in training"),
     (["--mode", "look"], "invalid choice"), (["--sead", 3], "unrecognized arguments"),
     (["--tem", 3], "unrecognized arguments"), (["words"], "unrecognized arguments"),
@@ -188,7 +189,10 @@ def ends(error):
 
 
 @pytest.mark.parametrize("error, code, message", [
-    (UserError("wrong \ud83d"), 2, "error: wrong ?\n"),
+    (UserError("wrong \ud83d"), 2, "error: wrong [U+D83D]\n"),
+    (UserError("two\nlines \x1b[2J"), 2, "error: two lines [U+001B][2J\n"),
+    (OSError(28, "No space left", "a.png"), 2, "error: [Errno 28] No space left: 'a.png'\n"),
+    (BrokenPipeError(32, "Broken pipe"), 2, "error: [Errno 32] Broken pipe\n"),
     (KeyboardInterrupt(), 130, "interrupted; "), (KeyError("a"), 1, "Traceback"),
     (SystemExit(3), 3, "")])
 def test_how_a_script_ends(error, code, message, monkeypatch):
@@ -550,7 +554,7 @@ def test_a_dialogue_is_kept_as_it_is(tmp_path, policy, read):
     '{"crop_half": "32"}', '{"crop_half": true}', '{"crop_half": 32.5}', '{"coordinates": "px"}',
     '{"coordinates": 5}', '{"system_prompts": "Look."}', '{"system_prompts": {"zoom": 3}}',
     '{"system_prompts": {"look": "Look."}}', '{"crop_half": 0}', '{"crop_size": -5}',
-    '{"crop_size": 1000000}', '{"max_crops": -1}'])
+    '{"crop_size": 1000000}', '{"max_crops": -1}', "[" * 99_999])
 def test_a_broken_part_of_a_dialogue_is_told_in_a_line(policy, read, tmp_path, text):
     """Guards --dialogue: a misspelt part was passed over without a word, and a part of another type
     ended in a traceback."""
@@ -559,6 +563,15 @@ def test_a_broken_part_of_a_dialogue_is_told_in_a_line(policy, read, tmp_path, t
         with pytest.raises(UserError) as error:
             make_dialogue(read(*GIVEN, "--dialogue", broken), str(tmp_path), policy)
         assert str(error.value).startswith(f"{broken}: ") and "\n" not in str(error.value)
+
+
+def test_a_mark_of_byte_order_is_no_text(policy, read, tmp_path):
+    """Guards settings that an editor on Windows wrote."""
+    path = write_json(tmp_path / "mine.json", '\ufeff{"crop_size": 99}')
+    args = read(*GIVEN, "--dialogue", path)
+    assert make_dialogue(args, str(tmp_path), policy).crop_size == 99
+    path = write_json(tmp_path / "run.json", '\ufeff{"rollout": {"model": "a", "task": "b"}}')
+    assert read("--config", path).model == "a"
 
 
 def test_half_characters_are_replaced_on_reading(policy, read, tmp_path, question):

@@ -242,7 +242,8 @@ def test_the_base_has_words_as_tokens(base):
     assert len(base.encode("Plain. That was not it. Card 2 at (")) == 5
     for action in ("click [2]", "scroll [down]", "go_back", "stop [dotted]"):
         assert len(base.encode(f"<answer> {action} </answer>")) == 3
-    step = Dialogue().web_text("Which pattern does the red card's page show?", ["click [CARD] [red]"])
+    goal = "Which pattern does the red card's page show?"
+    step = Dialogue().web_text(goal, ["click [CARD] [red]"])
     assert len(base.encode(step)) == 10
     dialogue = json.loads((TINY / "base" / "dialogue.json").read_text())
     assert dialogue == make_base.DIALOGUE

@@ -286,7 +286,27 @@ def test_a_damaged_state_is_told(tiny_folder, tmp_path, content):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("step, weight", [("two", 0.0), (None, 0.0), (1, math.nan)])
+def test_a_state_that_cannot_be_gone_on_from(tiny_folder, tmp_path, step, weight):
+    """Guards against a traceback, or a run that is lost, by numbers that no run saves."""
+    policy = load(tiny_folder, device="cpu")
+    optimizer = make_optimizer(policy, 1e-3)
+    train_rl.save_state(policy, optimizer, tmp_path, 1)
+    state = torch.load(tmp_path / "state.pt")
+    next(reversed(state["policy"].values())).fill_(weight)
+    torch.save(state | {"step": step}, tmp_path / "state.pt")
+    with pytest.raises(UserError, match=r"state\.pt is damaged"):
+        train_rl.restore(policy, optimizer, tmp_path)
+
+
+def test_a_log_that_is_gone_is_told(tmp_path):
+    """Guards the end of a run against a traceback."""
+    with pytest.raises(UserError, match=r"log\.jsonl is damaged"):
+        train_rl.read_log(tmp_path / "log.jsonl")
+
+
 @pytest.mark.parametrize("damage, rows", [
+    ("[" * 99_999, 0),
     ('{"step": 2, "a', 0), ('{"step": 2, "a": 1\n', 0), ("\0" * 50, 0), ("\0\0\n[]\n7\n", 0),
     ('{"st\n{"step": 2, "b": 0}\n', 1)])
 def test_rows_that_a_crash_damaged_are_dropped(tmp_path, capsys, damage, rows):

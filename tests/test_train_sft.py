@@ -631,9 +631,13 @@ def broken_rows():
     del no_truth["gt_answer"]
     late_system = released(1)
     late_system["messages"].insert(2, {"role": "system", "content": "Look closer."})
+    in_parts, in_number = released(1), released(1)
+    in_parts["messages"][-1]["content"] = [{"type": "text", "text": "<answer> A </answer>"}]
+    in_number["messages"][-1]["content"] = 5
     blind = released(1, images=["images/scene.png"])
     blind["messages"][1]["content"] = "What colour?"
     return {"an image less": fewer, "no last answer": unanswered, "no truth": no_truth,
+            "a content in parts": in_parts, "a content that is a number": in_number,
             "a system message inside": late_system, "no image in the question": blind,
             "an answer in numbers": released(0, gt_answer="(1, 2, 3)"),
             "no image": released(0, images=[]), "no text": released(0, messages=[{"role": "user"}]),
@@ -1031,6 +1035,15 @@ def test_one_run_at_a_time(arguments):
     sft.open_run(arguments(), []).close()
 
 
+@pytest.mark.parametrize("flag", ["--traces", "--teacher"])
+def test_a_file_that_is_not_there_is_told(arguments, tmp_path, flag):
+    """Guards against a traceback where the folder notes what the file holds."""
+    args = arguments(flag, str(tmp_path / "none"))
+    sft.open_run(args, []).close()
+    with pytest.raises(UserError, match="none.*; give"):
+        sft.make_sft(args)
+
+
 @pytest.mark.parametrize("text", ["[]", "", '{"seed": ', "3", "null", "\0" * 40, "[" * 100_000])
 def test_damaged_settings_are_told(arguments, tmp_path, text):
     """Guards against tracebacks on args.json and notes.json after a crash of the machine."""
@@ -1058,7 +1071,7 @@ def test_a_folder_that_cannot_be_written(arguments, tmp_path, out):
     (tmp_path / "file").touch()
     args = arguments()
     args.out = out
-    with pytest.raises(UserError, match="cannot be written .*; make room, or give another --out"):
+    with pytest.raises(UserError, match="cannot be written .*; make room, or give another name"):
         sft.open_run(args, [])
 
 
