@@ -318,6 +318,8 @@ def read_rows(path):
     """Yields (number, row) of JSON lines, a JSON list, or tab-separated lines with a header."""
     number = 0
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no file; give the path of a data file")
         # a byte that is no UTF-8 becomes a mark in its text; it costs no row
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
             if path.suffix == ".tsv":
@@ -345,21 +347,26 @@ def place_images(file, folder, image_root):
     roots = [Path(image_root)] if image_root else [folder / root for root in ROOTS]
     there = (root for root in roots for name in names if os.path.exists(root / name))
     root = next(there, roots[0])
-    inside = os.path.join(os.path.abspath(root), "")
     questions = file[:]
     file.clear()
     for question in questions:
-        outside = None
-        for i, name in enumerate(question.images):
-            if not name.startswith("data:"):
-                path = question.images[i] = root / name
-                if not os.path.abspath(path).startswith(inside):
-                    outside = path
-        if outside:
-            file.skipped.append(f"{question.where}: {outside} lies outside of {root}; give as "
-                                "--image-root a folder above it")
-        else:
+        try:
+            question.images = [below(root, name) for name in question.images]
             file.append(question)
+        except Unusable as why:
+            file.skipped.append(f"{question.where}: {why}")
+
+
+def below(root, name):
+    """A row's name of an image -> its path, or the data URI that it is. Raises Unusable where it
+    leads out of the root."""
+    if name.startswith("data:"):
+        return name
+    path = root / name
+    inside = os.path.join(os.path.abspath(root), "")
+    if not os.path.abspath(path).startswith(inside):
+        raise Unusable(f"{path} lies outside of {root}; give as --image-root a folder above it")
+    return path
 
 
 def usable(questions):

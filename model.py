@@ -136,6 +136,10 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
             tokenizer.chat_template = read_json(template)["chat_template"]
     with reading(path, "preprocessor_config.json"):
         processor = processing.Qwen2VLImageProcessorPil.from_pretrained(path)
+        side = processor.patch_size * processor.merge_size
+        tried = processor([Image.new("RGB", (side, side))], do_resize=False, return_tensors="pt")
+        if not tried["pixel_values"].isfinite().all():
+            raise ValueError("its image_mean and image_std make pixels that are not finite")
 
     for file in Path(path).glob("*.safetensors"):
         with reading(file, "its header"):                # of a truncated file
@@ -148,10 +152,11 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
     if missing:                                          # they would stay random
         raise UserError(f"{path}: {len(missing)} weights are missing or of another size than "
                         f"config.json says, the first is {min(missing)}; get all its files again")
-    if len(tokenizer) <= model.config.image_token_id or not tokenizer.chat_template:
-        raise UserError(f"{path}: its tokenizer ({len(tokenizer)} tokens) or its chat template is "
-                        "missing; put tokenizer.json, tokenizer_config.json and chat_template.json "
-                        "of that model beside its config.json")
+    image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    if image_token != model.config.image_token_id or not tokenizer.chat_template:
+        raise UserError(f"{path}: its tokenizer, in which <|image_pad|> is {image_token}, does not "
+                        "fit config.json, or its chat template is missing; put tokenizer.json, "
+                        "tokenizer_config.json and chat_template.json of that model beside it")
     with reading(path, "its chat template"):
         text = tokenizer.apply_chat_template(EXCHANGE, tokenize=False)
     end = text.partition("\0")[2].strip()
@@ -184,6 +189,9 @@ def load(path, *, max_pixels=None, max_image_side=None, dtype=None, device=None)
         weight = embed.proj.weight.flatten(1)
         return F.linear(patches, weight, embed.proj.bias)
     embed.forward = product
+    norm = nn.utils.get_total_norm(model.parameters())
+    if not norm.isfinite():
+        raise UserError(f"{path}: its weights are not finite numbers; take another checkpoint")
     return Policy(model.to(device), tokenizer, processor, max_image_side, own_size).eval()
 
 
@@ -478,6 +486,9 @@ class Policy(nn.Module):
         temperature 0: the likeliest token, and no number is drawn. top_k 0: all tokens. penalty:
         logits of the token ids in seen, N lists, are divided by it, negative ones multiplied."""
         log_probs = self.log_softmax(hidden, temperature or 1.0, penalty, seen)  # (N, vocabulary)
+        if log_probs[:, 0].isnan().any():                                        # then all of a row
+            raise UserError("the policy's logits are not finite; take another checkpoint, or start "
+                            "again with a lower learning rate")
         if top_k:
             best, _ = log_probs.topk(min(top_k, len(self.forbidden)))
             log_probs = without(log_probs, log_probs < best[:, -1:])

@@ -31,7 +31,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
-from evaluate import make_question, open_file, questions_of, read_rows, read_sft, settle
+from evaluate import below, make_question, open_file, questions_of, read_rows, read_sft, settle
 from model import (
     COORDINATES,
     Chunk,
@@ -399,13 +399,14 @@ def read_traces(path, questions=(), image_root=""):
     paths of the images behind the question's; none where the tool has to make them. image_root:
     where images are named from, the file's folder unless given. Raises UserError."""
     by_key = {question.key: question for question in questions}
-    folder = Path(image_root or Path(path).parent)
+    # those that the search wrote name their images from anywhere
+    folder = Path("/") if questions else Path(image_root or Path(path).parent)
     traces = []
     for line, row in read_rows(Path(path)):
         where = f"{path}:{line}"
         try:
             messages = row["messages"]
-            images = [name if name.startswith("data:") else folder / name for name in row["images"]]
+            images = [below(folder, name) for name in row["images"]]
             talk = messages[1:] if messages[0]["role"] == "system" else messages
             roles = [message["role"] for message in talk]
             asked, *later = [message["content"].count("<image>") for message in talk[::2]]
@@ -683,7 +684,6 @@ def load_trainable(path, args):
     activations are computed again in the backward pass instead of kept."""
     gc.collect()                # a policy that is not used any more: it refers to itself
     policy = load(str(path), **input_limits(args))
-    check_finite([*policy.parameters()])
     if policy.device.type == "cuda":
         policy.model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -695,7 +695,6 @@ def grow_trees(args, questions, out):
     """Searches the questions, each process its share, and writes the chains that are kept to
     search.jsonl. Raises UserError where there are none."""
     teacher = load(args.teacher or args.model, **input_limits(args))
-    check_finite([*teacher.parameters()])
     with reading(args.model, "config.json"):
         learner = read_json(cached_file(args.model, "config.json"))["model_type"]
     if COORDINATES.get(learner) != teacher.coordinates:

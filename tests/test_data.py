@@ -2,6 +2,7 @@
 contents are invented and their images drawn. What is at stake: a box in the wrong frame, or a row
 scored by the wrong rule, gives a plausible number that is wrong."""
 import json
+import os
 from argparse import Namespace
 
 import pytest
@@ -599,3 +600,10 @@ def test_a_line_separator_inside_of_a_string(data, tmp_path):
     data("a.jsonl", [])
     (tmp_path / "a.jsonl").write_text(f"\ufeff{text}\r\n", encoding="utf-8")
     assert read(tmp_path / "a.jsonl")[0].text == "One\u2028two?"
+
+
+def test_a_pipe_is_no_data_file(tmp_path):
+    """Guards against waiting for ever for what nobody writes."""
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="a.jsonl: is no file"):
+        read(tmp_path / "a.jsonl")

@@ -611,6 +611,15 @@ def test_max_pixels_only_lowers_the_checkpoints_bound(tiny_folder):
     assert policy.input_size(96, 64) == (48, 32) and policy.input_size(96, 40, False) == (48, 20)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_what_is_not_finite_is_not_sampled_from(policy, value, temperature):
+    """Guards a rollout of a lost policy: no token is made up where there are no probabilities."""
+    hidden = torch.full((2, policy.text_config.hidden_size), value)
+    with pytest.raises(UserError, match="not finite"):
+        policy.choose(hidden * 1e30, [random.Random(0)] * 2, temperature)
+
+
 def test_the_bounds_of_a_run_are_not_the_checkpoints(tiny_folder, tmp_path):
     """Guards an evaluation at more pixels than training had: what is saved has the bounds of the
     checkpoint that it came from."""

@@ -2,6 +2,7 @@
 Qwen3-VL-4B-Instruct, in small, through every script and every data format. What is at stake: what
 works on checkpoints that we wrote ourselves, and fails on those that others did."""
 import json
+import math
 import re
 import shutil
 from types import SimpleNamespace
@@ -731,6 +732,13 @@ def lose_a_weight(folder):
     safe_save_file(state, shard, metadata={"format": "pt"})
 
 
+def spoil(folder, value):
+    shard = folder / "model-00001-of-00002.safetensors"
+    state = load_state_dict(shard)
+    state["visual.patch_embed.proj.weight"].view(-1)[0] = value
+    safe_save_file(state, shard, metadata={"format": "pt"})
+
+
 def lose_the_template(folder):
     remove(folder, "chat_template.json")
     edit(folder / "tokenizer_config.json", chat_template=None)
@@ -754,8 +762,13 @@ def lose_the_template(folder):
     (lambda f: edit(f / CONFIG, intermediate_size=80),
      ["6 weights", "of another size", " again"]),
     (lambda f: remove(f, PIXELS), [PIXELS, "give a folder with"]),
-    (lambda f: remove(f, *TOKENIZER), ["(1 tokens)", "put tokenizer.json"]),
-    (lambda f: remove(f, *TOKENIZER[1:]), ["(22 tokens)", "put tokenizer.json"]),
+    (lambda f: remove(f, *TOKENIZER), ["<|image_pad|> is", "put tokenizer.json"]),
+    (lambda f: remove(f, *TOKENIZER[1:]), ["<|image_pad|> is", "put tokenizer.json"]),
+    (lambda f: edit(f / CONFIG, image_token_id=7), ["<|image_pad|> is", "does not fit"]),
+    (lambda f: edit(f / PIXELS, image_mean=[0.5]), [PIXELS, "give a folder with"]),
+    (lambda f: edit(f / PIXELS, image_std=[0, 1, 1]), [PIXELS, "not finite"]),
+    (lambda f: spoil(f, math.nan), ["weights are not finite"]),
+    (lambda f: spoil(f, math.inf), ["weights are not finite"]),
     (lose_the_template, ["chat template is missing", "chat_template.json"]),
     (lambda f: remove(f, "tokenizer_config.json"),
      ["'<|endoftext|>'", "'<|im_end|>'", "put tokenizer_config.json"]),

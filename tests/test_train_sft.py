@@ -572,6 +572,17 @@ def release(tmp_path):
     return write
 
 
+@pytest.mark.parametrize("name", ["/etc/hostname", "../scene.png", "images/../../x.png"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_traces_name_images_inside_the_root_alone(release, name, place):
+    """Guards other files of a user's from a file of traces: an image's name must not lead out."""
+    row = released(1)
+    row["images"][place] = name
+    with pytest.raises(UserError, match="released.json:1: no trace .* lies outside of"):
+        read_traces(release([row]))
+    assert read_traces(release([row]), image_root="/")
+
+
 @pytest.mark.parametrize("calls", [0, 1, 5])
 def test_the_releases_dialogues_are_replayed_as_they_are(policy, release, calls):
     """Guards --traces FILE of the release: the crops are the files' images, five of them too (one
