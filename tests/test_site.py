@@ -146,7 +146,7 @@ def test_who_knows_the_site_reaches_every_goal():
 def test_a_policy_goes_through_an_episode():
     """Guards the way from the site to the agent and back: the tiny policy is asked at each step,
     about the shown screen, and what it says is done."""
-    agent = WebAgent(load(str(TINY / "base")), "grounded", turn_tokens=48, response_tokens=288)
+    agent = WebAgent(load(str(TINY / "web-base")), "grounded", turn_tokens=48, response_tokens=288)
     site = DrawnSite()
     reached = play(site, agent, random.Random(0).randrange(100))
     actions = site.meta_data["action_history"][1:]
@@ -163,7 +163,7 @@ def test_an_episode_through_the_server(monkeypatch, tmp_path):
     number = PATHS.index(max(PATHS))
     steps = site_of("test", 0, number).path()
     answers = [step.answer for step in steps]
-    server = Server(monkeypatch, str(TINY / "base"), *answers, KeyboardInterrupt())
+    server = Server(monkeypatch, str(TINY / "web-base"), *answers, KeyboardInterrupt())
     client = environment(monkeypatch, server.port)
     site = DrawnSite()
     site.reset(number)

@@ -3,7 +3,6 @@ all, or not. And the shipped base knows what it has to, without being trained he
 import io
 import json
 import random
-import shutil
 import sys
 from base64 import b64decode
 from collections import Counter, defaultdict
@@ -213,16 +212,17 @@ def test_gui():
 # ----------------------------------------------------------------------------------------- the base
 
 @pytest.mark.slow
-def test_the_base_passes_its_exam(base):
+@pytest.mark.parametrize("name", ["base", "web-base"])
+def test_the_base_passes_its_exam(name):
     """Guards that what is shipped is what make_base made: it names, finds, lists and compares on
     scenes that no lesson showed, by the marks that its notes promise."""
-    notes = json.loads((TINY / "base" / "notes.json").read_text())
-    marks = make_base.exam(base, "held out", n=128)
+    notes = json.loads((TINY / name / "notes.json").read_text())
+    marks = make_base.exam(load(str(TINY / name)), "held out", 128, web=name == "web-base")
     assert set(marks) == set(notes["exam"])
-    for name, mark in marks.items():
-        least = make_base.PASSES[name.split()[0]]
-        assert notes["exam"][name] >= least, name
-        assert mark >= least - SLACK[name.split()[0]], name
+    for part, mark in marks.items():
+        least = make_base.PASSES[part.split()[0]]
+        assert notes["exam"][part] >= least, part
+        assert mark >= least - SLACK[part.split()[0]], part
 
 
 # What a mark may lose, that is measured on few scenes: about three standard errors.
@@ -240,13 +240,18 @@ def test_the_base_has_words_as_tokens(base):
     whole = base.encode(make_base.DIALOGUE["forced_answer"] + " (24, 40) </answer>")
     assert whole[:len(forced)] == forced and len(whole) == len(forced) + 8
     assert len(base.encode("Plain. That was not it. Card 2 at (")) == 5
+    assert json.loads((TINY / "base" / "dialogue.json").read_text()) == make_base.DIALOGUE
+
+
+def test_the_words_of_the_site_are_tokens():
+    """Guards the same for the base of the drawn site: actions, and what is asked at a step."""
+    base = load(str(TINY / "web-base"))
     for action in ("click [2]", "scroll [down]", "go_back", "stop [dotted]"):
         assert len(base.encode(f"<answer> {action} </answer>")) == 3
     goal = "Which pattern does the red card's page show?"
     step = Dialogue().web_text(goal, ["click [CARD] [red]"])
     assert len(base.encode(step)) == 10
-    dialogue = json.loads((TINY / "base" / "dialogue.json").read_text())
-    assert dialogue == make_base.DIALOGUE
+    assert json.loads((TINY / "web-base" / "dialogue.json").read_text()) == make_base.DIALOGUE
 
 
 @pytest.mark.slow
@@ -264,16 +269,13 @@ def test_a_base_is_made(tmp_path):
 def test_a_base_goes_on(tmp_path, base):
     """Guards `--base`: lessons go on with the weights and from the step of another base, of which
     the words that it did not have become tokens behind the others."""
-    old = tmp_path / "old"
-    shutil.copytree(TINY / "base", old)
-    text = (old / "tokenizer.json").read_text()
-    (old / "tokenizer.json").write_text(text.replace(" stop [dotted]", " halt [dotted]"))
-    make_base.make_base(str(tmp_path / "new"), steps=2, seed=0, base=str(old))
-    steps = [json.loads((tmp_path / name / "notes.json").read_text())["steps"]
-             for name in ("old", "new")]
+    make_base.make_base(str(tmp_path / "new"), steps=2, seed=0, base=str(TINY / "base"))
+    steps = [json.loads((folder / "notes.json").read_text())["steps"]
+             for folder in (TINY / "base", tmp_path / "new")]
     new = load(str(tmp_path / "new"))
     assert steps[0] < steps[1] <= steps[0] + 3
-    assert new.encode(" stop [dotted]") == [len(new.tokenizer) - 1] == [len(base.tokenizer)]
+    assert len(base.encode(" stop [dotted]")) > 1
+    assert new.encode(" stop [dotted]") == [len(new.tokenizer) - 1] >= [len(base.tokenizer)]
     assert new.encode(" checked") == base.encode(" checked")
 
 

@@ -3,7 +3,9 @@ the grammar of the dialogues, but decides without sense. When to look on and whe
 reinforcement learning is to teach it.
 
     python tests/tiny/make_base.py                       # tests/tiny/base, from random weights
-    python tests/tiny/make_base.py --base FOLDER         # goes on with a base, after new lessons
+    python tests/tiny/make_base.py --base tests/tiny/base --out tests/tiny/web-base
+
+The second goes on with a base, with the words and lessons of the drawn site, too.
 
 First the vision tower alone learns to tell what its tokens show; then, with the tower frozen, the
 language model takes lessons: lists of cards, dialogues, answers. An exam on scenes that no lesson
@@ -119,9 +121,10 @@ CHAT_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endif %}"""
 
 
-def strings():
+def strings(web=False):
     """What the tokenizer has as single tokens: the fixed strings of the grammar, and the words of
-    the questions. A word has its blank in front, as in a real vocabulary."""
+    the questions, of the site's, too, where `web` is set. A word has its blank in front, as in a
+    real vocabulary."""
     before, after = format_call((0, 0)).split("[0, 0]")
     tags = [f"<{slash}{tag}>" for tag in ("think", "answer", "tool_call", "observation")
             for slash in ("", "/")]
@@ -140,7 +143,8 @@ def strings():
     done = [f" click {element(colour)}" for colour in COLOURS]
     actions = [*(f" click [{number}]" for number in DIGITS), " scroll [down]", " go_back",
                *(f" stop [{pattern}]" for pattern in ANSWERS)]
-    return tags + grammar + words + said + patterns + asked + done + actions
+    base = tags + grammar + words + said + patterns
+    return base + asked + done + actions if web else base
 
 
 def make_tiny(folder, strings, *, image_px=SEEN, hidden=96, layers=4, heads=3, vision_hidden=64):
@@ -650,9 +654,10 @@ def shifted(point, rng):
     return [min(max(value, 0), SIDE - 1) for value in moved]
 
 
-def lesson_mix(share, dialogues=True):
+def lesson_mix(share, dialogues=True, web=False):
     """The lessons of a step at `share` of the whole: lists first, then ever more dialogues; in the
-    end, more of all else. dialogues False: no thought that points, and no zoom call."""
+    end, more of all else. dialogues False: no thought that points, and no zoom call; web: the drawn
+    site's, too."""
     if share < 0.2:
         return [lesson_read] + [lesson_list] * (BATCH - 1)
     if not dialogues:
@@ -662,10 +667,10 @@ def lesson_mix(share, dialogues=True):
     kinds = [lesson_read] + [lesson_dialogue] * (4 if share < 0.45 else 8)
     kinds += [lesson_answer] * 4 + [lesson_compare] * (3 if share < 1 else 5)
     kinds += [lesson_list] * (max(2, BATCH - len(kinds)) if share < 1 else 4)
-    return kinds + [lesson_marks] * 2 + [lesson_web] * 6
+    return kinds + [lesson_marks] * 2 + [lesson_web] * 6 if web else kinds
 
 
-def learn(policy, first, length, steps, peak, seed, dialogues=True):
+def learn(policy, first, length, steps, peak, seed, mix):
     """`length` lesson steps from number `first` on. The learning rate decays; what is left in the
     end is the exponential moving average of the weights, over a sixteenth of `steps`."""
     language = policy.model.model.language_model
@@ -677,7 +682,7 @@ def learn(policy, first, length, steps, peak, seed, dialogues=True):
     for step in range(first, first + length):
         share = step / steps
         lessons = [[kind(policy, random.Random(f"lesson {seed} {step} {i}"), share)]
-                   for i, kind in enumerate(lesson_mix(share, dialogues))]
+                   for i, kind in enumerate(mix(share))]
         loss = -policy.log_probs(lessons).mean()
         loss.backward()
         step_along(weights, optimizers, peak * factor_at(step - first, length, 30, 0.03))
@@ -690,7 +695,7 @@ def learn(policy, first, length, steps, peak, seed, dialogues=True):
             weight.copy_(averaged)
 
 
-def train(policy, steps, seed, words, done=0, dialogues=True):
+def train(policy, steps, seed, words, done=0, dialogues=True, web=False):
     """Teaches the base to see and to speak. -> the marks of its last exam, and the lesson steps
 
     After `steps` steps comes the exam. A base that fails it goes on for two fifths of the steps,
@@ -706,18 +711,19 @@ def train(policy, steps, seed, words, done=0, dialogues=True):
         peak = LOWER_RATE if done else 1.0
         train_tower(policy, seed, directions, min(TOWER_STEPS, steps), peak)
     align_words(policy, directions, axes, words)
+    mix = partial(lesson_mix, dialogues=dialogues, web=web)
     more = max(1, 2 * steps // 5)
     last = max(done, steps) + 3 * more
     while True:
         if done == 0:
-            learn(policy, 0, steps, steps, 1.0, seed, dialogues)
+            learn(policy, 0, steps, steps, 1.0, seed, mix)
             done = steps
             if not dialogues:
                 return {}, done
         else:
-            learn(policy, done, more, steps, LOWER_RATE, seed)
+            learn(policy, done, more, steps, LOWER_RATE, seed, mix)
             done += more
-        marks = exam(policy, f"{seed}", n=min(1024, 8 * steps))
+        marks = exam(policy, f"{seed}", min(1024, 8 * steps), web)
         print("exam: " + "  ".join(f"{name} {mark:.3f}" for name, mark in marks.items()))
         failed = [name for name, mark in marks.items() if mark < PASSES[name.split()[0]]]
         if failed:
@@ -733,7 +739,7 @@ PASSES = {"says": 0.995, "target": 0.995, "lists": 0.97, "relation": 0.95, "move
           "compare": 0.95, "screen": 0.95, "marks": 0.95, "actions": 0.97, "steps": 0.8}
 
 
-def exam(policy, seed, n=1024):
+def exam(policy, seed, n=1024, web=False):
     """What the base has to know, on scenes that no lesson showed. -> {part: share}
 
     Probabilities at temperature 1, which tell more than samples: says PATTERN: of naming the
@@ -743,7 +749,8 @@ def exam(policy, seed, n=1024):
     Shares of sampled traces of the mode `grounded`: relation, moved, screen: that point at what is
     asked about, and answer; compare: of their comparisons, those that are true and answered
     accordingly; actions: that are well-formed and say an action; steps: that do, and name a card
-    that is shown, point at it, tell whether it is the goal's, and do what can be done there."""
+    that is shown, point at it, tell whether it is the goal's, and do what can be done there. The
+    last two, and marks, are of the drawn site: where `web` is set."""
     marks = []                                               # (part, its probability, or 0 or 1)
     with torch.no_grad():
         for first in range(0, n, BATCH):
@@ -752,10 +759,13 @@ def exam(policy, seed, n=1024):
         for i in range(n // 8):
             lesson = lesson_list(policy, random.Random(f"exam list {seed} {i}"))
             marks.append(("lists", policy.log_probs([[lesson]]).sum().exp().item()))
-            lesson = lesson_marks(policy, random.Random(f"exam marks {seed} {i}"), places=False)
-            marks += [("marks", p) for p in policy.log_probs([[lesson]]).exp().tolist()]
+            if web:
+                rng = random.Random(f"exam marks {seed} {i}")
+                found = policy.log_probs([[lesson_marks(policy, rng, places=False)]]).exp()
+                marks += [("marks", p) for p in found.tolist()]
     asked = [ask("spatial", "exam", seed, i) for i in range(n // 2)]
-    asked += [ask(task, "exam", seed, i) for task in ("gui", "web") for i in range(n // 4)]
+    for task in ("gui", "web") if web else ("gui",):
+        asked += [ask(task, "exam", seed, i) for i in range(n // 4)]
     questions = [Question(one.text, one.draw(), one.answer) for one in asked]
     grounded = Dialogue(mode="grounded", **DIALOGUE)
     seeds = [f"exam {seed} {i}" for i in range(len(asked))]
@@ -766,7 +776,8 @@ def exam(policy, seed, n=1024):
     for name, mark in marks:
         by_part[name].append(mark)
     names = ["lists", *(f"says {pattern}" for pattern in PATTERNS), "target 1", "target 2",
-             "target 3", "relation", "moved", "compare", "screen", "marks", "actions", "steps"]
+             "target 3", "relation", "moved", "compare", "screen"]
+    names += ["marks", "actions", "steps"] if web else []
     return {name: sum(by_part[name]) / max(1, len(by_part[name])) for name in names}
 
 
@@ -858,7 +869,8 @@ def make_base(folder, steps, seed, base="", dialogues=True):
     """Makes the base from random weights, or from another base, and writes it to a folder."""
     started = time.time()
     torch.manual_seed(seed)
-    words = strings()
+    web = bool(base)
+    words = strings(web)
     done = 0
     with TemporaryDirectory() as start:
         if base:
@@ -869,10 +881,10 @@ def make_base(folder, steps, seed, base="", dialogues=True):
         else:
             make_tiny(start, words)
             policy = load(start)
-    marks, done = train(policy, steps, seed, words, done, dialogues)
+    marks, done = train(policy, steps, seed, words, done, dialogues, web)
     if base:
         blend(policy, base)
-        marks = exam(policy, f"{seed}", n=min(1024, 8 * steps))
+        marks = exam(policy, f"{seed}", min(1024, 8 * steps), web=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     notes = {"commit": commit.stdout.strip(), "seed": seed, "steps": done,
              "minutes": round((time.time() - started) / 60, 1),
@@ -885,7 +897,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2500, help="of lessons before the exam [2500]")
     parser.add_argument("--seed", type=int, default=0, help="[0]")
-    parser.add_argument("--base", default="", help="folder of a base to go on with")
+    parser.add_argument("--base", default="", help="folder of a base to go on with, and to teach the drawn site")
     parser.add_argument("--no-dialogues", action="store_true",
                         help="sees, lists, names and answers, but is shown no thought that points")
     parser.add_argument("--out", default=str(HERE / "base"), help="folder [base, beside this file]")
