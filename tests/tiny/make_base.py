@@ -897,7 +897,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2500, help="of lessons before the exam [2500]")
     parser.add_argument("--seed", type=int, default=0, help="[0]")
-    parser.add_argument("--base", default="", help="folder of a base to go on with, and to teach the drawn site")
+    parser.add_argument("--base", default="",
+                        help="folder of a base to go on with, and to teach the drawn site")
     parser.add_argument("--no-dialogues", action="store_true",
                         help="sees, lists, names and answers, but is shown no thought that points")
     parser.add_argument("--out", default=str(HERE / "base"), help="folder [base, beside this file]")
