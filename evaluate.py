@@ -53,6 +53,7 @@ from rollout import (
     family_settings,
     fingerprint,
     in_one_line,
+    in_words,
     input_limits,
     make_dialogue,
     number,
@@ -689,16 +690,6 @@ def table(rows):
 
 # -------------------------------------------------------------------------------------- a web agent
 
-def in_words(action, state):
-    """An action with its element's line in place of the number, which means another element on the
-    next page: "click [BUTTON] [Add red pot]". "" where there is no such line."""
-    elements = str(state["observation"].get("text"))
-    line = re.search(rf"^\[{action.id}\](.*)", elements, re.M)
-    if not line or action.name == "tab_focus":
-        return ""
-    return action.name + line[1] + (f" [{action.text}]" if action.text else "")
-
-
 class WebAgent:
     """A policy behind the interface of VisualWebArena's agents. An answer is parsed, never run, and
     handed on as text.
@@ -1086,7 +1077,11 @@ def evaluate_task(policy, dialogue, args):
     if args.json:
         path = Path(args.json).with_suffix(".jsonl")
         lock = open_lock(path.with_suffix(".lock"), "--json")
-        done = read_answers(path, {} if rank() else answer_settings(args, dialogue))
+        # all that decides an answer; the questions may come and go
+        settings = {name: value for name, value in vars(args).items()
+                    if name not in ("json", "save", "config", "n", "tool")}
+        settings |= {"dialogue": dialogue.to_json(), "sha1_of_model": fingerprint(args.model)}
+        done = read_answers(path, settings)
     run = partial(evaluate, policy, questions, seed=args.seed, samples=args.samples, done=done,
                   path=path, **eval_sampling(args))
     keep = PAGE_TRACES if args.save.endswith(".html") else 1
@@ -1107,15 +1102,6 @@ def evaluate_task(policy, dialogue, args):
         lock.close()
     row = [*cells(Path(args.task).stem, found, without), f"{found['official']:.3f}", found["n"]]
     return traces, [[*HEADS, "official", "n"], row]
-
-
-def answer_settings(args, dialogue):
-    """All that decides an answer; the questions may come and go. -> {name: value}, for JSON"""
-    not_counted = ("json", "save", "config", "n", "tool")
-    settings = {name: value for name, value in vars(args).items() if name not in not_counted}
-    settings["dialogue"] = dialogue.to_json()
-    settings["sha1_of_model"] = fingerprint(args.model)
-    return settings
 
 
 if __name__ == "__main__":

@@ -922,6 +922,16 @@ def web_question(dialogue, trajectory, intent, history=(), images=None):
     return Question(text, images, "", "action")
 
 
+def in_words(action, state):
+    """An action with its element's line in place of the number, which means another element on the
+    next page: "click [BUTTON] [Add red pot]". "" where there is no such line."""
+    elements = str(state["observation"].get("text"))
+    line = re.search(rf"^\[{action.id}\](.*)", elements, re.M)
+    if not line or action.name == "tab_focus":
+        return ""
+    return action.name + line[1] + (f" [{action.text}]" if action.text else "")
+
+
 def make_dialogue(args, checkpoint, policy):
     """The Dialogue that goes with a checkpoint and the settings.
 
