@@ -690,6 +690,9 @@ def table(rows):
 
 # -------------------------------------------------------------------------------------- a web agent
 
+MANY_TOKENS = 4_096     # of a page, at which its step may take minutes
+
+
 class WebAgent:
     """A policy behind the interface of VisualWebArena's agents. An answer is parsed, never run, and
     handed on as text.
@@ -784,10 +787,10 @@ class WebAgent:
         before = [str(one) for one in meta_data.get("action_history", []) if one != "None"]
         history = [self.done.get(step) or action for step, action in enumerate(before)]
         question = web_question(self.dialogue, trajectory, intent, history, images)
-        page = question.images[0]
-        if page.width * page.height > self.policy.image_processor.size["longest_edge"]:
-            tokens = self.policy.picture(page).tokens
-            print(f"a page of {page.width}x{page.height} px makes {tokens:,} image tokens")
+        width, height = self.policy.input_size(*question.images[0].size)
+        tokens = width * height // self.policy.token_px**2
+        if tokens > MANY_TOKENS:
+            print(f"a page of {tokens:,} image tokens: it may take minutes")
         sampling = eval_sampling(self.args)
         for _ in range(self.tries):
             self.asked += 1

@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evaluate import make_parser, mean, open_file, settle
+from evaluate import eval_sampling, make_parser, mean, open_file, settle
 from model import UserError, load, write_text
 from reward import in_region
 from rollout import (
@@ -34,7 +34,6 @@ from rollout import (
     parse_points,
     rollout,
     run_script,
-    sampling_of,
     visible,
 )
 
@@ -367,7 +366,7 @@ def main():
     dialogue = make_dialogue(args, args.model, policy)
     questions = open_file(args.task, args.image_root).part(args.n or TRACES)[:TRACES]
     seeds = [f"rating {args.seed} {question.key}" for question in questions]
-    groups = rollout(policy, questions, dialogue, 1, seeds, **sampling_of(args))
+    groups = rollout(policy, questions, dialogue, 1, seeds, **eval_sampling(args))
     write_rating_page(own.out, f"Rating: {args.task}", [trace for trace, in groups])
     print(f"rating page: {own.out}")
 

@@ -173,16 +173,14 @@ def test_history_has_names(agent, monkeypatch):
 
 
 def test_a_large_page_tells_its_tokens(agent, policy, monkeypatch, capsys):
-    """Guards against minutes of silence: a page larger than what the policy sees says what it makes
-    of it, before it is asked; another says nothing."""
+    """Guards against minutes of silence: a page that is large for the policy says what it makes of
+    it, before it is asked; another says nothing."""
     Scripted(monkeypatch, "go_back", "go_back")
-    policy.image_processor.size["longest_edge"] = 4800
-    step(agent)
-    assert "tokens" not in capsys.readouterr().out
-    policy.image_processor.size["longest_edge"] = 4799
-    step(agent)
     tokens = policy.picture(Image.new("RGB", (80, 60))).tokens
-    assert f"a page of 80x60 px makes {tokens} image tokens" in capsys.readouterr().out
+    for most, said in ((tokens, 0), (tokens - 1, 1)):
+        monkeypatch.setattr(evaluate, "MANY_TOKENS", most)
+        step(agent)
+        assert capsys.readouterr().out.count(f"a page of {tokens} image tokens") == said
 
 
 def test_unusable_answers_are_asked_for_again(agent, monkeypatch, capsys):
