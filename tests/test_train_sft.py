@@ -513,7 +513,7 @@ def test_what_is_read_again_is_the_same_dialogue(policy, tmp_path, how):
     file.parent.mkdir()
     for lines, questions in ((rows, [corners, words, place]), (rows[:2], [])):
         file.write_text("\n".join(lines))
-        recorded = read_traces(file, questions)
+        recorded = read_traces(file, questions, image_root=str(tmp_path))
         assert len(recorded) == len(lines)
         for (question, texts), (found, messages, crops) in zip(chains, recorded, strict=False):
             assert not crops and (found is question or not questions)
