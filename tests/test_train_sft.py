@@ -531,7 +531,7 @@ def test_what_is_read_again_is_the_same_dialogue(policy, tmp_path, how):
             assert scored.correct == scored.format == scored.grounded == 1
     rows = rows[:2]
     file.write_text("[" + ",\n".join(rows) + "]")
-    assert len(read_traces(file)) == 2
+    assert len(read_traces(file, image_root=str(tmp_path))) == 2
     for text in ("", "[]", "[1, ", "\n".join([*rows, "{"])):
         file.write_text(text)
         with pytest.raises(UserError, match=re.escape(str(file))):
