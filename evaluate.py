@@ -691,6 +691,7 @@ def table(rows):
 # -------------------------------------------------------------------------------------- a web agent
 
 MANY_TOKENS = 4_096     # of a page, at which its step may take minutes
+SILENCE = 10            # s, before the key is shown or in mid-message, that end a connection
 
 
 class WebAgent:
@@ -852,8 +853,7 @@ def serve(args):
     print(describe_settings(agent.args), agent.dialogue.describe(), sep="\n")
     print(f"port {args.serve} is open, steps go to {path}; Ctrl-C ends it")
     port = listener._listener._socket
-    # s of silence, before the key is shown or in the middle of a message, that end a connection
-    port.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 10, 0))
+    port.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", SILENCE, 0))
     with open(path, "ab", buffering=0) as log, listener, suppress(KeyboardInterrupt):
         while wait([port]):
             try:

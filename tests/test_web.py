@@ -429,6 +429,7 @@ def test_a_thousand_hostile_clients(tiny_folder, monkeypatch, tmp_path):
     """Guards the server: wrong keys, probes, silence, counts and sizes that are wrong, and messages
     that stop in the middle end a connection each, and the next request is answered."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "SILENCE", 1)
     server = Server(monkeypatch, tiny_folder, "go_back", KeyboardInterrupt())
     address = "localhost", server.port
     server.connect().close()
