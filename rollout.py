@@ -945,6 +945,9 @@ def make_dialogue(args, checkpoint, policy):
                                      _raise_exceptions_for_missing_entries=False)
     if own:
         parts |= read_parts(own)
+    elif checkpoint and (Path(checkpoint) / "notes.json").is_file():     # one of ours
+        raise UserError(f"{checkpoint}: dialogue.json is missing, which says what it was trained "
+                        "to see; copy it from the run, or make the checkpoint again")
     elif policy.default_system_message():
         parts["system_prompts"] = {}
     if args.dialogue:

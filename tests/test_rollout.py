@@ -549,6 +549,16 @@ def test_a_dialogue_is_kept_as_it_is(tmp_path, policy, read):
     assert not {"mode", "tool"} & set(dialogue.to_json())
 
 
+@pytest.mark.parametrize("name", ["sft", "rl", "copied"])
+def test_a_checkpoint_of_ours_without_its_dialogue_is_refused(policy, read, tmp_path, name):
+    """Guards a policy from other wording and crops than it was trained with, without a word."""
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "notes.json").write_text("{}")
+    with pytest.raises(UserError, match=f"{name}: dialogue.json is missing"):
+        make_dialogue(read(), str(folder), policy)
+
+
 @pytest.mark.parametrize("text", [
     "", "{", "[1, 2]", "null", "3", '{"crop": 3}', '{"mode": "think"}', '{"hints": 1}',
     '{"crop_half": "32"}', '{"crop_half": true}', '{"crop_half": 32.5}', '{"coordinates": "px"}',
