@@ -44,7 +44,7 @@ torch.set_num_threads(1)    # the tests' matrices are too small for more
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: starts processes, trains, or runs a model for long")
+    config.addinivalue_line("markers", "slow: starts processes, trains, or runs a model often")
 
 
 @pytest.fixture(scope="session")

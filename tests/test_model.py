@@ -86,8 +86,8 @@ def as_qwen3(folder, out):
     model.save_pretrained(out)
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl",
-                                        pytest.param("qwen3_vl", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[
+    pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_5_vl", "qwen3_vl")])
 def tiny_folder(request, tiny_folder, tmp_path_factory):
     """All promises are those of both families."""
     if request.param == "qwen2_5_vl":

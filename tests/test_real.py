@@ -213,6 +213,7 @@ def hub_name(name):
 
 FAMILIES = {"Qwen2.5-VL-3B-Instruct": write_configs, "Qwen3-VL-4B-Instruct": write_configs_of_qwen3}
 QWEN, QWEN3 = FAMILIES
+pytestmark = pytest.mark.slow
 both_families = pytest.mark.parametrize("hub", FAMILIES, indirect=True)
 qwen3 = pytest.mark.parametrize("hub", [QWEN3], indirect=True)
 

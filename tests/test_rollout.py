@@ -556,7 +556,7 @@ def test_a_checkpoint_of_ours_without_its_dialogue_is_refused(policy, read, tmp_
     folder.mkdir()
     (folder / "notes.json").write_text("{}")
     with pytest.raises(UserError, match=f"{name}: dialogue.json is missing"):
-        make_dialogue(read(), str(folder), policy)
+        make_dialogue(read(*GIVEN), str(folder), policy)
 
 
 @pytest.mark.parametrize("text", [

@@ -65,7 +65,8 @@ def start_of(policy, question, mode="zoom"):
     return dialogue(mode).start(policy, question, 1, "seed")[0]
 
 
-@pytest.fixture(params=["tiny_folder", pytest.param("merged_folder", marks=pytest.mark.slow)])
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow)
+                        for name in ("tiny_folder", "merged_folder")])
 def policy(request):
     """One whose tokenizer has tags and words as single tokens, and one where a stop runs into a
     tag: steps, chains and answers are made of text, and are the same with both."""
