@@ -6,7 +6,8 @@
     python tests/claims.py --short                                # 2 updates each: tries it all
 
 All arms start from tests/tiny/base, see the same questions and make 70 updates, of SFT and GRPO
-together. Results stay in runs/claims until the command, base, recipe or data change.
+together; those of a novice, which first has to learn the grammar, 190. Results stay in runs/claims
+until the command, base, recipe or data change.
 
 A claim compares a figure of two arms or stages seed by seed, or one with a level: the mean
 difference and its 95 % interval by Student's t. "supported": the interval lies above 0; "not
@@ -53,9 +54,10 @@ ARMS = {                                                 # name: mode, updates, 
 # A policy that was shown no thought that points and no zoom call; the base teaches it both.
 TEACHER = "--model {novice} --teacher {base}"
 for mode in ("grounded", "zoom"):
-    ARMS |= {f"novice-{mode}-cold": (mode, COLD, "--model {novice}"),
-             f"novice-{mode}-straight": (mode, WARM, f"{TEACHER} --simulations 1 --no-backtrack"),
-             f"novice-{mode}": (mode, WARM, TEACHER)}
+    straight = f"{TEACHER} --simulations 1 --no-backtrack"
+    ARMS |= {f"novice-{mode}-cold": (mode, (0, 190), "--model {novice}"),
+             f"novice-{mode}-straight": (mode, (150, 40), straight),
+             f"novice-{mode}": (mode, (150, 40), TEACHER)}
 # A warm start whose traces zoom once has stopped looking. What brings it back?
 # {(learning rate, bonus, KL): arm}
 COLLAPSE = {(4e-4, 0.2, 0.01): "one-look-recipe"}
