@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    as_qwen3,
     converse,
     in_processes,
     noise,
@@ -25,8 +26,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     LogitsProcessorList,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
@@ -56,34 +55,6 @@ from model import (
     world_size,
     write_text,
 )
-
-
-def as_qwen3(folder, out):
-    """Writes a Qwen3-VL with random weights, of the tokenizer and the sizes of a tiny Qwen2.5-VL,
-    but with heads that are no share of the hidden size, and grouped queries."""
-    shutil.copytree(folder, out)
-    config = json.loads((out / "config.json").read_text())
-    text, vision = config["text_config"], config["vision_config"]
-    kept = {name: config[name] for name in config if name.endswith("_token_id")}
-    rope = dict(rope_type="default", mrope_section=[4, 2, 2], mrope_interleaved=True)
-    heads = dict(num_attention_heads=6, num_key_value_heads=2, head_dim=16)
-    sizes = {name: text[name] for name in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "eos_token_id",
-        "initializer_range")}
-    vision = {name: vision[name] for name in (
-        "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size",
-        "spatial_merge_size", "temporal_patch_size", "initializer_range")}
-    deep = dict(depth=3, deepstack_visual_indexes=[0, 2], num_position_embeddings=36)
-    torch.manual_seed(1)
-    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
-        text_config=sizes | heads | dict(rope_scaling=rope, rope_theta=5e6),
-        vision_config=vision | deep, tie_word_embeddings=False, **kept))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 1:                              # no bias is zero, no norm is one
-                p.add_(0.1 * torch.randn_like(p))
-    model.generation_config.eos_token_id = text["eos_token_id"]
-    model.save_pretrained(out)
 
 
 @pytest.fixture(scope="module", params=[

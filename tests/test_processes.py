@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BASE, ROOT, in_processes, run_in
-from test_model import as_qwen3
+from conftest import BASE, ROOT, as_qwen3, in_processes, run_in
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import load_state_dict
 

@@ -152,26 +152,3 @@ def test_a_policy_goes_through_an_episode():
     actions = site.meta_data["action_history"][1:]
     assert reached in (True, False) and 1 <= len(actions) <= MOST_STEPS
     assert [str(parse_action(action)) for action in actions] == actions
-
-
-@pytest.mark.slow
-def test_an_episode_through_the_server(monkeypatch, tmp_path):
-    """Guards the whole way: the site, the code that people paste, the server, the agent. What is
-    asked at each step is the row of that step, word for word: what was trained on."""
-    from test_web import Server, environment
-    monkeypatch.chdir(tmp_path)
-    number = PATHS.index(max(PATHS))
-    steps = site_of("test", 0, number).path()
-    answers = [step.answer for step in steps]
-    server = Server(monkeypatch, str(TINY / "web-base"), *answers, KeyboardInterrupt())
-    client = environment(monkeypatch, server.port)
-    site = DrawnSite()
-    site.reset(number)
-    while site.success is None:
-        action = client.next_action(site.trajectory, site.intent, site.meta_data)
-        site.step(action["parsed"])
-    assert site.success and len(steps) == 4
-    assert [question.text for question in server.script.asked] == [step.text for step in steps]
-    with pytest.raises(SystemExit):
-        client.next_action(site.trajectory, site.intent, site.meta_data)
-    server.join()

@@ -511,3 +511,27 @@ def test_serve_as_a_process(tiny_folder, monkeypatch, tmp_path):
     out, _ = process.communicate()
     assert process.returncode == 0 and out.endswith(f"port {port} is closed\n")
     assert len((tmp_path / "runs/serve.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_an_episode_through_the_server(monkeypatch, tmp_path):
+    """Guards the whole way: the site, the code that people paste, the server, the agent. What is
+    asked at each step is the row of that step, word for word: what was trained on."""
+    from drawn_site import DrawnSite
+    from make_data import PATHS, site_of
+    monkeypatch.chdir(tmp_path)
+    number = PATHS.index(max(PATHS))
+    steps = site_of("test", 0, number).path()
+    answers = [step.answer for step in steps]
+    server = Server(monkeypatch, str(ROOT / "tests/tiny/web-base"), *answers, KeyboardInterrupt())
+    client = environment(monkeypatch, server.port)
+    site = DrawnSite()
+    site.reset(number)
+    while site.success is None:
+        action = client.next_action(site.trajectory, site.intent, site.meta_data)
+        site.step(action["parsed"])
+    assert site.success and len(steps) == 4
+    assert [question.text for question in server.script.asked] == [step.text for step in steps]
+    with pytest.raises(SystemExit):
+        client.next_action(site.trajectory, site.intent, site.meta_data)
+    server.join()
