@@ -6,8 +6,8 @@
     python tests/claims.py --short                                # 2 updates each: tries it all
 
 All arms start from tests/tiny/base, see the same questions and make 70 updates, of SFT and GRPO
-together; those of a novice, which first has to learn the grammar, 190. Results stay in runs/claims
-until the command, base, recipe or data change.
+together. A novice, which first has to learn the grammar, has 150 of SFT and 40 of GRPO, as many
+minutes as 70 of GRPO. Results stay in runs/claims until the command, base, recipe or data change.
 
 A claim compares a figure of two arms or stages seed by seed, or one with a level: the mean
 difference and its 95 % interval by Student's t. "supported": the interval lies above 0; "not
@@ -24,11 +24,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
+from threading import Lock
 
 from PIL import Image, ImageDraw
 
@@ -55,7 +57,7 @@ ARMS = {                                                 # name: mode, updates, 
 TEACHER = "--model {novice} --teacher {base}"
 for mode in ("grounded", "zoom"):
     straight = f"{TEACHER} --simulations 1 --no-backtrack"
-    ARMS |= {f"novice-{mode}-cold": (mode, (0, 190), "--model {novice}"),
+    ARMS |= {f"novice-{mode}-cold": (mode, COLD, "--model {novice}"),
              f"novice-{mode}-straight": (mode, (150, 40), straight),
              f"novice-{mode}": (mode, (150, 40), TEACHER)}
 # A warm start whose traces zoom once has stopped looking. What brings it back?
@@ -74,7 +76,7 @@ ARMS |= {f"searched-{n}": ("zoom", WARM, f"--search-questions {n}") for n in (8,
 # Claim, task, figure, arm, against: an arm or a level. "ARM:STAGE" is an earlier stage.
 CLAIMS = (
     ("GRPO over SFT on answers", "spatial", "accuracy", "grounded", "sft-answers"),
-    ("GRPO over SFT on answers", "gui", "accuracy", "zoom", "sft-answers"),
+    ("GRPO over SFT on answers", "sizes", "accuracy", "zoom", "sft-answers"),
     ("GRPO over the warm start alone", "spatial", "accuracy", "grounded", "grounded-sft"),
     ("GRPO over the warm start alone", "search", "accuracy", "zoom", "zoom-sft"),
     ("grounded over direct GRPO", "spatial", "accuracy", "grounded", "direct"),
@@ -86,13 +88,14 @@ CLAIMS = (
      "novice-grounded-cold"),
     ("the warm start is needed (novice)", "search", "accuracy", "novice-zoom", "novice-zoom-cold"),
     ("tree search over straight traces", "spatial", "accuracy", "grounded", "straight"),
-    ("tree search over straight traces", "gui", "accuracy", "grounded", "straight"),
     ("tree search over straight traces (novice)", "spatial", "accuracy", "novice-grounded",
      "novice-grounded-straight"),
     ("tree search over straight traces (novice)", "search", "accuracy", "novice-zoom",
      "novice-zoom-straight"),
-    ("zoom helps where targets are alike (small)", "gui", "accuracy alike", "zoom", "grounded"),
-    ("zoom helps where a target is alone (large)", "gui", "accuracy alone", "zoom", "grounded"),
+    ("zoom helps with small elements", "sizes", "accuracy small", "zoom", "grounded"),
+    ("zoom helps with medium elements", "sizes", "accuracy medium", "zoom", "grounded"),
+    ("zoom helps with large elements", "sizes", "accuracy large", "zoom", "grounded"),
+    ("zoom helps where the colour is enough", "sizes", "accuracy alone", "zoom", "grounded"),
     ("the bonus keeps zoom calls alive", "search", "several_crops", "zoom", "zoom-no-bonus"),
     ("the bonus makes answers right", "search", "accuracy", "zoom", "zoom-no-bonus"),
     ("GRPO amplifies regions", "search", "regions", "zoom", "zoom:sft"),
@@ -108,17 +111,29 @@ CLAIMS = (
     ("points lie on target", "search", "on_target", "zoom", 0.9),
     ("comparisons in thoughts are true", "spatial", "true_thoughts", "grounded", 0.9),
     ("thoughts are true of the crop", "search", "true_thoughts", "zoom", 0.9),
-    ("thoughts are true of the crop", "gui", "true_thoughts", "zoom", 0.9),
+    ("thoughts are true of the crop", "sizes", "true_thoughts", "zoom", 0.9),
 )
 # Student's t for 1, 2, ... seeds: 97.5 % quantiles; one seed alone decides nothing
 T = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-TASKS = {"spatial": [], "search": [], "gui": []}         # the arms that their claims name
+TASKS = {"spatial": [], "search": [], "sizes": []}         # the arms that their claims name
 for _, task, _, *arms in CLAIMS:
     TASKS[task] += [arm for arm in arms if arm in ARMS and arm not in TASKS[task]]
 TASKS["search"] += COLLAPSE.values()
+# {elements: px in the overview, of icons and buttons}
+SIZES = {"small": "6 x 6, 10 x 6", "medium": "8 x 8, 12 x 8", "large": "10 x 10, 14 x 8"}
 
 
 # ----------------------------------------------------------------------------------------- training
+
+# What all arms start from, in tests/tiny.
+FILES = "recipe.json", "make_data.py", "base/model.safetensors", "base/dialogue.json"
+LOCKS = defaultdict(Lock)                                # of what several arms are given, by path
+
+
+def digest(*files):
+    """Names what files of tests/tiny contain."""
+    return hashlib.sha1(b"".join((TINY / file).read_bytes() for file in files)).hexdigest()[:10]
+
 
 @dataclass(frozen=True)
 class Job:
@@ -142,6 +157,14 @@ class Job:
         mode = ARMS[self.arm][0]
         return ["--config", TINY / "recipe.json", "--mode", mode, "--seed", self.seed]
 
+    @property
+    def given(self):
+        """{what some arms begin with: path}"""
+        novice = f"novice-{digest('make_base.py', 'make_data.py')}"
+        one_look = f"one-look-{digest(*FILES)}-{self.seed}.jsonl"
+        return {"base": TINY / "base", "novice": self.runs / novice,
+                "one_look": self.runs / one_look}
+
     def data(self, split):
         return self.runs / "data" / f"{self.task}-{split}.jsonl"
 
@@ -152,8 +175,7 @@ class Job:
             sft, rl = round(sft / 35), round(rl / 35)
             flags += " --search-questions 16"
             flags += " --questions 4 --update-questions 4 --group 4" if rl else ""
-        flags = flags.format(novice=self.runs / "novice", base=TINY / "base",
-                             one_look=self.folder / "one-look.jsonl")
+        flags = flags.format(**self.given)
         words = ["train_rl.py" if rl else "train_sft.py", *self.common, "--out", self.folder,
                  "--task", self.data("train"), "--sft-steps", sft, *flags.split()]
         if rl:
@@ -162,8 +184,8 @@ class Job:
 
     @property
     def n(self):
-        """Held-out questions."""
-        return 16 if self.short else 512
+        """Held-out questions; the table of sizes has six kinds of them."""
+        return 16 if self.short else 512 if self.task == "sizes" else 256
 
     def evaluate(self, stage):
         """-> the figures of a stage's policy, and the rows of its traces, with the tool"""
@@ -177,11 +199,7 @@ class Job:
 
     def key(self):
         """What decides the result: the command, and the files that all arms start from."""
-        files = ["recipe.json", "make_data.py", "base/model.safetensors", "base/dialogue.json"]
-        if "novice" in self.arm:
-            files.append("make_base.py")
-        content = b"".join((TINY / file).read_bytes() for file in files)
-        return [*self.command(), hashlib.sha1(content).hexdigest()]
+        return [*self.command(), digest(*FILES)]
 
     def result(self):
         """What an earlier run found, or None."""
@@ -229,16 +247,31 @@ def turns_back(rows):
     return count / len(rows)
 
 
-def one_look(job):
-    """Writes the traces that a search finds for an arm, those alone that zoom once."""
-    folder = job.folder / "one-look"
+def make_novice(job, folder):
+    call(TINY / "make_base.py", "--no-dialogues", "--steps", 2 if job.short else 1500,
+         "--out", folder)
+
+
+def make_one_look(job, path):
+    """Writes the traces that a search finds, those alone that zoom once."""
+    folder = path.with_suffix("")
     call("train_sft.py", *job.common, "--task", job.data("train"), "--out", folder,
          "--sft-steps", 1, *(["--search-questions", 16] if job.short else []))
     lines = (folder / "search.jsonl").read_text(encoding="utf-8").splitlines()
     spoken = [sum(message["role"] == "assistant" for message in json.loads(line)["messages"])
               for line in lines]
     kept = [f"{line}\n" for line, turns in zip(lines, spoken, strict=True) if turns == 2]
-    (job.folder / "one-look.jsonl").write_text("".join(kept), encoding="utf-8")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def prepare(job):
+    """Makes what an arm is given, unless another one has."""
+    for name, make in (("novice", make_novice), ("one_look", make_one_look)):
+        path = job.given[name]
+        if f"{{{name}}}" in ARMS[job.arm][2]:
+            with LOCKS[path]:
+                if not path.exists():
+                    make(job, path)
 
 
 def train(job):
@@ -246,8 +279,7 @@ def train(job):
     started = time.monotonic()
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
-    if "{one_look}" in ARMS[job.arm][2]:
-        one_look(job)
+    prepare(job)
     command = job.command()
     call(*command)
     stages, log, last = {}, [], "sft"
@@ -280,13 +312,10 @@ def train_all(jobs, parallel):
     for task in sorted({job.task for job in left}):
         n = "100" if left[0].short else "1200"
         call(TINY / "make_data.py", "--task", task, "--n", n, "--out", left[0].runs / "data")
-    novice = next((job.runs / "novice" for job in left if "novice" in job.arm), None)
-    if novice and not novice.is_dir():
-        print("making the base that was shown no dialogues", flush=True)
-        call(TINY / "make_base.py", "--no-dialogues", "--steps", 1500, "--out", novice,
-             *(["--steps", 2] if left[0].short else []))
     started = time.monotonic()
     threads = ThreadPoolExecutor(parallel)
+    for job in [job for job in left if "novice" in job.arm][:1]:
+        threads.submit(prepare, job)         # takes minutes, while others are trained
     waiting = {threads.submit(train, job): job for job in left}
     try:
         for number, future in enumerate(as_completed(waiting), 1):
@@ -373,13 +402,13 @@ def tables(results):
             cells = [spread(figures_of(results, "search", arm + stage, figure))
                      for figure in ("zoom_calls", "accuracy") for stage in (":sft", ":rl")]
             collapse.append([*settings, ", ".join(steps), *cells])
-    sizes = [["element asked for", "px in the overview", "grounded", "zoom"]]
-    for category, size in (("button | alone", "14 x 8"), ("button | alike", "14 x 8"),
-                           ("icon | alone", "10 x 10"), ("icon | alike", "10 x 10")):
-        if ("gui", "zoom") in results:
-            cells = [spread(figures_of(results, "gui", arm, f"accuracy {category}"))
+    sizes = [["elements", "px in the overview", "colour is enough", "grounded", "zoom"]]
+    for size, px in SIZES.items():
+        for kind, enough in (("alone", "yes"), ("alike", "no")):
+            cells = [spread(figures_of(results, "sizes", arm, f"accuracy {size} | {kind}"))
                      for arm in ("grounded", "zoom")]
-            sizes.append([category.replace(" |", ","), size, *cells])
+            if ("sizes", "zoom") in results:
+                sizes.append([size, px, enough, *cells])
     names = ("accuracy", "on_target", "true_thoughts", "zoom_calls", "overlong")
     arms = [["arm", "task", "seeds", *names, "s an arm"]]
     for (task, arm), by_seed in results.items():
@@ -388,7 +417,8 @@ def tables(results):
         seconds = mean(result["seconds"] for result in by_seed.values())
         arms.append([arm, task, len(by_seed), *cells, f"{seconds:.0f}"])
     found = {"Claims": claims, "After a warm start that looks once (search)": collapse,
-             "Accuracy by what is asked for (gui)": sizes, "Arms, after their last stage": arms}
+             "Accuracy by size of the element asked for (sizes)": sizes,
+             "Arms, after their last stage": arms}
     return {title: rows for title, rows in found.items() if len(rows) > 1}
 
 

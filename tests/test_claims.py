@@ -10,20 +10,20 @@ COMMON = {"on_target": None, "true_thoughts": None, "zoom_calls": 1.5, "overlong
 
 
 def results_of(arm, accuracies, other=()):
-    """Results of two arms of gui, a seed each accuracy."""
+    """Results of two arms of sizes, a seed each accuracy."""
     def by_seed(accuracies):
         return {seed: {"seconds": 60,
                        "stages": {"sft": {"accuracy": 0.1, "by": {}},
                                   "rl": {**COMMON, "accuracy": accuracy,
                                          "by": {"alike": {"accuracy": 0.7}}}}}
                 for seed, accuracy in enumerate(accuracies)}
-    return {("gui", arm): by_seed(accuracies), ("gui", "other"): by_seed(other)}
+    return {("sizes", arm): by_seed(accuracies), ("sizes", "other"): by_seed(other)}
 
 
 def test_a_difference_is_paired_by_seed():
     """Guards the figures of a claim: differences seed by seed, their mean, and Student's interval
     of it; a seed that only one arm has does not count, nor one that lacks the figure."""
-    claim = "", "gui", "accuracy", "mine", "other"
+    claim = "", "sizes", "accuracy", "mine", "other"
     results = results_of("mine", [0.9, 0.8, 0.7, 0.1], [0.8, 0.6, 0.4])
     mine, theirs, middle, (low, high), n = compare(claim, results)
     assert (mine, theirs, middle) == pytest.approx((0.8, 0.6, 0.2)) and n == 3
@@ -36,17 +36,17 @@ def test_stages_categories_and_levels():
     """Guards what a claim can name: an earlier stage, a category's accuracy, a level. What no seed
     has is no row."""
     results = results_of("mine", [0.9, 0.9])
-    stage = "", "gui", "accuracy", "mine", "mine:sft"
+    stage = "", "sizes", "accuracy", "mine", "mine:sft"
     assert compare(stage, results)[:3] == pytest.approx((0.9, 0.1, 0.8))
-    category = "", "gui", "accuracy alike", "mine", 0.5
+    category = "", "sizes", "accuracy alike", "mine", 0.5
     assert compare(category, results)[:3] == pytest.approx((0.7, 0.5, 0.2))
-    assert compare(("", "gui", "accuracy alone", "mine", 0.5), results) is None
-    assert compare(("", "gui", "accuracy", "mine", "other"), results) is None
+    assert compare(("", "sizes", "accuracy alone", "mine", 0.5), results) is None
+    assert compare(("", "sizes", "accuracy", "mine", "other"), results) is None
 
 
 def test_one_seed_decides_nothing():
     """Guards a verdict from resting on luck: the interval of a single seed is unbounded."""
-    *_, interval, n = compare(("", "gui", "accuracy", "mine", 0.0), results_of("mine", [0.9]))
+    *_, interval, n = compare(("", "sizes", "accuracy", "mine", 0.0), results_of("mine", [0.9]))
     assert interval == (-math.inf, math.inf) and n == 1 and verdict(interval) == "undecided"
 
 
@@ -106,7 +106,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(claims, "TINY", tmp_path)
     (tmp_path / "base").mkdir()
-    for name in ("recipe.json", "make_data.py", "base/model.safetensors", "base/dialogue.json"):
+    for name in (*claims.FILES, "make_base.py"):
         (tmp_path / name).write_text(name)
     return tmp_path
 
@@ -133,9 +133,8 @@ def test_tables_are_written_and_a_reading_is_kept(tmp_path, capsys):
     a claim's row has its verdict, and arms that were not trained have none."""
     path = tmp_path / "claims.md"
     path.write_text("# Old\n\n## Reading\n\nIt works.\n")
-    results = results_of("zoom", [0.9, 0.8, 0.9])
-    del results["gui", "other"]
-    results["gui", "sft-answers"] = results_of("sft-answers", [0.5, 0.4, 0.5])["gui", "sft-answers"]
+    results = results_of("zoom", [0.9, 0.8, 0.9], [0.5, 0.4, 0.5])
+    results["sizes", "sft-answers"] = results.pop(("sizes", "other"))
     claims.write_tables(path, results, "python tests/claims.py")
     text = path.read_text()
     assert "python tests/claims.py" in text and "Old" not in text and "It works." in text

@@ -21,6 +21,7 @@ from make_data import (  # noqa: E402
     ANSWERS,
     CARD,
     DIRECTIONS,
+    ELEMENTS,
     PATTERNS,
     POSTER,
     SIDE,
@@ -114,7 +115,7 @@ def test_a_crop_shows_the_answer():
 def test_a_player_who_zooms_is_always_right():
     """Guards that crops and regions tell enough: who zooms into one region after the other, and
     knows of each crop the pattern that it shows, finds the answer."""
-    for asked in questions("search", 100) + questions("gui", 100):
+    for asked in questions("search", 100) + questions("gui", 100) + questions("sizes", 100):
         assert len(asked.regions) == len(asked.scene.candidates)
         found = []
         for region in asked.regions:
@@ -207,6 +208,18 @@ def test_gui():
                 assert across or abs(card.y - other.y) >= (card.size[1] + other.size[1]) / 2
     assert set(counts) == {"icon | alone", "icon | alike", "button | alone", "button | alike"}
     assert min(counts.values()) > 100
+
+
+def test_sizes():
+    """Guards the study of small elements: those of the colour asked about have one of three sizes,
+    every size and kind of question is frequent."""
+    counts = Counter()
+    for asked in questions("sizes", 1000):
+        size, _ = asked.category.split(" | ")
+        counts[asked.category] += 1
+        assert asked.answer == asked.scene.cards[0].box
+        assert {card.size for card in asked.scene.candidates} <= set(ELEMENTS[size])
+    assert len(counts) == 6 and min(counts.values()) > 80
 
 
 # ----------------------------------------------------------------------------------------- the base

@@ -1,4 +1,4 @@
-"""Draws the questions of four tasks in miniature, of which the truth is known.
+"""Draws the questions of five tasks in miniature, of which the truth is known.
 
     python tests/tiny/make_data.py                       # search-train.jsonl, search-test.jsonl
     python tests/tiny/make_data.py --task gui --n 1200 --split train --out runs/tiny
@@ -11,11 +11,12 @@ of its old place? All of it can be seen in the images.
 gui (as ScreenSpot): a screen with windows, buttons in them and icons beside. The answer is a box:
 the element asked for. Its colour will do where it is alone; of several alike, the one that bears a
 pattern is the one, and has to be zoomed into.
+sizes (as ScreenSpot-Pro): the same, but what has the colour asked about is of one of three sizes.
 web (as VisualWebArena): steps on a site of two screens of cards, each card with a numbered mark and
 a page of its own, that shows its pattern large. The answer is the next action of a shortest path:
 to click a mark, to scroll, to go back, or to stop with the pattern.
 
-Of the first three, a pattern is seen in a crop alone: it has a mean of zero over every block of 4x4
+Of the first four, a pattern is seen in a crop alone: it has a mean of zero over every block of 4x4
 px, the cards' edges lie on block edges, and the model gets the means of the blocks.
 
 A row is one of the release's RL form, its images as data URIs, and `regions`: what the question is
@@ -45,6 +46,8 @@ CELL = 64                  # px: the cards lie in a 4x4 grid of cells, each move
 JITTER = (-12, 0, 12)      # px, in x and in y
 CARD = (40, 40)            # px, width and height of a card, or of an icon
 BUTTON = (56, 32)          # px, width and height
+ELEMENTS = {               # px, of an icon and of a button
+    "small": ((24, 24), (40, 24)), "medium": ((32, 32), (48, 32)), "large": (CARD, BUTTON)}
 POSTER = (128, 128)        # px, of the card on its page: its pattern is BLOCK times as large
 VISIBLE = 0.3              # of a card's sides: then its pattern can be read
 COLOURS = {"red": (190, 50, 50), "green": (50, 170, 70), "blue": (60, 80, 200),
@@ -353,6 +356,17 @@ def ask_screen(rng):
                  f"{kind} | {'alike' if alike else 'alone'}")
 
 
+def ask_sizes(rng):
+    asked = ask_screen(rng)
+    size = rng.choice(list(ELEMENTS))
+    icon, button = ELEMENTS[size]
+    cards = [replace(card, size=icon if card.size == CARD else button)
+             if card.colour == asked.scene.colour else card for card in asked.scene.cards]
+    _, alike = asked.category.split(" | ")
+    return Asked(asked.text, replace(asked.scene, cards=tuple(cards)), cards[0].box,
+                 f"{size} | {alike}")
+
+
 # --------------------------------------------------------------------------------------- the site
 
 SCROLL = {"top": "scroll [down]", "bottom": "scroll [up]"}
@@ -473,7 +487,7 @@ def site_of(split, seed, number):
 
 # ---------------------------------------------------------------------------------------- the files
 
-TASKS = {"search": ask_search, "spatial": ask_spatial, "gui": ask_screen}
+TASKS = {"search": ask_search, "spatial": ask_spatial, "gui": ask_screen, "sizes": ask_sizes}
 SIZES = {"train": 1200, "test": 1024}
 WEB_SIZES = {"train": 1200, "test": 516}       # whole rounds of STEPS
 
