@@ -16,7 +16,6 @@ import io
 import json
 import math
 import os
-import random
 import re
 import socket
 import struct
@@ -34,17 +33,14 @@ import numpy as np
 
 from model import Policy, UserError, gather, load, rank, world_size, write_text
 from reward import (
+    PHRASES,
     ROBOSPATIAL,
-    SAME_PLACE,
     Unusable,
     as_box,
-    distinct_crops,
-    official_rule,
     parse_action,
+    row_of,
     score,
     scored_by,
-    targets_hit,
-    true_thoughts,
 )
 from rollout import (
     Question,
@@ -412,36 +408,6 @@ def name_skipped(fault):
     print(f"skipped: {in_one_line(fault)}", file=sys.stderr)
 
 
-def questions_of(args, split, n, first=0):
-    """`n` questions of the task, from number `first` on, of the split "train" or "test". -> list
-
-    With --eval-task it is the test, and all of --task trains. Otherwise a tenth is held out, by a
-    hash of each row, so that other rows may come and go. The seed decides the order; after the last
-    question of "train" it begins again, and what cannot be asked is left out (of "test",
-    `evaluate` does so)."""
-    other = vars(args).get("eval_task")
-    if split == "test" and other:
-        return open_file(other, args.image_root).part(n)
-    held_out = split == "test"
-    found = [question for question in open_file(args.task, args.image_root)
-             if other or (int(question.key, 16) % 10 == 0) == held_out]
-    found.sort(key=lambda question: random.Random(f"order {args.seed} {question.key}").random())
-    if not found:
-        raise UserError(f"{args.task}: too few questions to hold some of them out; give a larger "
-                        "file, or one for the test as --eval-task")
-    if held_out:
-        return found[:n]
-    wanted = [found[i % len(found)] for i in range(first, first + n)]
-    questions = []
-    for part in usable(wanted):
-        for question in part:
-            question.release()
-        questions += part
-    if not questions:
-        raise UserError(f"{args.task}: none of {n} questions can be asked, see above")
-    return questions
-
-
 def settle(args, training):
     """Fills in what the task decides: `family`, and bounds of the model input that no flag gave.
 
@@ -458,56 +424,6 @@ def settle(args, training):
     args.max_image_side = settings.get("max_image_side")
     if args.max_pixels is None:
         args.max_pixels = settings.get("max_pixels")
-
-
-# --------------------------------------------------------------- what is kept of a trace, and shown
-
-# The behaviours that the paper counts in traces: there by GPT-4o, here by rules. `regions` counts
-# the points in thoughts and zoom calls, but those at one place once; the others count such phrases.
-# To go back to a place after another one is a verification, too.
-PHRASES = {
-    "subgoals": "first|next|then|let me|let's|need to|I will|I'll",
-    "verifications": "check|checking|verify|confirm|confirms|make sure|indeed",
-    "backtracks": "not it|not here|wait|instead|actually|on second thought|at first",
-}
-
-
-def row_of(trace):
-    """All that is kept of a finished trace, for a line of JSON.
-
-    on_target: of each zoom call that was answered (in the modes of one turn: of each point in the
-    thought), whether it lies on what the question is about; true_thoughts: of each thought behind a
-    crop, whether it says what the crop shows; both empty where that is not known. official: whether
-    it is right by the public code's rule. The behaviours, see PHRASES. The others: see
-    `reward.Score`."""
-    scored, question = trace.score or score(trace), trace.question
-    thought = " ".join(turn.thought for turn in trace.turns)
-    points = [point for turn in trace.turns for point in (*turn.points, turn.call)
-              if point and trace.in_image(point)]
-    row = {
-        "id": question.id,
-        "key": question.key,
-        "category": question.category,
-        "question": question.text,
-        "truth": question.answer,
-        "turns": [turn.text for turn in trace.turns],
-        "answer": trace.answer,
-        "ended": trace.ended,
-        **vars(scored),
-        "several_crops": distinct_crops(trace.zoom_points, SAME_PLACE, trace.windows) > 1,
-        "overlong": trace.overlong,
-        "official": official_rule(trace, bool(scored.correct)),
-        "on_target": targets_hit(trace),
-        "true_thoughts": true_thoughts(trace),
-        "regions": distinct_crops(points, SAME_PLACE),
-    }
-    for name, phrases in PHRASES.items():
-        row[name] = len(re.findall(rf"\b({phrases})\b", thought, re.I))
-    for i, point in enumerate(points):
-        near = [math.dist(point, other) < SAME_PLACE for other in points[:i]]
-        if any(near) and not near[-1]:
-            row["verifications"] += 1
-    return row
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -903,16 +819,13 @@ summary {{ cursor: pointer; font-weight: bold }}
 """
 
 
-def write_report(path, title, settings, log_rows, table_rows, tree, traces):
+def write_report(path, title, settings, charts, table_rows, tree, traces):
     """Writes the page of a run: one static file without scripts, in which all text is escaped.
 
-    settings: {name: value}. log_rows: dicts with a "step" and figures, of which curves are drawn.
-    table_rows: lists of cells, the heads first. tree: text of a search tree. traces: {stage: its
-    Traces}, of the same questions in the same order; they are shown side by side, by how the last
-    stage's ended."""
+    settings: {name: value}. charts: parts of the page. table_rows: lists of cells, the heads first.
+    tree: text of a search tree. traces: {stage: its Traces}, of the same questions in the same
+    order; they are shown side by side, by how the last stage's ended."""
     in_force = [pair for pair in settings.items() if pair[1] not in (None, "")]
-    names = dict.fromkeys(name for row in log_rows for name in row if name != "step")
-    charts = [curve(name, log_rows) for name in names]
     parts = [html_table(table_rows), '<div class="grid">', *charts, "</div>",
              folded("settings", html_table(in_force))]
     if tree:
@@ -937,22 +850,6 @@ def shown(text):
 def html_table(rows):
     lines = ["<tr>" + "".join(f"<td>{shown(cell)}</td>" for cell in row) for row in rows]
     return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
-
-
-def curve(name, log_rows):
-    """A figure of a log as a chart, with its bounds and the last value; "" where it has none."""
-    points = [(row["step"], row[name]) for row in log_rows
-              if type(row.get(name)) in (int, float) and math.isfinite(row[name])]
-    if not points:
-        return ""
-    steps, values = zip(*points, strict=True)
-    low, high = min(0, *values), max(0, *values)
-    across, up = steps[-1] - steps[0] or 1, high - low or 1
-    line = " ".join(f"{step},{-value}" for step, value in points)
-    return (f"<figure><b>{shown(name)}</b>, at last {values[-1]:.4g}"
-            f'<svg viewBox="{steps[0]} {-high} {across} {up}" preserveAspectRatio="none">'
-            f'<polyline points="{line}" vector-effect="non-scaling-stroke"/></svg>'
-            f"from {low:.3g} to {high:.3g}, steps {steps[0]} to {steps[-1]}</figure>")
 
 
 def state_of(trace):

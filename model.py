@@ -27,7 +27,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -966,11 +965,6 @@ def sum_gradients(parameters):
         dist.all_reduce(parameter.grad)
 
 
-def full_tensor(x):
-    """A sharded tensor, gathered (all processes have to call it); anything else as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 def split_by_size(items, size, limit):
     """Splits a list into lists of neighbours whose sizes add up to `limit` at most, or of one."""
     parts, room = [], 0
@@ -981,30 +975,6 @@ def split_by_size(items, size, limit):
             room = limit - size(item)
         parts[-1].append(item)
     return parts
-
-
-class MicroBatch(NamedTuple):
-    """Groups of Sequences in one forward and backward pass, and the weight of its loss: 0.0 for a
-    filler, by which sharded processes make the same number of passes."""
-    groups: list
-    weight: float = 1.0
-
-
-def micro_batches(groups, tokens, filler=None):
-    """Groups of Sequences -> MicroBatches of at most `tokens` tokens (one group at least), those of
-    similar length together.
-
-    filler: groups to make up the number with, where weights are sharded. All processes gather these
-    together, so each gets as many micro-batches as the one that has most."""
-    def size(group):
-        responses = sum(len(sequence.ids) for sequence in group)
-        return len(group[0].prompt.ids) + responses
-    parts = split_by_size(sorted(groups, key=size), size, tokens)
-    batches = [MicroBatch(part) for part in parts]
-    if filler:
-        missing = max(gather(len(batches))) - len(batches)
-        batches += [MicroBatch(filler, 0.0)] * missing
-    return batches
 
 
 def shard_if_large(policy):

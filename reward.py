@@ -1,7 +1,7 @@
 """What a trace is worth, and why. Pure functions of a trace: no model is run, no judge.
 
 In:  a `rollout.Trace` (its question, turns, frames, and how it ended).
-Out: a `Score`: the total, and the parts that make it.
+Out: a `Score`: the total, and the parts that make it; and a row of all that is counted (`row_of`).
 
     total = w.correct * correct + w.format * format * grounded * (1 + diversity)
 
@@ -520,7 +520,7 @@ def official_rule(trace, correct):
 
 def targets_hit(trace):
     """Whether each point of a trace lies on what the question is about: its regions, or the box
-    that is its answer. See `evaluate.row_of`."""
+    that is its answer. See `row_of`."""
     question, points = trace.question, trace.zoom_points
     if trace.mode != "zoom":
         points = [point for turn in trace.turns for point in turn.points]
@@ -536,7 +536,7 @@ def targets_hit(trace):
 def true_thoughts(trace):
     """Whether each thought behind a crop is true of it: it names the region nearest to the crop's
     middle of those that it shows enough of, and no other region of the file; none where it shows
-    none. See `evaluate.row_of`."""
+    none. See `row_of`."""
     if not trace.question.regions:
         return []
     names = map(str.casefold, trace.question.names)
@@ -564,3 +564,53 @@ def names_in(crop, regions):
             down = abs(top + bottom - y1 - y2)
             found.append((max(across, down), region["name"].casefold()))
     return {min(found)[1]} if found else set()
+
+
+# -------------------------------------------------------------------------- what is kept of a trace
+
+# The behaviours that the paper counts in traces: there by GPT-4o, here by rules. `regions` counts
+# the points in thoughts and zoom calls, but those at one place once; the others count such phrases.
+# To go back to a place after another one is a verification, too.
+PHRASES = {
+    "subgoals": "first|next|then|let me|let's|need to|I will|I'll",
+    "verifications": "check|checking|verify|confirm|confirms|make sure|indeed",
+    "backtracks": "not it|not here|wait|instead|actually|on second thought|at first",
+}
+
+
+def row_of(trace):
+    """All that is kept of a finished trace, for a line of JSON.
+
+    on_target: of each zoom call that was answered (in the modes of one turn: of each point in the
+    thought), whether it lies on what the question is about; true_thoughts: of each thought behind a
+    crop, whether it says what the crop shows; both empty where that is not known. official: whether
+    it is right by the public code's rule. The behaviours, see PHRASES. The others: see
+    `Score`."""
+    scored, question = trace.score or score(trace), trace.question
+    thought = " ".join(turn.thought for turn in trace.turns)
+    points = [point for turn in trace.turns for point in (*turn.points, turn.call)
+              if point and trace.in_image(point)]
+    row = {
+        "id": question.id,
+        "key": question.key,
+        "category": question.category,
+        "question": question.text,
+        "truth": question.answer,
+        "turns": [turn.text for turn in trace.turns],
+        "answer": trace.answer,
+        "ended": trace.ended,
+        **vars(scored),
+        "several_crops": distinct_crops(trace.zoom_points, SAME_PLACE, trace.windows) > 1,
+        "overlong": trace.overlong,
+        "official": official_rule(trace, bool(scored.correct)),
+        "on_target": targets_hit(trace),
+        "true_thoughts": true_thoughts(trace),
+        "regions": distinct_crops(points, SAME_PLACE),
+    }
+    for name, phrases in PHRASES.items():
+        row[name] = len(re.findall(rf"\b({phrases})\b", thought, re.I))
+    for i, point in enumerate(points):
+        near = [math.dist(point, other) < SAME_PLACE for other in points[:i]]
+        if any(near) and not near[-1]:
+            row["verifications"] += 1
+    return row

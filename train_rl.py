@@ -39,9 +39,8 @@ from evaluate import (
     eval_flags,
     evaluate,
     figures,
-    questions_of,
-    row_of,
     settle,
+    shown,
     table,
     write_report,
 )
@@ -51,7 +50,6 @@ from model import (
     gather_shares,
     is_sharded,
     load,
-    micro_batches,
     move_into_place,
     rank,
     read_json,
@@ -60,7 +58,7 @@ from model import (
     world_size,
     write_text,
 )
-from reward import MULTI_TURN, SINGLE_TURN, score
+from reward import MULTI_TURN, SINGLE_TURN, row_of, score
 from rollout import (
     Trace,
     describe_settings,
@@ -79,8 +77,10 @@ from train_sft import (
     check_finite,
     count_skipped,
     make_optimizer,
+    micro_batches,
     open_run,
     optimizer_step,
+    questions_of,
     reading_back,
     remaining,
     save_checkpoint,
@@ -251,8 +251,8 @@ def train(policy, reference, dialogue, args, out):
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_state(policy, optimizer, out, step + 1)
             if rank() == 0:
-                shown = [traces[0] for traces in groups[:PAGE_TRACES]]
-                report(out, args, [], {f"step {step + 1}": shown})
+                some = [traces[0] for traces in groups[:PAGE_TRACES]]
+                report(out, args, [], {f"step {step + 1}": some})
 
 
 # ----------------------------------------------------------------------------------- what is logged
@@ -303,9 +303,30 @@ def report(out, args, table_rows, traces):
     """Writes the run's page."""
     trees = out / "trees.txt"               # not there with --traces
     tree = trees.read_text(encoding="utf-8").partition("\n\n")[0] if trees.is_file() else ""
+    log = read_log(out / "log.jsonl")
+    names = dict.fromkeys(name for row in log for name in row if name != "step")
+    charts = [curve(name, log) for name in names]
     with writing(out / "report.html"):
-        write_report(out / "report.html", f"{args.task}, {args.mode}", vars(args),
-                     read_log(out / "log.jsonl"), table_rows, tree, traces)
+        write_report(out / "report.html", f"{args.task}, {args.mode}", vars(args), charts,
+                     table_rows, tree, traces)
+
+
+def curve(name, log_rows):
+    """A figure of a log as a chart, with its bounds and the last value; "" where it has none."""
+    points = [(row["step"], row[name]) for row in log_rows
+              if type(row.get(name)) in (int, float) and math.isfinite(row[name])]
+    if not points:
+        return ""
+    steps, values = zip(*points, strict=True)
+    low = min(0, *values)
+    high = max(0, *values)
+    across = steps[-1] - steps[0] or 1
+    up = high - low or 1
+    line = " ".join(f"{step},{-value}" for step, value in points)
+    return (f"<figure><b>{shown(name)}</b>, at last {values[-1]:.4g}"
+            f'<svg viewBox="{steps[0]} {-high} {across} {up}" preserveAspectRatio="none">'
+            f'<polyline points="{line}" vector-effect="non-scaling-stroke"/></svg>'
+            f"from {low:.3g} to {high:.3g}, steps {steps[0]} to {steps[-1]}</figure>")
 
 
 # ---------------------------------------------------------------------------------- save and resume

@@ -25,27 +25,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
-from evaluate import below, make_question, open_file, questions_of, read_rows, read_sft, settle
+from evaluate import below, make_question, open_file, read_rows, read_sft, settle, usable
 from model import (
     COORDINATES,
     Chunk,
     UserError,
-    full_tensor,
     gather,
     gather_shares,
     is_sharded,
     load,
-    micro_batches,
     rank,
     read_json,
     reading,
     shard_if_large,
+    split_by_size,
     sum_gradients,
     sum_over_processes,
     world_size,
@@ -95,6 +95,36 @@ def sft_flags(parser):
     add("--sft-steps", type=whole(0),
         help="of fine-tuning, of 32 traces each (None: one epoch; 0: none)")
     add("--sft-lr", type=number(most=1e30), default=1e-6, help="peak learning rate of fine-tuning")
+
+
+def questions_of(args, split, n, first=0):
+    """`n` questions of the task, from number `first` on, of the split "train" or "test". -> list
+
+    With --eval-task it is the test, and all of --task trains. Otherwise a tenth is held out, by a
+    hash of each row, so that other rows may come and go. The seed decides the order; after the last
+    question of "train" it begins again, and what cannot be asked is left out (of "test",
+    `evaluate` does so)."""
+    other = vars(args).get("eval_task")
+    if split == "test" and other:
+        return open_file(other, args.image_root).part(n)
+    held_out = split == "test"
+    found = [question for question in open_file(args.task, args.image_root)
+             if other or (int(question.key, 16) % 10 == 0) == held_out]
+    found.sort(key=lambda question: random.Random(f"order {args.seed} {question.key}").random())
+    if not found:
+        raise UserError(f"{args.task}: too few questions to hold some of them out; give a larger "
+                        "file, or one for the test as --eval-task")
+    if held_out:
+        return found[:n]
+    wanted = [found[i % len(found)] for i in range(first, first + n)]
+    questions = []
+    for part in usable(wanted):
+        for question in part:
+            question.release()
+        questions += part
+    if not questions:
+        raise UserError(f"{args.task}: none of {n} questions can be asked, see above")
+    return questions
 
 
 # ---------------------------------------------------------------------------------- (a) tree search
@@ -507,6 +537,30 @@ def fine_tune(policy, traces, *, steps=None, batch=32, lr, seed, micro_tokens=16
     policy.eval()
 
 
+class MicroBatch(NamedTuple):
+    """Groups of Sequences in one forward and backward pass, and the weight of its loss: 0.0 for a
+    filler, by which sharded processes make the same number of passes."""
+    groups: list
+    weight: float = 1.0
+
+
+def micro_batches(groups, tokens, filler=None):
+    """Groups of Sequences -> MicroBatches of at most `tokens` tokens (one group at least), those of
+    similar length together.
+
+    filler: groups to make up the number with, where weights are sharded. All processes gather these
+    together, so each gets as many micro-batches as the one that has most."""
+    def size(group):
+        responses = sum(len(sequence.ids) for sequence in group)
+        return len(group[0].prompt.ids) + responses
+    parts = split_by_size(sorted(groups, key=size), size, tokens)
+    batches = [MicroBatch(part) for part in parts]
+    if filler:
+        missing = max(gather(len(batches))) - len(batches)
+        batches += [MicroBatch(filler, 0.0)] * missing
+    return batches
+
+
 def remaining(started, done, total):
     """"12 s, 48 s left". started: of time.monotonic()"""
     spent = time.monotonic() - started
@@ -600,6 +654,11 @@ class RoundedAdamW(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(name, {}).items():
                 if key != "step":
                     self.state[p][key] = value.to(p.device)
+
+
+def full_tensor(x):
+    """A sharded tensor, gathered (all processes have to call it); anything else as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def own_part(x):
