@@ -12,15 +12,16 @@ from claims import ARMS, CLAIMS, SCALING, TASKS, Job, compare, verdict
 COMMON = {"on_target": None, "true_thoughts": None, "zoom_calls": 1.5, "overlong": 0.0}
 
 
+def result_of(accuracy):
+    last = COMMON | {"accuracy": accuracy, "by": {"alike": {"accuracy": 0.7}}}
+    return {"seconds": 60, "stages": {"sft": {"accuracy": 0.1, "by": {}}, "rl": last},
+            "curves": {"accuracy": [accuracy] * 40}}
+
+
 def results_of(arm, accuracies, other=()):
     """Results of two arms of sizes, a seed each accuracy."""
-    def by_seed(accuracies):
-        return {seed: {"seconds": 60,
-                       "stages": {"sft": {"accuracy": 0.1, "by": {}},
-                                  "rl": {**COMMON, "accuracy": accuracy,
-                                         "by": {"alike": {"accuracy": 0.7}}}}}
-                for seed, accuracy in enumerate(accuracies)}
-    return {("sizes", arm): by_seed(accuracies), ("sizes", "other"): by_seed(other)}
+    return {("sizes", arm): dict(enumerate(map(result_of, accuracies))),
+            ("sizes", "other"): dict(enumerate(map(result_of, other)))}
 
 
 def test_a_difference_is_paired_by_seed():
@@ -37,16 +38,14 @@ def test_a_difference_is_paired_by_seed():
     assert compare(claim, results_of("mine", [0.9], [0.8]))[3:] == ((-math.inf, math.inf), 1)
 
 
-def test_stages_categories_and_levels():
+@pytest.mark.parametrize("figure, against, found", [
+    ("accuracy", "mine:sft", (0.9, 0.1, 0.8)), ("accuracy alike", 0.5, (0.7, 0.5, 0.2)),
+    ("accuracy alone", 0.5, None), ("accuracy", "other", None)])
+def test_stages_categories_and_levels(figure, against, found):
     """Guards what a claim can name: an earlier stage, a category's accuracy, a level. What no seed
     has is no row."""
-    results = results_of("mine", [0.9, 0.9])
-    stage = "", "sizes", "accuracy", "mine", "mine:sft"
-    assert compare(stage, results)[:3] == pytest.approx((0.9, 0.1, 0.8))
-    category = "", "sizes", "accuracy alike", "mine", 0.5
-    assert compare(category, results)[:3] == pytest.approx((0.7, 0.5, 0.2))
-    assert compare(("", "sizes", "accuracy alone", "mine", 0.5), results) is None
-    assert compare(("", "sizes", "accuracy", "mine", "other"), results) is None
+    row = compare(("", "sizes", figure, "mine", against), results_of("mine", [0.9, 0.9]))
+    assert row is found or row[:3] == pytest.approx(found)
 
 
 @pytest.mark.parametrize("interval, said", [
@@ -73,9 +72,8 @@ def test_comparisons_are_true_of_the_thought_alone():
     the truth is the only one, and the answer does not count."""
     def row(thought, truth="left"):
         return {"turns": [f"<think>{thought}</think>\n<answer> left </answer>"], "truth": truth}
-    rows = [row("Red at (1, 2), blue at (3, 4). Left."), row("left above."), row("right."),
-            row("Red at (1, 2)."), row("below", "below")]
-    assert claims.comparisons_true(rows) == 0.5
+    thoughts = "Red at (1, 2). Left.", "left above.", "right.", "Red at (1, 2)."
+    assert claims.comparisons_true([*map(row, thoughts), row("below", "below")]) == 0.5
     assert claims.comparisons_true([row("Red.")]) is None
 
 
@@ -86,10 +84,10 @@ def test_back_tracks_are_counted_by_what_is_done():
         call = f'{{"name": "search_coordinate", "arguments": {{"coordinate": [{x}, {y}]}}}}'
         return f"<think>{thought}</think>\n<tool_call>\n{call}\n</tool_call>"
     first, answer = turn("Card 1 at (5, 5).", 5, 5), "<think>Dotted.</think>\n<answer> dotted"
-    rows = [{"turns": [first, turn("Plain. Card 2 at (40, 9).", 40, 9), answer]},
-            {"turns": [first, turn("Nothing. That was not it. Card 1 at (6, 5).", 6, 5), answer]},
-            {"turns": [first, turn("Dotted. That was not it.", 40, 9), answer]},
-            {"turns": [first, "<think>Plain. That was not it.</think>\n<answer> dotted"]}]
+    seconds = (turn("Plain. Card 2 at (40, 9).", 40, 9),
+               turn("Nothing. That was not it. Card 1 at (6, 5).", 6, 5),
+               turn("Dotted. That was not it.", 40, 9), "<think>Plain. That was not it.</think>")
+    rows = [{"turns": [first, second, answer]} for second in seconds]
     assert claims.turns_back(rows) == 0.25
 
 
@@ -100,29 +98,24 @@ def test_a_policy_looks_again_when_five_steps_say_so():
     assert claims.looks_again([]) == "never"
 
 
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """An empty folder of results, and files that all arms start from."""
-    monkeypatch.setattr(claims, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(claims, "TINY", tmp_path)
-    (tmp_path / "base").mkdir()
-    for name in (*claims.FILES, "make_base.py"):
-        (tmp_path / name).write_text(name)
-    return tmp_path
-
-
-def test_a_result_is_kept_until_what_made_it_changes(tiny, monkeypatch):
+def test_a_result_is_kept_until_what_made_it_changes(tmp_path, monkeypatch):
     """Guards the cache: a result counts for the flags and the base that made it, and no other; a
     short run's is not mistaken for a long one's."""
+    monkeypatch.setattr(claims, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(claims, "TINY", tmp_path)
+    weights = tmp_path / "base/model.safetensors"
+    weights.parent.mkdir()
+    for name in (*claims.FILES, "make_base.py"):
+        (tmp_path / name).write_text(name)
     job = Job("spatial", "grounded", 3)
     assert job.result() is None
     job.folder.mkdir(parents=True)
     (job.folder / "result.json").write_text(json.dumps({"key": job.key(), "stages": {}}))
     assert job.result()["stages"] == {}
     assert Job("spatial", "grounded", 3, short=True).result() is None
-    (tiny / "base" / "model.safetensors").write_text("another base")
+    weights.write_text("another base")
     assert job.result() is None
-    (tiny / "base" / "model.safetensors").write_text("base/model.safetensors")
+    weights.write_text("base/model.safetensors")
     assert job.result()
     monkeypatch.setitem(ARMS, "grounded", ("grounded", (30, 40), "--kl 0.3"))
     assert job.result() is None
@@ -137,7 +130,7 @@ def test_tables_are_written_and_a_reading_is_kept(tmp_path, capsys):
     results["sizes", "sft-answers"] = results.pop(("sizes", "other"))
     claims.write_tables(path, results, "python tests/claims.py")
     text = path.read_text()
-    assert "python tests/claims.py" in text and "Old" not in text and "It works." in text
+    assert "tests/claims.py" in text and "Old" not in text and "It works." in text
     row, = (line for line in text.splitlines() if line.startswith("| GRPO over SFT"))
     assert "zoom 0.867" in row and "sft-answers 0.467" in row and row.count("supported") == 1
     assert "grounded over" not in text and "looks once" not in text
@@ -146,13 +139,10 @@ def test_tables_are_written_and_a_reading_is_kept(tmp_path, capsys):
 
 def test_scaling_is_drawn(tmp_path):
     """Guards the picture: it is written, and a better curve looks different."""
-    def results(accuracy):
-        result = {"curves": {"accuracy": [accuracy] * 40},
-                  "stages": {"rl": {"accuracy": accuracy}}}
-        return {("search", arm): {0: result} for panel in SCALING.values()
-                for arm in panel.values()}
+    arms = {arm for panel in SCALING.values() for arm in panel.values()}
     for name, accuracy in (("low", 0.2), ("high", 0.9)):
-        claims.draw_scaling(tmp_path / f"{name}.png", results(accuracy))
+        results = {("search", arm): {0: result_of(accuracy)} for arm in arms}
+        claims.draw_scaling(tmp_path / f"{name}.png", results)
     assert (tmp_path / "low.png").read_bytes() != (tmp_path / "high.png").read_bytes()
 
 
@@ -166,10 +156,10 @@ def test_in_miniature(tmp_path, monkeypatch, capsys):
         importlib.import_module(Path(script).stem).main()
     monkeypatch.setattr(claims, "RUNS", tmp_path)
     monkeypatch.setattr(claims, "call", call)
-    command = ["--short", "--tasks", "spatial", "--arms", "grounded", "sft-answers", "--jobs", "1"]
+    command = "--short --tasks spatial --arms grounded sft-answers --jobs 1".split()
     claims.main(command)
     out = capsys.readouterr().out
-    assert "2 of them to be trained" in out and "2/2" in out and "min left" in out
+    assert "2 of them to be trained" in out and "2/2" in out
     assert "| GRPO over SFT on answers" in out and "undecided" in out
     folder = tmp_path / "short" / "spatial" / "grounded" / "seed-0"
     result = json.loads((folder / "result.json").read_text())
