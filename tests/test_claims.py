@@ -9,11 +9,10 @@ import claims
 import pytest
 from claims import ARMS, CLAIMS, SCALING, TASKS, Job, compare, verdict
 
-COMMON = {"on_target": None, "true_thoughts": None, "zoom_calls": 1.5, "overlong": 0.0}
-
 
 def result_of(accuracy):
-    last = COMMON | {"accuracy": accuracy, "by": {"alike": {"accuracy": 0.7}}}
+    last = {"accuracy": accuracy, "by": {"alike": {"accuracy": 0.7}}, "on_target": None,
+            "true_thoughts": None, "zoom_calls": 1.5, "overlong": 0.0}
     return {"seconds": 60, "stages": {"sft": {"accuracy": 0.1, "by": {}}, "rl": last},
             "curves": {"accuracy": [accuracy] * 40}}
 
@@ -59,11 +58,10 @@ def test_verdicts(interval, said):
 def test_claims_name_what_there_is():
     """Guards the table from claims that are never tested: what they compare are arms, their stages
     or levels."""
-    for _, task, _, arm, against in CLAIMS:
-        for part in (arm, against):
-            if isinstance(part, str):
-                name, _, stage = part.partition(":")
-                assert name in TASKS[task] and stage in ("", "base", "sft", "rl")
+    named = {(task, part) for _, task, _, *parts in CLAIMS for part in parts}
+    for task, part in named:
+        arm, _, stage = str(part).partition(":")
+        assert isinstance(part, float) or (arm in TASKS[task] and stage in ("", "base", "sft", "rl"))
     assert {arm for panel in SCALING.values() for arm in panel.values()} <= set(ARMS)
 
 
@@ -83,12 +81,11 @@ def test_back_tracks_are_counted_by_what_is_done():
     def turn(thought, x, y):
         call = f'{{"name": "search_coordinate", "arguments": {{"coordinate": [{x}, {y}]}}}}'
         return f"<think>{thought}</think>\n<tool_call>\n{call}\n</tool_call>"
-    first, answer = turn("Card 1 at (5, 5).", 5, 5), "<think>Dotted.</think>\n<answer> dotted"
+    first = turn("Card 1 at (5, 5).", 5, 5)
     seconds = (turn("Plain. Card 2 at (40, 9).", 40, 9),
                turn("Nothing. That was not it. Card 1 at (6, 5).", 6, 5),
                turn("Dotted. That was not it.", 40, 9), "<think>Plain. That was not it.</think>")
-    rows = [{"turns": [first, second, answer]} for second in seconds]
-    assert claims.turns_back(rows) == 0.25
+    assert claims.turns_back([{"turns": [first, second]} for second in seconds]) == 0.25
 
 
 def test_a_policy_looks_again_when_five_steps_say_so():
@@ -156,7 +153,7 @@ def test_in_miniature(tmp_path, monkeypatch, capsys):
         importlib.import_module(Path(script).stem).main()
     monkeypatch.setattr(claims, "RUNS", tmp_path)
     monkeypatch.setattr(claims, "call", call)
-    command = "--short --tasks spatial --arms grounded sft-answers --jobs 1".split()
+    command = ["--short", "--tasks", "spatial", "--arms", "grounded", "sft-answers", "--jobs", "1"]
     claims.main(command)
     out = capsys.readouterr().out
     assert "2 of them to be trained" in out and "2/2" in out
@@ -165,7 +162,6 @@ def test_in_miniature(tmp_path, monkeypatch, capsys):
     result = json.loads((folder / "result.json").read_text())
     assert list(result["stages"]) == ["base", "sft", "rl"]
     assert len(result["curves"]["accuracy"]) == len(result["curves"]["zoom_calls"]) == 1
-    assert set(result["stages"]["rl"]["by"]) == {"relation", "moved"}     # claims name categories
     assert not list(folder.rglob("*.safetensors"))
     claims.main(command)
     assert " 0 of them to be trained" in capsys.readouterr().out
