@@ -20,7 +20,7 @@ from rollout import Dialogue, Frame, Question, Trace, Turn, crop_box, format_cal
 
 # ---------------------------------------------------------------------------- figures from regions
 
-NAMES = frozenset({"dotted", "plain", "rising", "dark red", "red", "Straße"})
+NAMES = frozenset({"dotted", "plain", "dark red", "red", "red dots", "Straße"})
 REGIONS = [{"box": [12, 12, 52, 52], "name": "dotted"},       # of an image of 256x256 px
            {"box": [140, 12, 180, 52], "name": "plain"}]
 
@@ -49,7 +49,7 @@ def thoughts(*texts, regions=REGIONS):
     ("dotted", "DOTTED, really dotted", True), ("dotted", "", False),
     ("dotted", "Not plain but dotted.", False), ("dotted", "undotted", False),
     ("dark red", "It is Dark Red.", True), ("dark red", "It is red.", False),
-    ("Straße", "The STRASSE.", True)])
+    ("red dots", "Red dots", True), ("Straße", "The STRASSE.", True)])
 def test_a_thought_that_describes(name, thought, true):
     """Guards the measure against a thought that names all regions, or none, or a word or a name in
     which one stands ("dark red" also says "red"); capitals do not count, in any script."""
