@@ -132,7 +132,7 @@ PAGE, SIGN = ACTION_RL["problem"], "What does the sign say?"
     (PAGE, "type [3] [stop it (now)] [1]", "action"), (SIGN, "Click [7]", "action"),
     (PAGE, "go_back", "action"), (PAGE, "stop", "action"), (PAGE, "Scroll  up", "action"),
     (PAGE, "stop it", "string"), (PAGE, "Click here", "string"), (SIGN, "stop", "string"),
-    (SIGN, "Scroll up", "string"), ("Which?\n(A) go\n(B) stop", "stop", "choice")])
+    ("Which?\n(A) go\n(B) stop", "stop", "choice")])
 def test_web_actions(text, truth, kind):
     """Guards: actions compared letter by letter, and those without brackets taken for words;
     "stop", which is an action on a web page alone. The reward can read what is kept."""
@@ -184,7 +184,7 @@ def test_hr_bench(data):
 
 
 @pytest.mark.parametrize("truth, answer", [
-    ("A. red", "A"), ("a", "A"), ("(b)", "B"), ("Blue.", "blue"), ("（Ｂ）", "B"), ("B。", "B"),
+    ("A. red", "A"), ("(b)", "B"), ("Blue.", "blue"), ("（Ｂ）", "B"),
     ("（Ａ） red", "A"), ("Ａ．", "A"), ("ｂｌｕｅ", "blue"), ("\\boxed{B}", "B"),
     ("B - blue", "B")])
 @pytest.mark.parametrize("text", [

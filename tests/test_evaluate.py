@@ -259,7 +259,8 @@ def test_scores_by_category_and_by_its_parts():
 def test_benchmarks():
     """Guards: BLINK pooled over questions, not averaged over sub-tasks; HR-Bench not averaged over
     its cycles."""
-    _, blink = scores(*[("Relative_Depth", 1)] * 3, ("Spatial_Relation", 0), ("Counting", 0))
+    _, blink = scores(("Relative_Depth", 1), ("Relative_Depth", 1), ("Counting", 0),
+                      ("Spatial_Relation", 0))
     assert blink == {"BLINK, mean of sub-tasks": pytest.approx(1 / 3),
                      "BLINK, mean of the spatial three": 0.5}
     _, cycles = scores(("single | cycle 0", 1), ("cross | cycle 0", 0), ("single | cycle 1", 0))
@@ -361,7 +362,7 @@ def test_samples(policy, whole, small_blocks, tmp_path):
     sample; all of a question's are on a line, so that a break leaves none without the others."""
     path = tmp_path / "three.jsonl"
     found, groups = run_with(policy, path, samples=3), answers(path)
-    assert found["n"] == 5 and [len(group) for group in groups] == [3] * 5
+    assert found["n"] == len(groups) == 5 and {len(group) for group in groups} == {3}
     assert [group[:1] for group in groups] == answers(whole[1])
     assert len({str(row["turns"]) for row in sum(groups, [])}) > 10
     first_lines(path, 4, path)
@@ -369,7 +370,7 @@ def test_samples(policy, whole, small_blocks, tmp_path):
 
 
 @pytest.mark.slow
-def test_traces_for_a_page(policy, whole):
+def test_traces_for_a_page(policy, whole, small_blocks):
     """Guards a page with other traces than those that the figures are about, also after a break."""
     texts = {row["key"]: row["turns"] for row, in answers(whole[1])}
     for done in ((), read_answers(whole[1], SETTINGS)):
