@@ -3,15 +3,13 @@ its place."""
 import base64
 import html
 import io
-import json
 import re
 
-import pytest
 from conftest import noise
 from PIL import Image
 
-from evaluate import interval, write_report
-from rollout import Frame, Question, Trace, crop_box, format_call, parse_turn, visible
+from evaluate import write_report
+from rollout import Frame, Question, Trace, crop_box, format_call, parse_turn
 
 HOSTILE = "</script><script>document.title = 'broken'</script><img src=x onerror=alert(1)>\"'&" \
           "<!-- \x00\x07\u202eright to left\u2066\u2028\u2029 ]]> {title} </pre></details>"
@@ -40,16 +38,20 @@ def page_of(tmp_path, traces, title="search, zoom", tree="1 visits, value 1.00: 
 
 def test_a_report_has_all_of_a_run(tmp_path):
     """Guards the page: table, curves with their last value, settings, tree, and the traces of all
-    stages side by side with picture, text, reward and fault."""
-    traces = {"sft": [make_trace("plain"), make_trace("dotted")],
-              "rl": [make_trace("dotted"), make_trace("plain", ended="truncated")]}
+    stages side by side with picture, text, reward and fault. A question without a truth is neither
+    right nor wrong; a figure that is no number has no point in its curve, or no curve."""
+    own = make_trace("dotted", truth="")
+    traces = {"sft": [make_trace("plain"), make_trace("dotted"), own],
+              "rl": [make_trace("dotted"), make_trace("plain", ended="truncated"), own]}
     page = page_of(tmp_path, traces)
     assert "<td>0.990</td>" in page and "value 1.00: first" in page
     assert "<td>seed</td><td>3</td>" in page and "<td>teacher</td>" not in page
     assert "<b>reward</b>, at last 0.3" in page and page.count("<svg") == 5
-    assert page.count("<section>") == 4 and page.count("data:image/webp") == 4
+    assert "nan" not in page.partition("<section>")[0].lower()
+    assert page.count("<section>") == 6 and page.count("data:image/webp") == 6
     assert page.count("<h4>sft: wrong</h4>") == 1 and page.count("<h4>rl: right</h4>") == 1
     assert "right (1)" in page and "truncated (1)" in page and "wrong (" not in page
+    assert "<h4>rl: open</h4>" in page and "open (1)" in page
     assert "the tokens ran out before the end" in page
     assert "(11, 56)" in page and "[image: (12, 192, 76, 256)]" in page
 
@@ -59,16 +61,6 @@ def test_a_page_needs_nothing_else(tmp_path):
     page = page_of(tmp_path, {"rl": [make_trace("dotted")]})
     assert not re.search(r"<script|https?://|@import|url\(", page)
     assert "width=device-width" in page and "color-scheme: light dark" in page
-
-
-def test_what_is_not_finite_breaks_no_curve(tmp_path):
-    """Guards the curves of a run that went wrong: what is no number is left out, and a figure that
-    never was one has no curve."""
-    log = [{"step": 1, "kl": float("inf"), "loss": 1.0}, {"step": 2, "kl": None, "loss": 2.0}]
-    page = page_of(tmp_path, {}, log=log)
-    assert "<b>loss</b>" in page and "<b>kl</b>" not in page
-    assert "nan" not in page.lower() and "inf" not in page.lower().replace("font", "")
-    assert page_of(tmp_path, {}, log=[])
 
 
 def test_no_text_leaves_its_place(tmp_path):
@@ -81,34 +73,12 @@ def test_no_text_leaves_its_place(tmp_path):
     assert html.escape("</script><script>document.title = 'broken'") in page
 
 
-def test_a_question_without_truth_is_neither_right_nor_wrong(tmp_path):
-    """Guards questions of the user's own: nothing is said of what nobody knows."""
-    page = page_of(tmp_path, {"model": [make_trace("dotted", truth="")]})
-    assert "<h4>model: open</h4>" in page and "open (1)" in page
-
-
-def test_what_is_not_seen_is_written_out():
-    """Guards terminal and page: control characters, those that turn text round, that fill or that
-    are half of one are written as their codes; long texts are cut."""
-    hidden = "\x1b[2J\u202e\u3164\u115f\u180e\ufff9\U000e0041\ud800"
-    assert not set(visible(f"a{hidden}b")) & (set(hidden) - set("[2J"))
-    assert visible("Größe 大\n\t👍") == "Größe 大\n\t👍"
-    assert len(visible("x" * 10**6)) < 10_000
-
-
 def test_pictures_are_small(tmp_path):
-    """Guards the size of a page: a large image costs it no more than a small one."""
+    """Guards the size of a page: a large image costs it no more than a small one; with its crops
+    below it, the picture is as high as wide."""
     trace = make_trace("dotted", image=noise(2000, 1500))
     trace.frames = [Frame((64, 64), (2000, 1500))]
     page = page_of(tmp_path, {"rl": [trace]})
     data = re.search(r"base64,([^\"]+)", page)[1]
     image = Image.open(io.BytesIO(base64.b64decode(data)))
-    assert max(image.size) <= 1280 and len(page) < 600_000
-
-
-@pytest.mark.parametrize("shares", [[0.0] * 5, [1.0] * 5, [0.5, 1.0], [0.0], [1, 0, 1]])
-def test_intervals_stay_in_bounds(shares):
-    """Guards what is printed beside accuracies: bounds from 0 to 1, around the mean."""
-    low, high = interval(shares)
-    assert 0 <= low <= sum(shares) / len(shares) <= high <= 1
-    assert not json.dumps(low).startswith("-")
+    assert image.size == (640, 640) and len(page) < 600_000
