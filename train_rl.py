@@ -303,12 +303,15 @@ def report(out, args, table_rows, traces):
     """Writes the run's page."""
     trees = out / "trees.txt"               # not there with --traces
     tree = trees.read_text(encoding="utf-8").partition("\n\n")[0] if trees.is_file() else ""
-    log = read_log(out / "log.jsonl")
-    names = dict.fromkeys(name for row in log for name in row if name != "step")
-    charts = [curve(name, log) for name in names]
+    charts = curves(read_log(out / "log.jsonl"))
     with writing(out / "report.html"):
         write_report(out / "report.html", f"{args.task}, {args.mode}", vars(args), charts,
                      table_rows, tree, traces)
+
+
+def curves(log_rows):
+    names = dict.fromkeys(name for row in log_rows for name in row if name != "step")
+    return [curve(name, log_rows) for name in names]
 
 
 def curve(name, log_rows):

@@ -25,10 +25,11 @@ from conftest import (
 from PIL import Image
 from pytest import approx
 
-from evaluate import open_file, questions_of, settle, usable
+from evaluate import open_file, settle, usable
 from model import UserError
 from reward import match_action, match_answer, parse_options, scored_by
 from rollout import visible
+from train_sft import questions_of
 
 
 def read(path, image_root=""):

@@ -13,9 +13,9 @@ from conftest import ROOT, in_processes
 from PIL import Image
 
 import evaluate as evaluation
-from evaluate import evaluate, figures, interval, open_file, read_answers, row_of, table
+from evaluate import evaluate, figures, interval, open_file, read_answers, table
 from model import UserError, load, rank
-from reward import official_rule, targets_hit, true_thoughts
+from reward import official_rule, row_of, targets_hit, true_thoughts
 from rollout import Dialogue, Frame, Question, Trace, Turn, crop_box, format_call, parse_turn
 
 # ---------------------------------------------------------------------------- figures from regions

@@ -10,6 +10,7 @@ from PIL import Image
 
 from evaluate import write_report
 from rollout import Frame, Question, Trace, crop_box, format_call, parse_turn
+from train_rl import curves
 
 HOSTILE = "</script><script>document.title = 'broken'</script><img src=x onerror=alert(1)>\"'&" \
           "<!-- \x00\x07\u202eright to left\u2066\u2028\u2029 ]]> {title} </pre></details>"
@@ -32,7 +33,8 @@ def make_trace(answer, truth="dotted", ended="answer", text="Which one?", image=
 def page_of(tmp_path, traces, title="search, zoom", tree="1 visits, value 1.00: first", log=LOG):
     path = tmp_path / "report.html"
     settings = {"lr": 1e-6, "task": title, "teacher": "", "seed": 3}
-    write_report(path, title, settings, log, [["", "accuracy"], ["rl", "0.990"]], tree, traces)
+    table = [["", "accuracy"], ["rl", "0.990"]]
+    write_report(path, title, settings, curves(log), table, tree, traces)
     return path.read_text(encoding="utf-8")
 
 
