@@ -173,7 +173,7 @@ class Job:
         _, (sft, rl), flags = ARMS[self.arm]
         if self.short:
             sft, rl = round(sft / 35), round(rl / 35)
-            flags += " --search-questions 16"
+            flags += " --search-questions 8"
             flags += " --questions 4 --update-questions 4 --group 4" if rl else ""
         flags = flags.format(**self.given)
         words = ["train_rl.py" if rl else "train_sft.py", *self.common, "--out", self.folder,
@@ -256,7 +256,7 @@ def make_one_look(job, path):
     """Writes the traces that a search finds, those alone that zoom once."""
     folder = path.with_suffix("")
     call("train_sft.py", *job.common, "--task", job.data("train"), "--out", folder,
-         "--sft-steps", 1, *(["--search-questions", 16] if job.short else []))
+         "--sft-steps", 1, *(["--search-questions", 8] if job.short else []))
     lines = (folder / "search.jsonl").read_text(encoding="utf-8").splitlines()
     spoken = [sum(message["role"] == "assistant" for message in json.loads(line)["messages"])
               for line in lines]
@@ -310,7 +310,7 @@ def train_all(jobs, parallel):
     left = [job for job in jobs if not job.result()]
     print(f"{len(jobs)} arms and seeds, {len(left)} of them to be trained", flush=True)
     for task in sorted({job.task for job in left}):
-        n = "100" if left[0].short else "1200"
+        n = "50" if left[0].short else "1200"
         call(TINY / "make_data.py", "--task", task, "--n", n, "--out", left[0].runs / "data")
     started = time.monotonic()
     threads = ThreadPoolExecutor(parallel)
