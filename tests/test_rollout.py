@@ -8,31 +8,30 @@ import sys
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import rollout as rollout_module
-from model import UserError
+from model import UserError, load
 from rollout import (
     MODES,
-    SYSTEM_PROMPTS,
     Dialogue,
     Frame,
     Question,
     ToolError,
-    Trace,
     crop_box,
     describe_settings,
     draw_trace,
     family_settings,
     format_call,
-    input_limits,
     make_dialogue,
     number,
     parse,
     parse_call,
+    parse_json,
     parse_points,
     parse_turn,
     read_image,
@@ -46,6 +45,12 @@ from rollout import (
 
 SHORT = {"direct": "Answer.", "think": "Think.", "grounded": "Point.", "zoom": "Zoom."}
 TINY = Dialogue(system_prompts=SHORT, crop_half=32, crop_size=64)
+GIVEN = ["--model", "m", "--task", "t"]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_folder):
+    return load(tiny_folder, device="cpu")
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -53,16 +58,13 @@ TINY = Dialogue(system_prompts=SHORT, crop_half=32, crop_size=64)
 @pytest.fixture
 def read(monkeypatch):
     """read(*words) -> the Namespace of a script with these flags."""
-    def settings(*words, sections=("rollout", "train_sft", "train_rl"), tool=False):
+    def settings(*words, sections=("rollout", "train_sft", "train_rl")):
         parser = argparse.ArgumentParser()
         shared_flags(parser)
-        parser.add_argument("--lr", type=number(), default=1e-6, help="learning rate")
-        parser.add_argument("--group", type=whole(2), default=8, help="traces a question")
-        parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False,
-                            help="go on")
-        if tool:
-            parser.add_argument("--tool", action=argparse.BooleanOptionalAction, default=True,
-                                help="the zoom tool")
+        parser.add_argument("--lr", type=number(), default=1e-6)
+        parser.add_argument("--group", type=whole(2), default=8)
+        for flag, default in (("--resume", False), ("--tool", True)):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
         monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
         return parse(parser, *sections)
     return settings
@@ -71,9 +73,6 @@ def read(monkeypatch):
 def write_json(path, value):
     path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
     return str(path)
-
-
-GIVEN = ["--model", "m", "--task", "t"]
 
 
 @pytest.mark.parametrize("family, training, expected", [
@@ -92,13 +91,10 @@ def test_settings_of_a_family(family, training, expected):
 def test_modes_of_one_turn_have_defaults_of_their_own(read):
     """Guards the paper's second column; a flag that repeats the default of the other column was
     taken for one that was not given."""
-    args = read(*GIVEN)
-    assert sampling_of(args) == dict(temperature=1.0, top_p=1.0, turn_tokens=1024,
-                                     response_tokens=4608)
-    assert args.group == 8 and input_limits(args) == dict(max_pixels=None, max_image_side=None)
+    assert sampling_of(read(*GIVEN)) == dict(temperature=1.0, top_p=1.0, turn_tokens=1024,
+                                             response_tokens=4608)
     single = read(*GIVEN, "--mode", "think")
     assert (single.turn_tokens, single.response_tokens, single.group) == (2048, 2048, 5)
-    assert "clip_norm" not in single
     kept = read(*GIVEN, "--mode", "think", "--group", 8, "--turn-tokens", 1024)
     assert (kept.turn_tokens, kept.response_tokens, kept.group) == (1024, 2048, 8)
 
@@ -119,14 +115,13 @@ def test_flags_count_more_than_the_config_file(read, tmp_path):
 
 def test_the_tiny_run_is_the_default(read, tmp_path, monkeypatch):
     """Guards the bare command, and a tiny setting in a run of the user's own."""
-    config = {"rollout": {"model": "{here}/base", "task": "a", "turn_tokens": 48}}
     path = tmp_path / "recipe.json"
-    write_json(path, config)
+    write_json(path, {"rollout": {"model": "base", "task": "a", "turn_tokens": 48}})
     monkeypatch.setattr(rollout_module, "RECIPE", path)
-    assert read().turn_tokens == 48 and read().training
     evaluating = partial(read, sections=("rollout", "evaluate"))
-    assert evaluating("--model", "mine").turn_tokens == 48
-    assert evaluating("--model", "mine").model == "mine" and not evaluating().training
+    assert read().turn_tokens == evaluating("--model", "mine").turn_tokens == 48
+    assert evaluating("--model", "mine").model == "mine"
+    assert read().training and not evaluating().training
     assert read(*GIVEN).turn_tokens == evaluating(*GIVEN).turn_tokens == 1024
     with pytest.raises(UserError, match="--model without --task"):
         read("--model", "mine")
@@ -135,33 +130,26 @@ def test_the_tiny_run_is_the_default(read, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [
-    "", "{", "[]", "[1]", "3", "null", {"toys": {}}, {"rollout": 3}, {"train_rl": {"lr": "nan"}},
-    {"train_rl": {"lr": float("inf")}}, {"train_rl": {"lr": True}}, {"train_rl": {"lr": None}},
-    {"train_rl": {"lr": [1]}}, {"train_rl": {"": 1}}, {"train_rl": {"learning rate": 1}},
-    {"train_rl": {"grou": 8}}, {"train_rl": {"group": 1}}, {"train_rl": {"group": 8.0}},
-    {"train_rl": {"resume": "yes"}}, {"rollout": {"mode": "look"}}])
+    "{", "[]", "[1]", "null", {"toys": {}}, {"rollout": 3}, {"train_rl": {"lr": "nan"}},
+    {"train_rl": {"lr": True}}, {"train_rl": {"lr": None}}, {"train_rl": {"": 1}},
+    {"train_rl": {"grou": 8}}, {"train_rl": {"group": 8.0}}, {"train_rl": {"resume": "yes"}}])
 def test_a_broken_config_file_is_told_in_a_line(read, tmp_path, config):
     """Guards --config: misspelt names, wrong types and absurd values were passed over, or ended in
     a traceback."""
     path = write_json(tmp_path / "run.json", config)
     with pytest.raises(UserError) as error:
         read("--config", path, *GIVEN)
-    if config != "[]":
-        assert str(error.value).startswith(path) and "\n" not in str(error.value)
+    assert str(error.value).startswith(path) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--group", 1], "no whole number from 2"), (["--group", "2.5"], "no whole number"),
     (["--lr", "inf"], "no number"), (["--lr", "nan"], "no number"), (["--lr", -1], "no number"),
-    (["--lr", "much"], "no number"), (["--seed", 2**70], "no whole number"),
-    (["--seed", -1], "no whole number"), (["--temperature", 0], "--temperature"),
-    (["--temperature", 1e-39], "--temperature"), (["--top-p", 0], "--top-p"),
-    (["--temperature", 1e300], "--temperature"),
-    (["--top-p", 1.5], "--top-p"), (["--top-p", 0.5], "in training"),
-    (["--mode", "look"], "invalid choice"), (["--sead", 3], "unrecognized arguments"),
-    (["--tem", 3], "unrecognized arguments"), (["words"], "unrecognized arguments"),
-    (["--max-pixels", 0], "no whole number"), (["--config", "none.json"], "none.json"),
-])
+    (["--seed", 2**70], "no whole number"), (["--temperature", 0], "--temperature"),
+    (["--temperature", 1e-39], "--temperature"), (["--temperature", 1e300], "--temperature"),
+    (["--top-p", 0], "--top-p"), (["--top-p", 1.5], "--top-p"), (["--top-p", 0.5], "in training"),
+    (["--mode", "look"], "invalid choice"), (["--tem", 3], "unrecognized arguments"),
+    (["--max-pixels", 0], "no whole number"), (["--config", "none.json"], "none.json")])
 def test_a_bad_value_is_refused_in_a_line(read, flags, message):
     """Guards settings: an error in the midst of a run, or a run that does something else."""
     with pytest.raises(UserError, match=message) as error:
@@ -177,54 +165,35 @@ def test_evaluation_may_be_greedy_or_truncated(read):
 
 def test_settings_are_printed(read):
     """Guards the settings in force: all but those that are not there, in lines of a page."""
-    args = read("--model", "runs/a-" + "b-" * 60, "--task", "t", "--temperature", 0.7)
-    text = describe_settings(args)
-    assert "temperature=0.7" in text and "seed=0" in text and "max_pixels" not in text
-    assert "runs/a-" + "b-" * 60 in text
-    assert max(len(line) for line in text.splitlines() if "runs" not in line) <= 100
-
-
-def ends(error):
-    raise error
+    name = "runs/a-" + "b-" * 60
+    text = describe_settings(read("--model", name, "--task", "t"))
+    assert name in text and "seed=0" in text and "max_pixels" not in text
+    assert max(len(line) for line in text.splitlines() if name not in line) <= 100
 
 
 @pytest.mark.parametrize("error, code, message", [
-    (UserError("wrong \ud83d"), 2, "error: wrong [U+D83D]\n"),
-    (UserError("two\nlines \x1b[2J"), 2, "error: two lines [U+001B][2J\n"),
+    (UserError("two\nlines \xe9 \x1b[2J \ud83d"), 2, "error: two lines ? [U+001B][2J [U+D83D]\n"),
     (OSError(28, "No space left", "a.png"), 2, "error: [Errno 28] No space left: 'a.png'\n"),
-    (BrokenPipeError(32, "Broken pipe"), 2, "error: [Errno 32] Broken pipe\n"),
     (KeyboardInterrupt(), 130, "interrupted; "), (KeyError("a"), 1, "Traceback"),
     (SystemExit(3), 3, "")])
 def test_how_a_script_ends(error, code, message, monkeypatch):
     """Guards exit codes, and a traceback in place of a line: where the terminal has no such
-    characters, too."""
+    characters, too, and where stdout is closed."""
     written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stderr", written)
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(SystemExit) as stop:
-        run_script(partial(ends, error))
+        run_script(Mock(side_effect=error))
     assert stop.value.code == code
     assert written.buffer.getvalue().decode().startswith(message)
-
-
-def test_half_of_torchrun_is_told_in_a_line(monkeypatch, capsys):
-    """Guards WORLD_SIZE without the rest: a traceback of torch's."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(SystemExit) as stop:
-        run_script(lambda: None)
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: WORLD_SIZE is set")
 
 
 # ---------------------------------------------------------------------------- coordinates and crops
 
 @pytest.mark.parametrize("text, points", [
     ("the cup (12, 40).", [(12, 40)]), ("[12,40]", [(12, 40)]),
-    ("at ( 12.5 , 40 ) and (-3, 7)", [(12.5, 40), (-3, 7)]), ("(1, 2, 3, 4) (a, b) (1 2)", []),
-    ("(999999999, 2)", [(999999999, 2)]), ("(1,\n2)", [(1, 2)]), ("", []),
-    ("(1.5e1, 2E+2)", [(15, 200)]),
-])
+    ("at ( 12.5 ,\n40 ) and (-3, 7)", [(12.5, 40), (-3, 7)]), ("(1.5e1, 2E+2)", [(15, 200)]),
+    ("(1, 2, 3, 4) (a, b) (1 2)", [])])
 def test_points_in_text(text, points):
     """Guards parsing: decimals, negatives, brackets and inner blanks are points; boxes are not."""
     assert parse_points(text) == points
@@ -238,34 +207,29 @@ def test_frames_convert_between_model_input_and_original():
     assert not frame.contains((64, 5)) and not frame.contains((-1, 5))
 
 
-@pytest.mark.parametrize("point", [(0, 0), (299, 199), (150, 100), (299, 0)])
-def test_the_window_at_a_border_is_moved_and_not_stretched(point):
-    """Guards crops near a border: the same size everywhere, inside the image, with the point in
-    them."""
-    left, top, right, bottom = crop_box((300, 200), point, 40)
-    assert right - left == bottom - top == 80
-    assert left >= 0 and top >= 0 and right <= 300 and bottom <= 200
-    assert left <= point[0] <= right and top <= point[1] <= bottom
+@pytest.mark.parametrize("size, point, half, box", [
+    ((300, 200), (150, 100), 40, (110, 60, 190, 140)), ((300, 200), (0, 0), 40, (0, 0, 80, 80)),
+    ((300, 200), (299, 199), 40, (220, 120, 300, 200)),
+    ((300, 200), (280, 10), 182, (0, 0, 300, 200)), ((500, 30), (250, 5), 50, (200, 0, 300, 30))])
+def test_the_window_of_a_crop(size, point, half, box):
+    """Guards crops: at a border the window is moved and not stretched; where a side of the image is
+    shorter, it is shown in full: a third of a 300x200 image was cut away."""
+    assert crop_box(size, point, half) == box
 
 
-def test_an_image_smaller_than_the_window_is_shown_in_full_and_undistorted():
-    """Guards small images: a third of a 300x200 image was cut away, or its crop was stretched to
-    a square. Where one side alone is shorter, that side is shown in full."""
-    assert crop_box((100, 30), (90, 5), 50) == (0, 0, 100, 30)
-    assert crop_box((300, 200), (150, 100), 182) == (0, 0, 300, 200)
-    assert crop_box((500, 30), (250, 5), 50) == (200, 0, 300, 30)
+def test_a_small_image_is_shown_undistorted():
+    """Guards small images, whose crop was stretched to a square."""
     image = Image.new("RGB", (300, 200), "white")
-    ImageDraw.Draw(image).rectangle((0, 0, 149, 99), fill="black")
+    image.paste("black", (0, 0, 150, 100))
     crop = zoom(image, (280, 10), 182, 672)
     assert crop.size == (672, 448)
     black = crop.convert("L").point(lambda v: 255 * (v < 128)).getbbox()
     assert black == pytest.approx((0, 0, 336, 224), abs=1)
-    assert zoom(image, (150, 100), 50, 200).size == (200, 200)
 
 
 def test_a_crop_is_never_too_thin_for_the_model():
     """Guards crops of thin images: a crop of 672x3 px ended the run in the midst of a dialogue."""
-    for size in ((1, 200), (200, 1), (364, 2), (1400, 7)):
+    for size in ((1, 200), (364, 2)):
         crop = zoom(Image.new("RGB", size), (0, 0), 182, 672)
         assert max(crop.size) <= 200 * min(crop.size)
 
@@ -279,43 +243,39 @@ def test_zoom_adds_real_detail():
     assert crop.size == (200, 200) and min(crop.convert("L").tobytes()) < 60
 
 
-@pytest.mark.parametrize("size", [200, 384, 512, 672])
+@pytest.mark.parametrize("size", [200, 672])
 @pytest.mark.parametrize("point", [(1000, 1000), (5, 1990)])
 def test_the_dot_marks_the_point_and_can_be_seen(size, point):
     """Guards the red dot: too small to be seen, without its outline on a red ground, or in the
     midst of a crop whose window was moved inside the image."""
     image = Image.new("RGB", (2000, 2000), "black")
-    left, top, right, _ = crop_box(image.size, point, 100)
-    scale = size / (right - left)
+    left, top, _, _ = crop_box(image.size, point, 100)
+    x, y = round((point[0] - left) * size / 200), round((point[1] - top) * size / 200)
     dotted = zoom(image, point, 100, size, dot=True)
-    x, y = (point[0] - left) * scale, (point[1] - top) * scale
-    assert dotted.getpixel((round(x), round(y))) == (255, 0, 0)
-    row = [dotted.getpixel((column, round(y))) for column in range(size)]
-    runs = [(colour, len(list(same))) for colour, same in groupby(row)]
-    red, white, black = (255, 0, 0), (255, 255, 255), (0, 0, 0)
-    assert [colour for colour, _ in runs][-4:] == [white, red, white, black]
-    assert 0.04 < sum(width for _, width in runs[-4:-1]) / size < 0.07
+    row = [dotted.getpixel((column, y)) for column in range(x, size)]    # from its middle on
+    (red, radius), (white, outline), (black, _) = [
+        (colour, len(list(same))) for colour, same in groupby(row)]
+    assert (red, white, black) == ((255, 0, 0), (255, 255, 255), (0, 0, 0))
+    assert 0.02 < (radius + outline) / size < 0.035
 
 
-@pytest.mark.parametrize("text", [
-    "", "{", "[1, 2]", "null", '{"name": "other", "arguments": {"coordinate": [1, 2]}}',
-    '{"name": "search_coordinate"}', '{"name": "search_coordinate", "arguments": [1, 2]}',
-    '{"name": "search_coordinate", "arguments": {"coordinate": [1]}}',
-    '{"name": "search_coordinate", "arguments": {"coordinate": [true, false]}}',
-    '{"name": "search_coordinate", "arguments": {"coordinate": ["1", "2"]}}',
-    '{"name": "search_coordinate", "arguments": {"coordinate": [NaN, Infinity]}}',
-    '{"name": "search_coordinate", "arguments": {"coordinate": [1e99, 2]}}',
-    "[" * 5000, '{"a": ' * 60, "9" * 5000])
-def test_bad_calls_are_told_in_words(text):
+CALL = '{"name": "search_coordinate", "arguments": %s}'
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "valid JSON"), ("[" * 400, "valid JSON"), ("[1, 2]", "only tool"),
+    ('{"name": "other", "arguments": {"coordinate": [1, 2]}}', "only tool"),
+    ('{"name": "search_coordinate"}', "two numbers"), (CALL % "[1, 2]", "two numbers"),
+    (CALL % '{"coordinate": [1]}', "two numbers"),
+    (CALL % '{"coordinate": [true, false]}', "two numbers"),
+    (CALL % '{"coordinate": ["1", "2"]}', "two numbers"),
+    (CALL % '{"coordinate": [NaN, Infinity]}', "two numbers"),
+    (CALL % '{"coordinate": [1e99, 2]}', "two numbers"), ("[" * 5000, "too long"),
+    (CALL % '{"coordinate": [1, 2]}' + " " * 400, "too long")])
+def test_bad_calls_are_told_in_words(text, message):
     """Guards the tool against whatever a model writes: a ToolError, never a crash."""
-    with pytest.raises(ToolError):
+    with pytest.raises(ToolError, match=message):
         parse_call(text)
-
-
-def test_a_call_that_is_too_long_is_told_so():
-    """It was told that there is only one tool, which it had named."""
-    with pytest.raises(ToolError, match="too long"):
-        parse_call('{"name": "search_coordinate", "arguments": {"coordinate": [1, 2]}}' + " " * 400)
 
 
 def test_a_turn_keeps_thought_and_answer():
@@ -353,9 +313,7 @@ class Script:
 
 @pytest.fixture
 def question():
-    image = Image.new("RGB", (256, 256), "grey")
-    ImageDraw.Draw(image).rectangle((100, 100, 120, 120), fill="red")
-    return Question("Which?", [image], "red")
+    return Question("Which?", [Image.new("RGB", (256, 256), "grey")], "red")
 
 
 def zooming(x, y):
@@ -411,9 +369,10 @@ def test_how_a_trace_can_end(policy, question, text, truncated, ended):
 def test_an_observation_that_does_not_fit_ends_the_trace(policy, question, monkeypatch):
     """Guards the bound on tokens: a trace whose crop would pass it ends as "truncated", not without
     a reason."""
-    policy.end_tokens = set(range(policy.text_config.vocab_size))    # every token ends a turn ...
+    every = set(range(policy.text_config.vocab_size))
+    monkeypatch.setattr(policy, "end_tokens", every)         # every token ends a turn ...
 
-    def on_turn(dialogue, policy, trace, truncated):                 # ... with a zoom call
+    def on_turn(dialogue, policy, trace, truncated):         # ... with a zoom call
         trace.turns.append(parse_turn(zooming(5, 5)))
         return dialogue.answer_call(policy, trace, trace.turns[-1])
     monkeypatch.setattr(Dialogue, "on_turn", on_turn)
@@ -449,16 +408,14 @@ def test_traces_of_a_question_share_their_crops(policy, question):
 def test_rollouts_of_every_mode(policy, question, mode):
     """Guards all modes end to end with the real engine: every trace ends for a reason, within its
     bounds, and no image is kept."""
-    dialogue = replace(TINY, mode=mode)
-    limits = dict(turn_tokens=12, response_tokens=90)
     questions = [replace(question) for _ in range(3)]
-    groups = rollout(policy, questions, dialogue, 2, range(3), **limits)
+    groups = rollout(policy, questions, replace(TINY, mode=mode), 2, range(3), turn_tokens=12,
+                     response_tokens=90)
     assert [[trace.question for trace in group] for group in groups] == [[q, q] for q in questions]
     assert not any(question.loaded for question in questions)
     for trace in sum(groups, []):
-        assert trace.ended in ("answer", "forced", "truncated", "stopped") and trace.turns
-        assert len(trace.ids) <= 90
-        assert isinstance(trace, Trace) and trace.mode == mode
+        assert trace.ended in ("answer", "forced", "truncated", "stopped")
+        assert trace.turns and len(trace.ids) <= 90 and trace.mode == mode
         pairs = zip(trace.ids, trace.sampled, strict=True)
         assert policy.image_token not in [token for token, sampled in pairs if sampled]
 
@@ -511,86 +468,73 @@ def asked(policy, dialogue, question):
     return policy.decode(dialogue.prompt(policy, question)[0].ids)
 
 
-def test_which_part_of_a_dialogue_counts(policy, question, read, tmp_path):
+@pytest.fixture
+def made(read, policy):
+    """made(checkpoint, *flags) -> the Dialogue of a run with a checkpoint."""
+    def dialogue(checkpoint, *flags, family=None):
+        args = read(*GIVEN, *flags)
+        args.family = family
+        return make_dialogue(args, str(checkpoint), policy)
+    return dialogue
+
+
+def test_which_part_of_a_dialogue_counts(made, policy, question, tmp_path, monkeypatch):
     """Guards whose wording counts, from the least to the most: the crops of the family, the
     checkpoint's dialogue.json, --dialogue FILE; and that a part leaves the others as they were."""
     theirs = replace(TINY, crop_half=7, crop_size=48, max_crops=2, before_crop="Theirs: ")
     write_json(tmp_path / "dialogue.json", theirs.to_json())
-    mine = write_json(tmp_path / "mine.json", {"crop_size": 40, "max_crops": 3, "hints": False})
+    mine = write_json(tmp_path / "mine.json", {"crop_size": 40, "hints": False})
     bare = tmp_path / "bare"
     bare.mkdir()
-
-    def made(checkpoint, *flags, family=None, **changes):
-        args = read(*GIVEN, *flags, tool=True)
-        args.family = family
-        return make_dialogue(args, str(checkpoint), policy)
-
-    assert made(bare) == Dialogue()
-    assert made(bare, family="gui").crop_half == 50 and made(bare, family="gui").crop_dot
-    assert made(tmp_path, family="gui").to_json() == theirs.to_json()
-    changed = made(tmp_path, "--dialogue", mine)
-    expected = replace(theirs, crop_size=40, max_crops=3, hints=False)
-    assert changed.to_json() == expected.to_json()
-    assert made(bare, "--mode", "think").mode == "think" and not made(bare, "--no-tool").tool
-    assert "Zoom." in asked(policy, made(tmp_path), question)
-    assert "search_coordinate" in asked(policy, made(bare), question)
-    assert made(bare).system_prompts == SYSTEM_PROMPTS
-    policy.default_system_message = lambda: "Look closer."
-    assert made(bare).system_prompts == {} and made(tmp_path).system_prompts == SHORT
+    assert made(bare, "--mode", "think", "--no-tool") == Dialogue("think", tool=False)
+    gui = Dialogue(crop_half=50, crop_size=384, crop_dot=True)
+    assert made(bare, family="gui") == gui and made(tmp_path, family="gui") == theirs
+    assert made(tmp_path, "--dialogue", mine) == replace(theirs, crop_size=40, hints=False)
+    assert "Zoom." in asked(policy, theirs, question)
+    monkeypatch.setattr(policy, "default_system_message", lambda: "Look closer.")
+    assert made(bare) == Dialogue(system_prompts={}) and made(tmp_path) == theirs
 
 
-def test_a_dialogue_is_kept_as_it_is(tmp_path, policy, read):
+def test_a_dialogue_is_kept_as_it_is(tmp_path, policy, made):
     """Guards dialogue.json: what is written is read; mode and tool are the run's."""
     dialogue = Dialogue("think", False, {"think": "Ünd?"}, "a", "b", "c", "d", "e", False,
                         "unrounded", 9, 8, True, 1)
     policy.save(tmp_path / "kept", dialogue=dialogue.to_json())
-    args = read(*GIVEN, "--mode", "think", "--no-tool", tool=True)
-    assert make_dialogue(args, str(tmp_path / "kept"), policy) == dialogue
+    assert made(tmp_path / "kept", "--mode", "think", "--no-tool") == dialogue
     assert not {"mode", "tool"} & set(dialogue.to_json())
 
 
-@pytest.mark.parametrize("name", ["sft", "rl", "copied"])
-def test_a_checkpoint_of_ours_without_its_dialogue_is_refused(policy, read, tmp_path, name):
+def test_a_checkpoint_of_ours_without_its_dialogue_is_refused(made, tmp_path):
     """Guards a policy from other wording and crops than it was trained with, without a word."""
-    folder = tmp_path / name
-    folder.mkdir()
-    (folder / "notes.json").write_text("{}")
-    with pytest.raises(UserError, match=f"{name}: dialogue.json is missing"):
-        make_dialogue(read(*GIVEN), str(folder), policy)
+    write_json(tmp_path / "notes.json", {})
+    with pytest.raises(UserError, match=f"{tmp_path}: dialogue.json is missing"):
+        made(tmp_path)
 
 
 @pytest.mark.parametrize("text", [
-    "", "{", "[1, 2]", "null", "3", '{"crop": 3}', '{"mode": "think"}', '{"hints": 1}',
-    '{"crop_half": "32"}', '{"crop_half": true}', '{"crop_half": 32.5}', '{"coordinates": "px"}',
-    '{"coordinates": 5}', '{"system_prompts": "Look."}', '{"system_prompts": {"zoom": 3}}',
-    '{"system_prompts": {"look": "Look."}}', '{"crop_half": 0}', '{"crop_size": -5}',
+    "{", "[1, 2]", "null", '{"crop": 3}', '{"mode": "think"}', '{"hints": 1}',
+    '{"crop_half": true}', '{"crop_half": 32.5}', '{"coordinates": "px"}',
+    '{"system_prompts": {"zoom": 3}}', '{"system_prompts": {"look": "Look."}}', '{"crop_half": 0}',
     '{"crop_size": 1000000}', '{"max_crops": -1}', "[" * 99_999])
-def test_a_broken_part_of_a_dialogue_is_told_in_a_line(policy, read, tmp_path, text):
+def test_a_broken_part_of_a_dialogue_is_told_in_a_line(made, tmp_path, text):
     """Guards --dialogue: a misspelt part was passed over without a word, and a part of another type
     ended in a traceback."""
     path = write_json(tmp_path / "mine.json", text)
     for broken in (path, "none.json"):
         with pytest.raises(UserError) as error:
-            make_dialogue(read(*GIVEN, "--dialogue", broken), str(tmp_path), policy)
+            made(tmp_path, "--dialogue", broken)
         assert str(error.value).startswith(f"{broken}: ") and "\n" not in str(error.value)
 
 
-def test_a_mark_of_byte_order_is_no_text(policy, read, tmp_path):
-    """Guards settings that an editor on Windows wrote."""
-    path = write_json(tmp_path / "mine.json", '\ufeff{"crop_size": 99}')
-    args = read(*GIVEN, "--dialogue", path)
-    assert make_dialogue(args, str(tmp_path), policy).crop_size == 99
+def test_texts_that_editors_leave_behind(made, read, tmp_path):
+    """Guards settings against a mark of byte order, and against half a character, which ended the
+    run in the tokenizer."""
+    text = '\ufeff{"system_prompts": {"zoom": "Look \\ud83d!"}}'
+    path = write_json(tmp_path / "mine.json", text)
+    assert made(tmp_path, "--dialogue", path).system_prompts == {"zoom": "Look ?!"}
+    assert parse_json('["\\ud83d\\ude00", "\\ude00"]') == ["😀", "?"]
     path = write_json(tmp_path / "run.json", '\ufeff{"rollout": {"model": "a", "task": "b"}}')
     assert read("--config", path).model == "a"
-
-
-def test_half_characters_are_replaced_on_reading(policy, read, tmp_path, question):
-    """Guards texts of JSON files: half a character ended the run in the tokenizer."""
-    path = write_json(tmp_path / "mine.json", '{"system_prompts": {"zoom": "Look \\ud83d!"}}')
-    dialogue = make_dialogue(read(*GIVEN, "--dialogue", path), str(tmp_path), policy)
-    assert dialogue.system_prompts == {"zoom": "Look ?!"}
-    assert "Look ?!" in asked(policy, dialogue, question)
-    assert rollout_module.parse_json('["\\ud83d\\ude00", "\\ude00"]') == ["😀", "?"]
 
 
 def test_a_hint_stands_behind_the_question(policy, question):
@@ -602,19 +546,6 @@ def test_a_hint_stands_behind_the_question(policy, question):
 
 
 # ------------------------------------------------------------------------------------------- images
-
-def test_a_photograph_is_turned_upright(tmp_path):
-    """Guards EXIF orientation: a point is meant in the image as a person sees it."""
-    image = Image.new("RGB", (400, 200), "white")
-    image.paste("red", (0, 0, 100, 50))                        # top left in the file
-    exif = Image.Exif()
-    exif[0x0112] = 6                                           # to be turned a quarter clockwise
-    image.save(tmp_path / "photo.jpg", exif=exif)
-    (upright,) = Question("?", [tmp_path / "photo.jpg"], "").load()
-    assert upright.size == (200, 400)
-    red, green, _ = upright.getpixel((175, 50))                # top right as a person sees it
-    assert red > 200 and green < 60 and upright.getpixel((25, 50)) == (255, 255, 255)
-
 
 def encoded(image, format, **options):
     buffer = io.BytesIO()
@@ -630,10 +561,9 @@ def half_black():
 
 
 @pytest.mark.parametrize("image", [
-    encoded(half_black(), "PNG"), encoded(half_black(), "WEBP", lossless=True),
-    encoded(half_black(), "GIF"), encoded(half_black(), "TIFF"),
+    encoded(half_black(), "PNG"), encoded(half_black(), "GIF"),
     encoded(half_black().convert("LA"), "PNG"), encoded(half_black().quantize(4), "PNG")],
-    ids=["png", "webp", "gif", "tiff", "la", "palette"])
+    ids=["png", "gif", "la", "palette"])
 def test_transparency_lies_on_white(image):
     """Guards transparent images: black on transparent black was all black."""
     read = read_image(image)
@@ -646,12 +576,10 @@ RAMP = np.tile(np.linspace(0, 65_535, 40), (20, 1))
 
 @pytest.mark.parametrize("image", [
     encoded(Image.fromarray(RAMP.astype(np.uint16)), "PNG"),
-    encoded(Image.fromarray(RAMP.astype(np.uint16)), "TIFF"),
     encoded(Image.fromarray(RAMP.astype(np.int32)), "TIFF"),
     encoded(Image.fromarray((RAMP / 65_535).astype(np.float32)), "TIFF"),
-    encoded(Image.fromarray((RAMP / 257).astype(np.float32)), "TIFF"),
-    b"P5 40 20 65535\n" + RAMP.astype(">u2").tobytes()],
-    ids=["png", "tiff", "int", "share", "float", "pgm"])
+    encoded(Image.fromarray((RAMP / 257).astype(np.float32)), "TIFF")],
+    ids=["png", "int", "share", "float"])
 def test_more_than_eight_bits_are_scaled(image):
     """Guards 16-bit and float images: they were cut off to black or white."""
     read = np.asarray(read_image(image))[0, :, 0]
@@ -660,54 +588,55 @@ def test_more_than_eight_bits_are_scaled(image):
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_damaged_exif_costs_no_pixels(format):
-    """Guards photographs with damaged EXIF: a traceback, or "cannot be read". Where the orientation
-    can be read, they are still turned."""
+    """Guards photographs: a point is meant in the image as a person sees it, turned by its EXIF;
+    damaged EXIF was a traceback, or "cannot be read"."""
+    image = Image.new("RGB", (400, 200), "white")
+    image.paste("red", (0, 0, 100, 50))                      # top left in the file
     exif = Image.Exif()
-    exif[0x0112], exif[0x0131] = 6, "written by some camera"
-    image, data = Image.new("RGB", (40, 20), "red"), exif.tobytes()
-    assert read_image(encoded(image, format, exif=data)).size == (20, 40)
-    assert read_image(encoded(image, format, exif=data[:-9])).size == (20, 40)
+    exif[0x0112], exif[0x0131] = 6, "written by some camera"     # to be turned clockwise
+    data = exif.tobytes()
+    for kept in (data, data[:-9]):
+        upright = read_image(encoded(image, format, exif=kept))
+        red, green, _ = upright.getpixel((175, 50))          # top right as a person sees it
+        assert upright.size == (200, 400) and red > 200 and green < 60
     for at in range(4, len(data), 3):
         broken = data[:at] + b"\xff\xff\xff\xff" + data[at + 4:]
-        assert read_image(encoded(image, format, exif=broken)).size in ((40, 20), (20, 40))
+        assert read_image(encoded(image, format, exif=broken)).width in (200, 400)
 
 
-def test_an_image_can_stand_in_its_row(tmp_path):
+def test_an_image_can_stand_in_its_row():
     """Guards data URIs, which were taken for paths; and the name of a broken one, which was as long
     as the image."""
     text = base64.b64encode(encoded(half_black(), "WEBP", lossless=True)).decode()
     question = Question("?", ["data:image/webp;base64," + text, half_black], "")
     assert [image.size for image in question.load()] == [(40, 20), (40, 20)]
-    for broken in (text[:-50], "AAA", "", "é"):
+    for broken in (text[:-50], "AAA", "é"):
         with pytest.raises(UserError, match="the embedded image .rows, line 3.: ") as error:
             read_image("data:image/png;base64," + broken, "rows, line 3")
         assert len(str(error.value)) < 300
 
 
 def test_images_that_cannot_be_read(tmp_path, monkeypatch):
-    """Guards reading: missing, no image, a pipe (it hung), a format that nobody named, huge, very
+    """Guards reading: missing, a pipe (it hung), no image, a format that nobody named, huge, very
     thin: one line that names file and row."""
-    text, big, thin = tmp_path / "text.png", tmp_path / "big.png", tmp_path / "thin.png"
-    text.write_text("no image")
-    Image.new("1", (400, 400)).save(big)
-    Image.new("1", (900, 3)).save(thin)
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.dds")
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")
     os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "text.png").write_text("no image")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")
+    Image.new("1", (400, 400)).save(tmp_path / "big.png")
+    Image.new("1", (900, 3)).save(tmp_path / "thin.png")
     monkeypatch.setattr(rollout_module, "MAX_IMAGE_PIXELS", 10_000)
-    for path, word in ((tmp_path / "none.png", "no such"), (text, "cannot be read"),
-                       (tmp_path, "no such"), (tmp_path / "pipe.png", "no such"),
-                       (tmp_path / "a.dds", "PNG, JPEG"), (tmp_path / "a.eps", "PNG, JPEG"),
-                       (big, "scale it down"), (thin, "thin")):
+    for name, word in (("none.png", "no such"), ("", "no such"), ("pipe.png", "no such"),
+                       ("text.png", "cannot be read"), ("a.eps", "PNG, JPEG"),
+                       ("big.png", "scale it down"), ("thin.png", "thin")):
         with pytest.raises(UserError, match=word) as error:
-            read_image(path, "rows.jsonl, line 7")
+            read_image(tmp_path / name, "rows.jsonl, line 7")
         message = str(error.value)
-        assert str(path) in message and "line 7" in message and "\n" not in message
+        assert str(tmp_path / name) in message and "line 7" in message and "\n" not in message
 
 
-def test_an_image_that_cannot_be_encoded_is_told_with_its_row(policy, question):
+def test_an_image_that_cannot_be_encoded_is_told_with_its_row(policy, question, monkeypatch):
     """Guards sizes that only the image processor knows: an image failed there without a name."""
-    policy.picture = lambda image: ends(UserError("too thin"))
+    monkeypatch.setattr(policy, "picture", Mock(side_effect=UserError("too thin")))
     question.where = "rows.jsonl, line 7"
     with pytest.raises(UserError, match="rows.jsonl, line 7: too thin"):
         TINY.prompt(policy, question)
