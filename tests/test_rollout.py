@@ -12,36 +12,12 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from conftest import noise
 from PIL import Image
 
-import rollout as rollout_module
-from model import UserError, load
-from rollout import (
-    MODES,
-    Dialogue,
-    Frame,
-    Question,
-    ToolError,
-    crop_box,
-    describe_settings,
-    draw_trace,
-    family_settings,
-    format_call,
-    make_dialogue,
-    number,
-    parse,
-    parse_call,
-    parse_json,
-    parse_points,
-    parse_turn,
-    read_image,
-    rollout,
-    run_script,
-    sampling_of,
-    shared_flags,
-    whole,
-    zoom,
-)
+import rollout
+from model import Chunk, UserError, load
+from rollout import Dialogue, Question, crop_box, format_call, parse_turn, read_image, zoom
 
 SHORT = {"direct": "Answer.", "think": "Think.", "grounded": "Point.", "zoom": "Zoom."}
 TINY = Dialogue(system_prompts=SHORT, crop_half=32, crop_size=64)
@@ -60,13 +36,13 @@ def read(monkeypatch):
     """read(*words) -> the Namespace of a script with these flags."""
     def settings(*words, sections=("rollout", "train_sft", "train_rl")):
         parser = argparse.ArgumentParser()
-        shared_flags(parser)
-        parser.add_argument("--lr", type=number(), default=1e-6)
-        parser.add_argument("--group", type=whole(2), default=8)
+        rollout.shared_flags(parser)
+        parser.add_argument("--lr", type=rollout.number(), default=1e-6)
+        parser.add_argument("--group", type=rollout.whole(2), default=8)
         for flag, default in (("--resume", False), ("--tool", True)):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
         monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
-        return parse(parser, *sections)
+        return rollout.parse(parser, *sections)
     return settings
 
 
@@ -80,35 +56,30 @@ def write_json(path, value):
     ("search", False, dict(max_pixels=12_960_000, crop_half=182, crop_size=672)),
     ("gui", True, dict(max_pixels=4_194_304, crop_half=50, crop_size=384, crop_dot=True)),
     ("web", False, dict(max_pixels=12_960_000, crop_half=100, crop_size=512, crop_dot=True)),
-    ("spatial", False, dict(max_pixels=4_194_304, max_image_side=1260)),
-    (None, True, {}),
-])
+    ("spatial", False, dict(max_pixels=4_194_304, max_image_side=1260))])
 def test_settings_of_a_family(family, training, expected):
     """Guards the paper's and the authors' numbers: evaluation with the pixels of training."""
-    assert family_settings(family, training) == expected
+    assert rollout.family_settings(family, training) == expected
 
 
 def test_modes_of_one_turn_have_defaults_of_their_own(read):
     """Guards the paper's second column; a flag that repeats the default of the other column was
     taken for one that was not given."""
-    assert sampling_of(read(*GIVEN)) == dict(temperature=1.0, top_p=1.0, turn_tokens=1024,
-                                             response_tokens=4608)
-    single = read(*GIVEN, "--mode", "think")
-    assert (single.turn_tokens, single.response_tokens, single.group) == (2048, 2048, 5)
+    assert read(*GIVEN, "--mode", "think").group == 5
     kept = read(*GIVEN, "--mode", "think", "--group", 8, "--turn-tokens", 1024)
-    assert (kept.turn_tokens, kept.response_tokens, kept.group) == (1024, 2048, 8)
+    assert kept.group == 8
+    assert rollout.sampling_of(kept) == dict(temperature=1.0, top_p=1.0, turn_tokens=1024,
+                                             response_tokens=2048)
 
 
 def test_flags_count_more_than_the_config_file(read, tmp_path):
     """Guards --config: sections of other scripts, and the folder of the file in its paths."""
-    config = {"rollout": {"model": "{here}/base", "task": "{here}/a.jsonl", "mode": "think",
-                          "turn_tokens": 48},
+    config = {"rollout": {"model": "{here}/base", "task": "a", "mode": "think"},
               "evaluate": {"n": 3}, "train_rl": {"lr": 5e-4, "resume": True, "group": 4},
               "why": {"lr": "it is small"}}
     path = write_json(tmp_path / "run.json", config)
     args = read("--config", path, "--lr", 1, "--no-resume")
-    assert args.model == f"{tmp_path}/base" and args.task == f"{tmp_path}/a.jsonl"
-    assert (args.mode, args.turn_tokens, args.response_tokens) == ("think", 48, 2048)
+    assert (args.model, args.task, args.turn_tokens) == (f"{tmp_path}/base", "a", 2048)
     assert (args.lr, args.resume, args.group) == (1.0, False, 4)
     assert read("--config", path, sections=("rollout",)).lr == 1e-6
 
@@ -117,11 +88,10 @@ def test_the_tiny_run_is_the_default(read, tmp_path, monkeypatch):
     """Guards the bare command, and a tiny setting in a run of the user's own."""
     path = tmp_path / "recipe.json"
     write_json(path, {"rollout": {"model": "base", "task": "a", "turn_tokens": 48}})
-    monkeypatch.setattr(rollout_module, "RECIPE", path)
+    monkeypatch.setattr(rollout, "RECIPE", path)
     evaluating = partial(read, sections=("rollout", "evaluate"))
     assert read().turn_tokens == evaluating("--model", "mine").turn_tokens == 48
     assert evaluating("--model", "mine").model == "mine"
-    assert read().training and not evaluating().training
     assert read(*GIVEN).turn_tokens == evaluating(*GIVEN).turn_tokens == 1024
     with pytest.raises(UserError, match="--model without --task"):
         read("--model", "mine")
@@ -145,11 +115,10 @@ def test_a_broken_config_file_is_told_in_a_line(read, tmp_path, config):
 @pytest.mark.parametrize("flags, message", [
     (["--group", 1], "no whole number from 2"), (["--group", "2.5"], "no whole number"),
     (["--lr", "inf"], "no number"), (["--lr", "nan"], "no number"), (["--lr", -1], "no number"),
-    (["--seed", 2**70], "no whole number"), (["--temperature", 0], "--temperature"),
-    (["--temperature", 1e-39], "--temperature"), (["--temperature", 1e300], "--temperature"),
-    (["--top-p", 0], "--top-p"), (["--top-p", 1.5], "--top-p"), (["--top-p", 0.5], "in training"),
-    (["--mode", "look"], "invalid choice"), (["--tem", 3], "unrecognized arguments"),
-    (["--max-pixels", 0], "no whole number"), (["--config", "none.json"], "none.json")])
+    (["--temperature", 0], "--temperature"), (["--temperature", 1e-39], "--temperature"),
+    (["--temperature", 1e300], "--temperature"), (["--top-p", 0], "--top-p"),
+    (["--top-p", 1.5], "--top-p"), (["--top-p", 0.5], "in training"),
+    (["--tem", 3], "unrecognized arguments"), (["--config", "none.json"], "none.json")])
 def test_a_bad_value_is_refused_in_a_line(read, flags, message):
     """Guards settings: an error in the midst of a run, or a run that does something else."""
     with pytest.raises(UserError, match=message) as error:
@@ -166,7 +135,7 @@ def test_evaluation_may_be_greedy_or_truncated(read):
 def test_settings_are_printed(read):
     """Guards the settings in force: all but those that are not there, in lines of a page."""
     name = "runs/a-" + "b-" * 60
-    text = describe_settings(read("--model", name, "--task", "t"))
+    text = rollout.describe_settings(read("--model", name, "--task", "t"))
     assert name in text and "seed=0" in text and "max_pixels" not in text
     assert max(len(line) for line in text.splitlines() if name not in line) <= 100
 
@@ -183,7 +152,7 @@ def test_how_a_script_ends(error, code, message, monkeypatch):
     monkeypatch.setattr(sys, "stderr", written)
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(SystemExit) as stop:
-        run_script(Mock(side_effect=error))
+        rollout.run_script(Mock(side_effect=error))
     assert stop.value.code == code
     assert written.buffer.getvalue().decode().startswith(message)
 
@@ -196,15 +165,7 @@ def test_how_a_script_ends(error, code, message, monkeypatch):
     ("(1, 2, 3, 4) (a, b) (1 2)", [])])
 def test_points_in_text(text, points):
     """Guards parsing: decimals, negatives, brackets and inner blanks are points; boxes are not."""
-    assert parse_points(text) == points
-
-
-def test_frames_convert_between_model_input_and_original():
-    """Guards the one place of conversion, and that the border is outside."""
-    frame = Frame((64, 32), (640, 640))
-    assert frame.to_original((32, 16)) == (320, 320) and frame.to_input((320, 320)) == (32, 16)
-    assert frame.contains((0, 0)) and frame.contains((63.9, 31.9))
-    assert not frame.contains((64, 5)) and not frame.contains((-1, 5))
+    assert rollout.parse_points(text) == points
 
 
 @pytest.mark.parametrize("size, point, half, box", [
@@ -218,20 +179,15 @@ def test_the_window_of_a_crop(size, point, half, box):
 
 
 def test_a_small_image_is_shown_undistorted():
-    """Guards small images, whose crop was stretched to a square."""
+    """Guards small images, whose crop was stretched to a square; and thin ones, whose crop was too
+    thin for the model and ended the run in the midst of a dialogue."""
     image = Image.new("RGB", (300, 200), "white")
     image.paste("black", (0, 0, 150, 100))
     crop = zoom(image, (280, 10), 182, 672)
-    assert crop.size == (672, 448)
     black = crop.convert("L").point(lambda v: 255 * (v < 128)).getbbox()
-    assert black == pytest.approx((0, 0, 336, 224), abs=1)
-
-
-def test_a_crop_is_never_too_thin_for_the_model():
-    """Guards crops of thin images: a crop of 672x3 px ended the run in the midst of a dialogue."""
-    for size in ((1, 200), (364, 2)):
-        crop = zoom(Image.new("RGB", size), (0, 0), 182, 672)
-        assert max(crop.size) <= 200 * min(crop.size)
+    assert crop.size == (672, 448) and black == pytest.approx((0, 0, 336, 224), abs=1)
+    assert zoom(Image.new("RGB", (1, 200)), (0, 0), 182, 672).size == (4, 672)
+    assert zoom(Image.new("RGB", (364, 2)), (0, 0), 182, 672).size == (672, 4)
 
 
 def test_zoom_adds_real_detail():
@@ -274,8 +230,8 @@ CALL = '{"name": "search_coordinate", "arguments": %s}'
     (CALL % '{"coordinate": [1, 2]}' + " " * 400, "too long")])
 def test_bad_calls_are_told_in_words(text, message):
     """Guards the tool against whatever a model writes: a ToolError, never a crash."""
-    with pytest.raises(ToolError, match=message):
-        parse_call(text)
+    with pytest.raises(rollout.ToolError, match=message):
+        rollout.parse_call(text)
 
 
 def test_a_turn_keeps_thought_and_answer():
@@ -302,9 +258,7 @@ class Script:
     def say(self, text, truncated=False):
         end = [] if truncated else [self.policy.tokenizer.eos_token_id]
         ids = self.policy.encode(text) + end
-        self.trace.ids += ids
-        self.trace.sampled += [True] * len(ids)
-        self.trace.log_probs += [-1.0] * len(ids)
+        self.trace.add(Chunk(ids, []), sampled=True)
         chunk = self.dialogue.on_turn(self.policy, self.trace, truncated)
         if chunk:
             self.trace.add(chunk)
@@ -321,38 +275,30 @@ def zooming(x, y):
 
 
 def test_a_dialogue_with_a_zoom_call(policy, question):
-    """Guards the way of a dialogue: a zoom call is answered with the window of the original, an
-    answer ends it."""
-    script = Script(policy, TINY, question)
-    reply = script.say(zooming(27, 27))
-    assert "<observation>" in reply and "</observation>" in reply
-    assert reply.count("<|image_pad|>") == 16
-    assert script.trace.turns[0].crop == (76, 76, 140, 140)
-    assert script.say("<think>Red.</think><answer>red</answer>") is None
-    assert script.trace.ended == "answer" and script.trace.answer == "red"
-    assert script.trace.zoom_points == [(27, 27)]
-
-
-def test_bad_calls_do_not_end_the_dialogue(policy, question):
-    """Guards against a conversation left hanging: a bad call and a point outside are answered in
-    words; the policy goes on."""
+    """Guards the way of a dialogue: a bad call and a point outside are answered in words and do not
+    end it, a zoom call with the window of the original; an answer ends it."""
     script = Script(policy, TINY, question)
     assert "not valid JSON" in script.say("<think>a (1, 1)</think><tool_call>{</tool_call>")
     assert "outside" in script.say(zooming(900, 3))
-    assert "<|image_pad|>" in script.say(zooming(3, 3)) and script.trace.zoom_points == [(3, 3)]
+    reply = script.say(zooming(27, 27))
+    assert "<observation>" in reply and "</observation>" in reply
+    assert reply.count("<|image_pad|>") == 16
+    assert script.trace.turns[2].crop == (76, 76, 140, 140)
+    assert script.say("<think>Red.</think><answer>red</answer>") is None
+    assert script.trace.ended == "answer" and script.trace.answer == "red"
+    assert script.trace.zoom_points == [(27, 27)]
 
 
 def test_after_the_last_call_the_answer_is_asked_for(policy, question):
     """Guards the bound on zoom calls: what is written for the policy is not marked as sampled, and
     the answer is still read."""
     script = Script(policy, replace(TINY, max_crops=2), question)
-    assert script.say(zooming(1, 1)) and script.say(zooming(9, 9))
+    assert script.say(zooming(1, 1)) and script.say(zooming(900, 9))
     reply = script.say(zooming(5, 5))
     assert reply.endswith(TINY.forced_answer) and TINY.no_calls_left in reply
     assert script.say("red</answer>") is None
     trace = script.trace
-    assert trace.ended == "forced" and trace.answer == "red" and trace.must_answer
-    assert len(trace.zoom_points) == 2
+    assert (trace.ended, trace.answer, trace.zoom_points) == ("forced", "red", [(1, 1)])
     pairs = zip(trace.ids, trace.sampled, strict=True)
     written = policy.decode([token for token, sampled in pairs if not sampled])
     assert TINY.no_calls_left in written and "red" not in written and "Here" not in written
@@ -376,7 +322,8 @@ def test_an_observation_that_does_not_fit_ends_the_trace(policy, question, monke
         trace.turns.append(parse_turn(zooming(5, 5)))
         return dialogue.answer_call(policy, trace, trace.turns[-1])
     monkeypatch.setattr(Dialogue, "on_turn", on_turn)
-    ((trace,),) = rollout(policy, [question], TINY, 1, [0], turn_tokens=9, response_tokens=40)
+    groups = rollout.rollout(policy, [question], TINY, 1, [0], turn_tokens=9, response_tokens=40)
+    ((trace,),) = groups
     assert trace.ended == "truncated" and len(trace.ids) <= 40
     assert len(trace.windows) == len(trace.zoom_points) == len(trace.turns) - 1    # shown
 
@@ -404,13 +351,13 @@ def test_traces_of_a_question_share_their_crops(policy, question):
         assert not dialogue.start(policy, question, 1)[0].crops
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", rollout.MODES)
 def test_rollouts_of_every_mode(policy, question, mode):
     """Guards all modes end to end with the real engine: every trace ends for a reason, within its
     bounds, and no image is kept."""
     questions = [replace(question) for _ in range(3)]
-    groups = rollout(policy, questions, replace(TINY, mode=mode), 2, range(3), turn_tokens=12,
-                     response_tokens=90)
+    groups = rollout.rollout(policy, questions, replace(TINY, mode=mode), 2, range(3),
+                             turn_tokens=12, response_tokens=90)
     assert [[trace.question for trace in group] for group in groups] == [[q, q] for q in questions]
     assert not any(question.loaded for question in questions)
     for trace in sum(groups, []):
@@ -425,29 +372,25 @@ def test_a_trace_does_not_depend_on_what_runs_beside_it(policy):
     """Guards random numbers that belong to questions: whichever others are asked, in whatever
     order, and however many run at a time, a question with its seed gets the same traces, token by
     token; with another seed it gets others."""
-    colours = ("red", "green", "blue", "white", "black")
-    questions = [Question(f"Which{' one' * i}?", [Image.new("RGB", (256, 256), colour)], "red")
-                 for i, colour in enumerate(colours)]
+    questions = [Question(f"Which{' one' * i}?", [noise(256, 256, i)], "red") for i in range(5)]
 
     def traces(numbers, seed="a", **limits):
-        numbers = list(numbers)
         seeds = [f"{seed} {i}" for i in numbers]
-        groups = rollout(policy, [questions[i] for i in numbers], TINY, 3, seeds, turn_tokens=12,
-                         response_tokens=90, **limits)
+        groups = rollout.rollout(policy, [questions[i] for i in numbers], TINY, 3, seeds,
+                                 turn_tokens=12, response_tokens=90, **limits)
         return dict(zip(numbers, groups, strict=True))
 
-    together = traces(range(5))
-    for others in (traces(reversed(range(5))), traces([3]), traces([1, 4, 0], cache_tokens=1),
+    together, other_seed = traces(range(5)), traces(range(5), "b")
+    for others in (traces([4, 3, 2, 1, 0]), traces([3]), traces([1, 4, 0], cache_tokens=1),
                    traces(range(5), cache_tokens=900)):
         for i, group in others.items():
             for trace, same in zip(group, together[i], strict=True):
                 assert trace.ids == same.ids and trace.sampled == same.sampled
                 assert trace.log_probs == pytest.approx(same.log_probs, abs=1e-5)
-    tokens = {i: [trace.ids for trace in group] for i, group in together.items()}
-    for ids in tokens.values():
-        assert len(set(map(tuple, ids))) == 3                  # the traces of a group differ
-    for i, group in traces(range(5), "b").items():
-        assert [trace.ids for trace in group] != tokens[i]
+    for i, group in together.items():
+        ids = [trace.ids for trace in group]
+        assert len(set(map(tuple, ids))) == 3              # the traces of a group differ
+        assert ids != [trace.ids for trace in other_seed[i]]
 
 
 @pytest.mark.parametrize("size", [(400, 200), (10, 2000), (3000, 15)])
@@ -456,7 +399,7 @@ def test_a_trace_is_drawn(policy, size):
     script = Script(policy, TINY, Question("?", [Image.new("RGB", size, "blue")], "red"))
     assert script.say(zooming(3, 3)) and script.say(zooming(60, 60))
     script.say("<think>a (1, 2). b (900, 3).</think><answer>red</answer>")
-    picture = draw_trace(script.trace)
+    picture = rollout.draw_trace(script.trace)
     assert picture.width == 768 and picture.height <= 1024 + 192
     assert len(picture.getcolors(2**20)) > 3
 
@@ -474,34 +417,25 @@ def made(read, policy):
     def dialogue(checkpoint, *flags, family=None):
         args = read(*GIVEN, *flags)
         args.family = family
-        return make_dialogue(args, str(checkpoint), policy)
+        return rollout.make_dialogue(args, str(checkpoint), policy)
     return dialogue
 
 
 def test_which_part_of_a_dialogue_counts(made, policy, question, tmp_path, monkeypatch):
     """Guards whose wording counts, from the least to the most: the crops of the family, the
     checkpoint's dialogue.json, --dialogue FILE; and that a part leaves the others as they were."""
-    theirs = replace(TINY, crop_half=7, crop_size=48, max_crops=2, before_crop="Theirs: ")
-    write_json(tmp_path / "dialogue.json", theirs.to_json())
-    mine = write_json(tmp_path / "mine.json", {"crop_size": 40, "hints": False})
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    assert made(bare, "--mode", "think", "--no-tool") == Dialogue("think", tool=False)
+    theirs = Dialogue("zoom", True, {"zoom": "Ünd?"}, "a", "b", "c", "d", "e", False, "unrounded",
+                      9, 8, True, 1)
+    policy.save(tmp_path / "theirs", dialogue=theirs.to_json())
+    path = write_json(tmp_path / "mine.json", {"crop_size": 40, "hints": True})
+    mine = replace(theirs, crop_size=40, hints=True)
+    assert made(tmp_path, "--mode", "think", "--no-tool") == Dialogue("think", tool=False)
     gui = Dialogue(crop_half=50, crop_size=384, crop_dot=True)
-    assert made(bare, family="gui") == gui and made(tmp_path, family="gui") == theirs
-    assert made(tmp_path, "--dialogue", mine) == replace(theirs, crop_size=40, hints=False)
-    assert "Zoom." in asked(policy, theirs, question)
+    assert made(tmp_path, family="gui") == gui and made(tmp_path / "theirs", family="gui") == theirs
+    assert made(tmp_path / "theirs", "--dialogue", path) == mine
+    assert "Ünd?" in asked(policy, theirs, question)
     monkeypatch.setattr(policy, "default_system_message", lambda: "Look closer.")
-    assert made(bare) == Dialogue(system_prompts={}) and made(tmp_path) == theirs
-
-
-def test_a_dialogue_is_kept_as_it_is(tmp_path, policy, made):
-    """Guards dialogue.json: what is written is read; mode and tool are the run's."""
-    dialogue = Dialogue("think", False, {"think": "Ünd?"}, "a", "b", "c", "d", "e", False,
-                        "unrounded", 9, 8, True, 1)
-    policy.save(tmp_path / "kept", dialogue=dialogue.to_json())
-    assert made(tmp_path / "kept", "--mode", "think", "--no-tool") == dialogue
-    assert not {"mode", "tool"} & set(dialogue.to_json())
+    assert made(tmp_path) == Dialogue(system_prompts={}) and made(tmp_path / "theirs") == theirs
 
 
 def test_a_checkpoint_of_ours_without_its_dialogue_is_refused(made, tmp_path):
@@ -532,7 +466,7 @@ def test_texts_that_editors_leave_behind(made, read, tmp_path):
     text = '\ufeff{"system_prompts": {"zoom": "Look \\ud83d!"}}'
     path = write_json(tmp_path / "mine.json", text)
     assert made(tmp_path, "--dialogue", path).system_prompts == {"zoom": "Look ?!"}
-    assert parse_json('["\\ud83d\\ude00", "\\ude00"]') == ["😀", "?"]
+    assert rollout.parse_json('["\\ud83d\\ude00", "\\ude00"]') == ["😀", "?"]
     path = write_json(tmp_path / "run.json", '\ufeff{"rollout": {"model": "a", "task": "b"}}')
     assert read("--config", path).model == "a"
 
@@ -553,37 +487,25 @@ def encoded(image, format, **options):
     return buffer.getvalue()
 
 
-def half_black():
-    """A black half on a ground that is black, too, and transparent."""
-    image = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
-    image.paste((0, 0, 0, 255), (0, 0, 20, 20))
-    return image
-
-
-@pytest.mark.parametrize("image", [
-    encoded(half_black(), "PNG"), encoded(half_black(), "GIF"),
-    encoded(half_black().convert("LA"), "PNG"), encoded(half_black().quantize(4), "PNG")],
-    ids=["png", "gif", "la", "palette"])
-def test_transparency_lies_on_white(image):
+@pytest.mark.parametrize("mode, format", [("RGBA", "PNG"), ("LA", "PNG"), ("RGBA", "GIF")])
+def test_transparency_lies_on_white(mode, format):
     """Guards transparent images: black on transparent black was all black."""
-    read = read_image(image)
+    image = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    image.paste("black", (0, 0, 20, 20))
+    read = read_image(encoded(image.convert(mode), format))
     assert read.mode == "RGB"
     assert read.getpixel((5, 5)) == (0, 0, 0) and read.getpixel((35, 5)) == (255, 255, 255)
 
 
-RAMP = np.tile(np.linspace(0, 65_535, 40), (20, 1))
-
-
-@pytest.mark.parametrize("image", [
-    encoded(Image.fromarray(RAMP.astype(np.uint16)), "PNG"),
-    encoded(Image.fromarray(RAMP.astype(np.int32)), "TIFF"),
-    encoded(Image.fromarray((RAMP / 65_535).astype(np.float32)), "TIFF"),
-    encoded(Image.fromarray((RAMP / 257).astype(np.float32)), "TIFF")],
-    ids=["png", "int", "share", "float"])
-def test_more_than_eight_bits_are_scaled(image):
+@pytest.mark.parametrize("most, kind, format", [
+    (65_535, "uint16", "PNG"), (65_535, "int32", "TIFF"), (1, "float32", "TIFF"),
+    (255, "float32", "TIFF")])
+def test_more_than_eight_bits_are_scaled(most, kind, format):
     """Guards 16-bit and float images: they were cut off to black or white."""
-    read = np.asarray(read_image(image))[0, :, 0]
-    assert read == pytest.approx(RAMP[0] / 257, abs=1.5)
+    ramp = np.tile(np.linspace(0, 1, 40), (20, 1))
+    image = Image.fromarray((most * ramp).astype(kind))
+    read = np.asarray(read_image(encoded(image, format)))[..., 0]
+    assert read == pytest.approx(255 * ramp, abs=1.5)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
@@ -607,9 +529,9 @@ def test_damaged_exif_costs_no_pixels(format):
 def test_an_image_can_stand_in_its_row():
     """Guards data URIs, which were taken for paths; and the name of a broken one, which was as long
     as the image."""
-    text = base64.b64encode(encoded(half_black(), "WEBP", lossless=True)).decode()
-    question = Question("?", ["data:image/webp;base64," + text, half_black], "")
-    assert [image.size for image in question.load()] == [(40, 20), (40, 20)]
+    text = base64.b64encode(encoded(noise(40, 20), "WEBP")).decode()
+    images = ["data:image/webp;base64," + text, partial(noise, 40, 20)]
+    assert [image.size for image in Question("?", images, "").load()] == [(40, 20), (40, 20)]
     for broken in (text[:-50], "AAA", "é"):
         with pytest.raises(UserError, match="the embedded image .rows, line 3.: ") as error:
             read_image("data:image/png;base64," + broken, "rows, line 3")
@@ -624,7 +546,7 @@ def test_images_that_cannot_be_read(tmp_path, monkeypatch):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")
     Image.new("1", (400, 400)).save(tmp_path / "big.png")
     Image.new("1", (900, 3)).save(tmp_path / "thin.png")
-    monkeypatch.setattr(rollout_module, "MAX_IMAGE_PIXELS", 10_000)
+    monkeypatch.setattr(rollout, "MAX_IMAGE_PIXELS", 10_000)
     for name, word in (("none.png", "no such"), ("", "no such"), ("pipe.png", "no such"),
                        ("text.png", "cannot be read"), ("a.eps", "PNG, JPEG"),
                        ("big.png", "scale it down"), ("thin.png", "thin")):
