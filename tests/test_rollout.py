@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import noise
+from conftest import draw, noise
 from PIL import Image
 
 import rollout
@@ -235,56 +235,53 @@ def test_a_turn_keeps_thought_and_answer():
 
 # ------------------------------------------------------------------------------------- the dialogue
 
-class Script:
-    """A policy that writes given turns: on_turn is called as the engine would call it."""
-
-    def __init__(self, policy, dialogue, question):
-        self.policy, self.dialogue = policy, dialogue
-        (self.trace,) = dialogue.start(policy, question, 1)
-
-    def say(self, text, truncated=False):
-        end = [] if truncated else [self.policy.tokenizer.eos_token_id]
-        ids = self.policy.encode(text) + end
-        self.trace.add(Chunk(ids, []), sampled=True)
-        chunk = self.dialogue.on_turn(self.policy, self.trace, truncated)
-        if chunk:
-            self.trace.add(chunk)
-        return self.policy.decode(chunk.ids) if chunk else None
-
-
 @pytest.fixture
 def question():
     return Question("Which?", [Image.new("RGB", (256, 256), "grey")], "red")
+
+
+@pytest.fixture
+def start(policy, question):
+    """start(dialogue) -> a Trace, and say(text): writes a turn as the policy. -> what answers it"""
+    def started(dialogue, question=question):
+        (trace,) = dialogue.start(policy, question, 1)
+
+        def say(text, truncated=False):
+            end = [] if truncated else [policy.tokenizer.eos_token_id]
+            trace.add(Chunk(policy.encode(text) + end, []), sampled=True)
+            chunk = dialogue.on_turn(policy, trace, truncated)
+            if chunk:
+                trace.add(chunk)
+            return policy.decode(chunk.ids) if chunk else None
+        return trace, say
+    return started
 
 
 def zooming(x, y):
     return f"<think>Here ({x}, {y}).</think>\n{format_call((x, y))}"
 
 
-def test_a_dialogue_with_a_zoom_call(policy, question):
+def test_a_dialogue_with_a_zoom_call(start):
     """Guards the way of a dialogue: a bad call and a point outside are answered in words and do not
     end it, a zoom call with the window of the original; an answer ends it."""
-    script = Script(policy, TINY, question)
-    assert "not valid JSON" in script.say("<think>a (1, 1)</think><tool_call>{</tool_call>")
-    assert "outside" in script.say(zooming(900, 3))
-    reply = script.say(zooming(27, 27))
+    trace, say = start(TINY)
+    assert "not valid JSON" in say("<think>a (1, 1)</think><tool_call>{</tool_call>")
+    assert "outside" in say(zooming(900, 3))
+    reply = say(zooming(27, 27))
     assert "<observation>" in reply and "</observation>" in reply
-    assert reply.count("<|image_pad|>") == 16
-    assert script.trace.turns[2].crop == (76, 76, 140, 140)
-    assert script.say("<think>Red.</think><answer>red</answer>") is None
-    assert script.trace.ended == "answer" and script.trace.answer == "red"
-    assert script.trace.zoom_points == [(27, 27)]
+    assert reply.count("<|image_pad|>") == 16 and trace.turns[2].crop == (76, 76, 140, 140)
+    assert say("<think>Red.</think><answer>red</answer>") is None
+    assert (trace.ended, trace.answer, trace.zoom_points) == ("answer", "red", [(27, 27)])
 
 
-def test_after_the_last_call_the_answer_is_asked_for(policy, question):
+def test_after_the_last_call_the_answer_is_asked_for(policy, start):
     """Guards the bound on zoom calls: what is written for the policy is not marked as sampled, and
     the answer is still read."""
-    script = Script(policy, replace(TINY, max_crops=2), question)
-    assert script.say(zooming(1, 1)) and script.say(zooming(900, 9))
-    reply = script.say(zooming(5, 5))
+    trace, say = start(replace(TINY, max_crops=2))
+    assert say(zooming(1, 1)) and say(zooming(900, 9))
+    reply = say(zooming(5, 5))
     assert reply.endswith(TINY.forced_answer) and TINY.no_calls_left in reply
-    assert script.say("red</answer>") is None
-    trace = script.trace
+    assert say("red</answer>") is None
     assert (trace.ended, trace.answer, trace.zoom_points) == ("forced", "red", [(1, 1)])
     pairs = zip(trace.ids, trace.sampled, strict=True)
     written = policy.decode([token for token, sampled in pairs if not sampled])
@@ -293,10 +290,10 @@ def test_after_the_last_call_the_answer_is_asked_for(policy, question):
 
 @pytest.mark.parametrize("text, truncated, ended", [
     ("<think>a</think>", False, "stopped"), ("<think>a", True, "truncated")])
-def test_how_a_trace_can_end(policy, question, text, truncated, ended):
+def test_how_a_trace_can_end(start, text, truncated, ended):
     """Guards the reasons to end, which decide what is left out of the loss."""
-    script = Script(policy, TINY, question)
-    assert script.say(text, truncated) is None and script.trace.ended == ended
+    trace, say = start(TINY)
+    assert say(text, truncated) is None and trace.ended == ended
 
 
 def test_an_observation_that_does_not_fit_ends_the_trace(policy, question, monkeypatch):
@@ -312,12 +309,12 @@ def test_an_observation_that_does_not_fit_ends_the_trace(policy, question, monke
     assert len(trace.zoom_points) == len(trace.turns) - 1    # those that were shown
 
 
-def test_without_the_tool_the_answer_is_asked_for_at_once(policy, question):
+def test_without_the_tool_the_answer_is_asked_for_at_once(policy, start):
     """Guards --no-tool: no zoom call is possible."""
-    script = Script(policy, replace(TINY, tool=False), question)
-    assert policy.decode(script.trace.prompt.ids).endswith(TINY.forced_answer)
-    assert script.say("red</answer>") is None
-    assert script.trace.ended == "forced" and not script.trace.overlong
+    trace, say = start(replace(TINY, tool=False))
+    assert policy.decode(trace.prompt.ids).endswith(TINY.forced_answer)
+    assert say("red</answer>") is None
+    assert (trace.ended, trace.answer, trace.overlong) == ("forced", "red", False)
 
 
 @pytest.mark.parametrize("dot, pictures", [(False, 1), (True, 2)])
@@ -377,12 +374,12 @@ def test_a_trace_does_not_depend_on_what_runs_beside_it(policy):
 
 
 @pytest.mark.parametrize("size", [(10, 2000), (3000, 15)])
-def test_a_trace_is_drawn(policy, size):
+def test_a_trace_is_drawn(start, size):
     """Guards the picture of a trace: a thin image was drawn 153,800 px high."""
-    script = Script(policy, TINY, Question("?", [Image.new("RGB", size, "blue")], "red"))
-    assert script.say(zooming(3, 3)) and script.say(zooming(60, 60))
-    script.say("<think>a (1, 2). b (900, 3).</think><answer>red</answer>")
-    picture = rollout.draw_trace(script.trace)
+    trace, say = start(TINY, Question("?", [Image.new("RGB", size, "blue")], ""))
+    assert say(zooming(3, 3)) and say(zooming(60, 60))
+    say("<think>a (1, 2). b (900, 3).</think><answer>red</answer>")
+    picture = rollout.draw_trace(trace)
     assert picture.width == 768 and picture.height <= 1024 + 192
     assert len(picture.getcolors(2**20)) > 3
 
@@ -526,9 +523,8 @@ def test_images_that_cannot_be_read(tmp_path, monkeypatch):
     thin: one line that names file and row."""
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "text.png").write_text("no image")
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")
-    Image.new("1", (400, 400)).save(tmp_path / "big.png")
-    Image.new("1", (900, 3)).save(tmp_path / "thin.png")
+    for name, size in (("a.eps", (9, 9)), ("big.png", (400, 400)), ("thin.png", (900, 3))):
+        draw(tmp_path / name, size)
     monkeypatch.setattr(rollout, "MAX_IMAGE_PIXELS", 10_000)
     for name, word in (("none.png", "no such"), ("", "no such"), ("pipe.png", "no such"),
                        ("text.png", "cannot be read"), ("a.eps", "PNG, JPEG"),
