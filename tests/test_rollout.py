@@ -52,7 +52,6 @@ def write_json(path, value):
 
 @pytest.mark.parametrize("family, training, expected", [
     ("search", True, dict(max_pixels=2_850_000, crop_half=182, crop_size=672)),
-    ("search", False, dict(max_pixels=12_960_000, crop_half=182, crop_size=672)),
     ("gui", True, dict(max_pixels=4_194_304, crop_half=50, crop_size=384, crop_dot=True)),
     ("web", False, dict(max_pixels=12_960_000, crop_half=100, crop_size=512, crop_dot=True)),
     ("spatial", False, dict(max_pixels=4_194_304, max_image_side=1260))])
@@ -74,8 +73,7 @@ def test_modes_of_one_turn_have_defaults_of_their_own(read):
 def test_flags_count_more_than_the_config_file(read, tmp_path):
     """Guards --config: sections of other scripts, and the folder of the file in its paths."""
     config = {"rollout": {"model": "{here}/base", "task": "a", "mode": "think"},
-              "evaluate": {"n": 3}, "train_rl": {"lr": 5e-4, "resume": True, "group": 4},
-              "why": {"lr": "it is small"}}
+              "evaluate": {"n": 3}, "train_rl": {"lr": 5e-4, "resume": True, "group": 4}}
     path = write_json(tmp_path / "run.json", config)
     args = read("--config", path, "--lr", 1, "--no-resume")
     assert (args.model, args.task, args.turn_tokens) == (f"{tmp_path}/base", "a", 2048)
@@ -175,31 +173,20 @@ def test_a_small_image_is_shown_undistorted():
     crop = zoom(image, (280, 10), 182, 672).convert("L")
     assert crop.size == (672, 448)
     assert crop.getpixel((332, 220)) < 20 and crop.getpixel((340, 228)) > 235
-    assert zoom(Image.new("RGB", (1, 200)), (0, 0), 182, 672).size == (4, 672)
     assert zoom(Image.new("RGB", (364, 2)), (0, 0), 182, 672).size == (672, 4)
 
 
-def test_zoom_adds_real_detail():
-    """Guards against crops of the down-scaled image: one dark px of the original must be visible in
-    the crop."""
-    image = Image.new("RGB", (2000, 2000), "white")
-    image.putpixel((1500, 300), (0, 0, 0))
-    crop = zoom(image, (1500, 300), 10, 200)
-    assert crop.size == (200, 200) and min(crop.convert("L").tobytes()) < 60
-
-
-@pytest.mark.parametrize("size", [200, 672])
-@pytest.mark.parametrize("point, place", [((1000, 1000), (0.5, 0.5)), ((5, 1990), (0.025, 0.95))])
+@pytest.mark.parametrize("size, point, place", [
+    (200, (1000, 1000), (100, 100)), (672, (5, 1990), (17, 638))])
 def test_the_dot_marks_the_point_and_can_be_seen(size, point, place):
     """Guards the red dot: too small to be seen, without its outline on a red ground, or in the
     midst of a crop whose window was moved inside the image."""
     dotted = zoom(Image.new("RGB", (2000, 2000)), point, 100, size, dot=True)
     left, top, right, bottom = dotted.getbbox()              # of what is not black
-    middle = (left + right) // 2, (top + bottom) // 2
-    assert middle == pytest.approx([size * share for share in place], abs=1)
     assert 0.04 < (right - left) / size < 0.07
-    assert dotted.getpixel(middle) == (255, 0, 0)
-    assert dotted.getpixel((left, middle[1])) == (255, 255, 255)
+    assert ((left + right) / 2, (top + bottom) / 2) == pytest.approx(place, abs=1)
+    assert dotted.getpixel(place) == (255, 0, 0)
+    assert dotted.getpixel((left, place[1])) == (255, 255, 255)
 
 
 CALL = '{"name": "search_coordinate", "arguments": %s}'
@@ -226,9 +213,9 @@ def test_a_turn_keeps_thought_and_answer():
     outside the thought."""
     turn = parse_turn("<think>The cup at (3, 4).</think>\n<answer>\na red\ncup (9, 9)</answer>")
     assert (turn.thought, turn.points) == ("The cup at (3, 4).", [(3, 4)])
-    assert (turn.answer, turn.call) == ("a red\ncup (9, 9)", None)
-    call = parse_turn("<think>x (3, 4)</think>" + format_call((5, 6)))
-    assert call.call == (5, 6) and call.answer is None
+    assert turn.answer == "a red\ncup (9, 9)"
+    turn = parse_turn("<think>x (3, 4)</think>" + format_call((5, 6)))
+    assert turn.call == (5, 6) and turn.answer is None
     assert parse_turn("<tool_call>{").error and parse_turn("<answer>").answer is None
     parse_turn("<think>" * 50_000 + "<tool_call>" * 50_000)        # linear time
 
@@ -368,9 +355,8 @@ def test_a_trace_does_not_depend_on_what_runs_beside_it(policy):
                 assert trace.ids == same.ids and trace.sampled == same.sampled
                 assert trace.log_probs == pytest.approx(same.log_probs, abs=1e-5)
     for i, group in together.items():
-        ids = [trace.ids for trace in group]
-        assert len(set(map(tuple, ids))) == 3              # the traces of a group differ
-        assert ids != [trace.ids for trace in other_seed[i]]
+        assert len({tuple(trace.ids) for trace in group}) == 3
+        assert [trace.ids for trace in group] != [trace.ids for trace in other_seed[i]]
 
 
 @pytest.mark.parametrize("size", [(10, 2000), (3000, 15)])
@@ -492,15 +478,15 @@ def test_more_than_eight_bits_are_scaled(most, kind, format):
 def test_damaged_exif_costs_no_pixels(format):
     """Guards photographs: a point is meant in the image as a person sees it, turned by its EXIF;
     damaged EXIF was a traceback, or "cannot be read"."""
-    image = Image.new("RGB", (400, 200), "white")
-    image.paste("red", (0, 0, 100, 50))                      # top left in the file
+    image = Image.new("L", (400, 200), "white")
+    image.paste("black", (0, 0, 100, 50))                    # top left in the file
     exif = Image.Exif()
     exif[0x0112], exif[0x0131] = 6, "written by some camera"     # to be turned clockwise
     data = exif.tobytes()
     for kept in (data, data[:-9]):
         upright = read_image(encoded(image, format, exif=kept))
-        red, green, _ = upright.getpixel((175, 50))          # top right as a person sees it
-        assert upright.size == (200, 400) and red > 200 and green < 60
+        assert upright.size == (200, 400)
+        assert max(upright.getpixel((175, 50))) < 20         # top right as a person sees it
     for at in range(4, len(data), 3):
         broken = data[:at] + b"\xff\xff\xff\xff" + data[at + 4:]
         assert read_image(encoded(image, format, exif=broken)).width in (200, 400)
