@@ -2,36 +2,14 @@
 import random
 import time
 from contextlib import suppress
-from dataclasses import astuple, replace
+from dataclasses import replace
+from itertools import product
 
 import pytest
 
 import reward
-from reward import (
-    Action,
-    Weights,
-    answer_point,
-    format_fault,
-    grounding_fault,
-    match_action,
-    match_answer,
-    match_point,
-    option_text,
-    parse_action,
-    parse_options,
-    score,
-)
-from rollout import (
-    Frame,
-    Question,
-    ToolError,
-    Trace,
-    Turn,
-    crop_box,
-    parse_call,
-    parse_points,
-    parse_turn,
-)
+from reward import Action, Weights, match_action, match_answer, match_point, parse_action, score
+from rollout import Frame, Question, ToolError, Trace, Turn, crop_box, parse_call, parse_turn
 
 FRAME = Frame(input_size=(100, 50), original_size=(1000, 500))
 CHOICES = ("blue", "red", "dark green")
@@ -67,84 +45,59 @@ def final(answer="red", thought="it is there (7, 7)"):
 
 # --------------------------------------------------------------------------------- answers in words
 
-@pytest.mark.parametrize("answer", ["red", "Red", " RED\n", "red.", '"red"', "**Red.**", "`red`",
-                                    "“red”", '"Red."', "red!"])
-def test_case_space_quotes_and_end_marks_do_not_matter(answer):
-    """Only one of the two sides was lower-cased, and 'red.' was wrong."""
+@pytest.mark.parametrize("answer", [
+    " RED\n", "red.", "red!", '"Red."', "**Red.**", "`red`", "“red”", "Ｒｅｄ", "red。", "“ｒｅｄ”",
+    "\\boxed{red}", "$\\boxed{Red}$."])
+def test_other_ways_to_write_are_no_other_answer(answer):
+    """Only one of the two sides was lower-cased, and 'red.', full width letters, the end marks of
+    other scripts and LaTeX's frame were wrong."""
     assert match_answer(answer, "Red") and match_answer("Red", answer)
+    assert not match_answer(answer, "blue")
 
 
-def test_lines_do_not_matter():
-    """An answer over several lines failed."""
+def test_a_part_is_no_match_and_marks_that_carry_meaning_stay():
+    """A substring was taken for the answer; -5 and 5, .5 and 5, 5' and 5" became the same by
+    stripping too much; an answer of marks only matched every other; one over several lines
+    failed."""
+    different = [("redder", "red"), ("re", "red"), ("not red", "red"), ("red or blue", "red"),
+                 ("-5", "5"), (".5", "5"), ("5'", '5"'), ("5%", "5"), ("c++", "c"), ("?", "!"),
+                 (".", "red"), ("  ", "  ")]
+    for one, other in different:
+        assert not match_answer(one, other)
+    for same in ("5'", "?", '"', '""', "...", "naïve 红色"):
+        assert match_answer(same, same)
     assert match_answer("two red\ncars,\n\n one  bus", "Two red cars, one bus.")
 
 
-@pytest.mark.parametrize("answer", ["", "  ", ".", "re", "redder", "not red", "the answer is red",
-                                    "red or blue"])
-def test_a_part_is_no_match(answer):
-    """A substring was taken for the answer."""
-    assert not match_answer(answer, "red")
-
-
-@pytest.mark.parametrize("answer", ["Ｒｅｄ", "red。", "“ｒｅｄ”", "red、", "\\boxed{red}",
-                                    "$\\boxed{Red}$."])
-def test_other_ways_to_write_are_no_other_answer(answer):
-    """Full width letters, the end marks of other scripts and LaTeX's frame were wrong."""
-    assert match_answer(answer, "Red") and not match_answer(answer, "blue")
-
-
-def test_marks_that_carry_meaning_stay():
-    """-5 and 5, .5 and 5, 5' and 5" became the same by stripping too much; an answer of marks only
-    matched every other."""
-    different = [("-5", "5"), (".5", "5"), ("5'", '5"'), ("5%", "5"), ("c++", "c"), ("?", "!"),
-                 ('"', "'"), ("", "")]
-    for one, other in different:
-        assert not match_answer(one, other)
-    for same in ("-5", ".5", "5'", "c++", "?", '"', '""', "...", "naïve 红色"):
-        assert match_answer(same, same)
-
-
-@pytest.mark.parametrize("truth", ["B", "b", "(B)", "B.", "red", "Red", "B. red"])
 @pytest.mark.parametrize("answer", [
-    "B", "b", "(B)", "(b).", "B.", "B)", "B:", "B. red", "(B) Red.", "B: red", 'B. "red"', "Red",
-    "b)\nred", "Option B", "option (b)", "Option B.", "OPTION B: red", "option (B) red",
-    "**Option B**", "B (red)", "B - red", "B – Red.", "（Ｂ）", "Ｂ", "B。", "（B）red",
-    "\\boxed{B}"])
-def test_a_letter_its_option_and_both_are_the_same_answer(answer, truth):
+    "B", "(b).", "B)", "B:", "B. red", "(B) Red.", 'B. "red"', "Red", "b)\nred", "Option B.",
+    "OPTION B: red", "option (B) red", "**Option B**", "B (red)", "B - red", "B – Red.",
+    "（Ｂ）red", "B。", "\\boxed{B}"])
+def test_a_letter_its_option_and_both_are_the_same_answer(answer):
     """'B. red', '(B)' and 'Option B' were wrong where the truth was 'red', and the reverse."""
-    for choices in (CHOICES, list(CHOICES)):
-        assert match_answer(answer, truth, choices)
+    for truth in ("B", "(b)", "red", "Red", "B. red"):
+        assert match_answer(answer, truth, CHOICES)
 
 
 @pytest.mark.parametrize("answer", [
-    "A. red", "(C) red", "D. red", "D", "A", "B. blue", "B. red.. blue", "B red blue", "z", "1",
-    "Bred", "Option A", "Option D", "Option B: blue", "Option A. red", "Optional B", "option red",
-    "options B", "optionB", "Option B or A", "A (red)", "C - red", "B (blue)", "\\boxed{A}",
-    "\\boxed{A} \\boxed{B}", "B-red"])
-def test_a_letter_must_agree_with_its_text(answer):
-    """'A. red' was right where B is red: a letter or a text somewhere was enough."""
+    "A. red", "D. red", "D", "A", "B. blue", "B. red.. blue", "B red blue", "1", "Bred", "Option D",
+    "Option B: blue", "Optional B", "option red", "A (red)", "C - red", "B-red", "\\boxed{A}",
+    "\\boxed{A} \\boxed{B}", "B, A", "A B C", "(A) (B)", "(B)(A)", "B or A", "Option B or A",
+    "B. red A. blue", "red red", "B. B", "A. blue\nB. red\nC. dark green", "blue, red, dark green",
+    "Option B. Option A"])
+def test_a_letter_must_agree_with_its_text_and_stand_alone(answer):
+    """'A. red' was right where B is red: a letter or a text somewhere was enough. So was an answer
+    that lists every option."""
     for truth in ("B", "red"):
-        assert not match_answer(answer, truth, CHOICES)
-
-
-@pytest.mark.parametrize("answer", [
-    "A, B", "A B C", "(A) (B)", "(B)(A)", "A or B", "B. red A. blue", "red red", "B. B",
-    "A. blue\nB. red\nC. dark green", "blue, red, dark green", "red (B) (A)", "Option A, Option B",
-    "Option A B", "Option B. Option A"])
-def test_an_answer_that_lists_options_is_wrong(answer):
-    """A judge let answers pass that name every option."""
-    for truth in ("A", "B", "C", "red"):
-        for choices in (CHOICES, ()):
-            assert not match_answer(answer, truth, choices)
+        assert not match_answer(answer, truth, CHOICES) and not match_answer(answer, truth)
 
 
 def test_letters_without_known_options():
     """With the options only in the question's text, '(B)' was not 'B'; a text that cannot be
     checked is still no match."""
-    for answer in ("B", "(B)", "b.", "B)", "Option B", "option (b)"):
+    for answer in ("(B)", "b.", "Option B"):
         assert match_answer(answer, "B") and match_answer(answer, "(B)")
-    assert not match_answer("B. red", "B") and not match_answer("Option B. red", "B")
-    assert match_answer("b. Red", "B. red")
+    assert not match_answer("B. red", "B") and match_answer("b. Red", "B. red")
 
 
 def test_words_that_look_like_letters_are_words():
@@ -162,21 +115,20 @@ BOX = (100, 100, 200, 200)    # px of the original; 10 to 20 px of the model inp
 
 
 @pytest.mark.parametrize("answer", [
-    "(15, 12)", "[15, 12]", "( 12.5 , 19.9 )", "(10, 10)", "(20, 20)", "at (15,12).", "15, 12",
-    "[\n15,\n12]", "15,12", " 15 , 12. ", "at 15, 12", "15.0, 12.0", "[[15, 12]]",
-    "(15, 12) of 3 icons", "（１５，１２）", "(1.5e1, 1.2e1)", "15、12", "\\boxed{(15, 12)}"])
+    "[15, 12]", "( 12.5 , 19.9 )", "(10, 10)", "(20, 20)", "at (15,12).", "[\n15,\n12]",
+    "at 15.0, 12.0", "[[15, 12]]", "(15, 12) of 3 icons", "（１５，１２）", "15、12",
+    "(1.5e1, 1.2e1)", "\\boxed{(15, 12)}"])
 def test_a_point_in_the_box_however_written(answer):
     """Decimals, inner spaces and points without brackets were refused. The edges belong to the box;
     px of the model input become px of the file."""
-    assert match_point(answer, BOX, FRAME) and match_point(answer, list(BOX), FRAME)
+    assert match_point(answer, BOX, FRAME)
 
 
 @pytest.mark.parametrize("answer", [
-    "", "there", "15", "15 12", "15; 12", "15,", "(150, 120)", "150, 120", "(9.9, 12)",
-    "(20.1, 12)", "(-15, 12)", "-15, 12", "(15, 999999)", "(99999999999999, 12)",
-    "(15, 12, 18, 18)", "15, 12, 18, 18", "15, 12, 18", "(15, 12) (90, 40)", "15, 12 or 90, 40",
-    "(15, 12) or 90, 40",
-    "15, 12 - 18, 18", "(nan, inf)", "(15, 12) (15, 12)", "1.15, 12", "9.1234567890123456, 12"])
+    "", "there", "15", "15 12", "15; 12", "(150, 120)", "(9.9, 12)", "(20.1, 12)", "(-15, 12)",
+    "-15, 12", "(99999999999999, 12)", "(15, 12, 18, 18)", "15, 12, 18", "(15, 12) (90, 40)",
+    "(15, 12) or 90, 40", "15, 12 - 18, 18", "(nan, inf)", "(15, 12) (15, 12)", "1.15, 12",
+    "9.1234567890123456, 12"])
 def test_a_point_outside_none_or_several_are_wrong(answer):
     """Points in the wrong frame, far outside, one of many guesses, or a corner of a box were taken
     for hits; and the tail of a long number for a number."""
@@ -193,75 +145,52 @@ def test_polygons_by_the_even_odd_rule():
     """The bounding box of a region was taken for the region."""
     u_shape = ((0, 0), (500, 0), (500, 400), (400, 400), (400, 100), (100, 100), (100, 400),
                (0, 400))
-    for polygon in (u_shape, [list(p) for p in u_shape], u_shape[::-1]):
-        for inside in ("(5, 30)", "(45, 30)"):
-            assert match_point(inside, polygon, FRAME)
+    for polygon in (u_shape, u_shape[::-1]):
+        assert match_point("(5, 30)", polygon, FRAME) and match_point("(45, 30)", polygon, FRAME)
         for outside in ("(25, 30)", "(60, 30)"):
             assert not match_point(outside, polygon, FRAME)
 
 
-def test_answers_that_are_points_score():
-    """Answers that are points crashed the string functions."""
-    good = trace(final("(15, 12)"), about=question(BOX, "point"))
-    bad = trace(final("red"), about=question(BOX, "point"))
-    assert (score(good).correct, score(bad).correct) == (1, 0)
+@pytest.mark.parametrize("answer, correct", [
+    ("(15, 12)", 1), ("(90, 40)", 0), ("90, 40", 0), ("(500, 500)", 0)])
+def test_a_wrong_point_is_well_formed(answer, correct):
+    """Answers that are points crashed the string functions. A wrong one is well-formed."""
+    pointing = score(trace(final(answer), about=question(BOX, "point")))
+    assert (pointing.correct, pointing.format) == (correct, 1)
 
 
 # -------------------------------------------------------------------------------------- web actions
 
 @pytest.mark.parametrize("text, action", [
-    ("click [12]", Action("click", 12)),
-    ("CLICK[ 12 ]", Action("click", 12)),
-    ("```click [12]```", Action("click", 12)),
-    ("`click [12]`", Action("click", 12)),
-    ("```\nclick [12]\n```", Action("click", 12)),
-    ("hover [7]", Action("hover", 7)),
-    ("type [5] [red shoes]", Action("type", 5, "red shoes")),
-    ("type [5] [red] [1]", Action("type", 5, "red")),
-    ("type [5] [red] [0]", Action("type", 5, "red", False)),
-    ("type [5][red][0]", Action("type", 5, "red", False)),
-    ("type [5] [red] [press_enter_after=0]", Action("type", 5, "red", False)),
-    ("type [5] [a [b] c]", Action("type", 5, "a [b] c")),
-    ("type [5] [[b]] [0]", Action("type", 5, "[b]", False)),
-    ("type [5] [a [1]]", Action("type", 5, "a [1]")),
-    ("type [5] [1]", Action("type", 5, "1")),
-    ("type [5] []", Action("type", 5, "")),
-    ("type [5] [0] [0]", Action("type", 5, "0", False)),
-    ("type [5] [a] [1] [0]", Action("type", 5, "a] [1", False)),
-    ("type [5] [two\nlines]", Action("type", 5, "two\nlines")),
-    ("type [5] [stop [no]]", Action("type", 5, "stop [no]")),
-    ("type [5] [please stop [now] and click [3]]",
-     Action("type", 5, "please stop [now] and click [3]")),
-    ("press [Control+v]", Action("press", text="Control+v")),
-    ("scroll [down]", Action("scroll", text="down")),
-    ("scroll [direction=UP]", Action("scroll", text="up")),
-    ("scroll down", Action("scroll", text="down")),
-    ("goto [http://a.b/c?d[]=1]", Action("goto", text="http://a.b/c?d[]=1")),
-    ("new_tab", Action("new_tab")),
-    ("tab_focus [2]", Action("tab_focus", 2)),
-    ("close_tab", Action("close_tab")),
-    ("go_back", Action("go_back")),
-    (" go_forward\n", Action("go_forward")),
-    ("stop", Action("stop")),
-    ("stop []", Action("stop")),
-    ("stop [type [5] [x]]", Action("stop", text="type [5] [x]")),
-    ("stop [红色]", Action("stop", text="红色")),
-])
+    ("CLICK[ 12 ]", "click [12]"), ("```\nclick [12]\n```", "click [12]"),
+    ("type [5] [red]", "type [5] [red] [1]"), ("type [5][red][0]", "type [5] [red] [0]"),
+    ("type [5] [red] [press_enter_after=0]", "type [5] [red] [0]"),
+    ("type [5] [[b]] [0]", "type [5] [[b]] [0]"), ("type [5] [a [1]]", "type [5] [a [1]] [1]"),
+    ("type [5] [1]", "type [5] [1] [1]"), ("type [5] []", "type [5] [] [1]"),
+    ("type [5] [a] [1] [0]", "type [5] [a] [1] [0]"), ("press [Control+v]", "press [Control+v]"),
+    ("type [5] [stop [now], click [3]]", "type [5] [stop [now], click [3]] [1]"),
+    ("scroll [direction=UP]", "scroll [up]"), ("scroll down", "scroll [down]"),
+    ("goto [http://a.b/c?d[]=1]", "goto [http://a.b/c?d[]=1]"), ("tab_focus [2]", "tab_focus [2]"),
+    (" go_forward\n", "go_forward"), ("stop []", "stop []"),
+    ("stop [type [5] [红色]]", "stop [type [5] [红色]]")])
 def test_every_action_of_visualwebarena(text, action):
     """'stop' inside typed text was read as stop; brackets, new lines, fences and the Enter flag
     broke the parser. What is written for VisualWebArena is read as the same action."""
-    assert parse_action(text) == action
-    assert match_action(str(action), text) and "\n" not in str(action)
-    assert parse_action(str(action)).enter == action.enter
+    assert str(parse_action(text)) == action and match_action(action, text)
+    assert parse_action(action) == parse_action(text)
+
+
+def test_text_in_lines_is_kept_and_written_in_one():
+    """A new line in typed text ended the action."""
+    typed = parse_action("type [5] [two\nlines]")
+    assert typed == Action("type", 5, "two\nlines") and str(typed) == "type [5] [two lines] [1]"
 
 
 @pytest.mark.parametrize("text", [
-    "", "```", "``````", "click", "click []", "click [x]", "click [-1]", "click [1.5]", "click 12",
-    "click [12", "click [１２]", "click [12] [13]", "click [12]\nclick [13]", "I click [12]",
-    "clicking [12]", "click [" + "9" * 5000 + "]", "type [5]", "type [red]", "type [5] red",
-    "type [5] [red", "type [5] ] [1]", "scroll", "scroll [left]", "press", "goto", "goto http://a",
-    "go_back [1]", "new_tab now", "tab_focus []", "stop red", "[stop]",
-    "__import__('os')", "\0"])
+    "", "```", "click", "click []", "click [x]", "click [-1]", "click 12", "click [12",
+    "click [１２]", "click [12] [13]", "click [12]\nclick [13]", "I click [12]", "clicking [12]",
+    "click [" + "9" * 5000 + "]", "type [5]", "type [5] red", "type [5] ] [1]", "scroll [left]",
+    "press", "goto http://a", "go_back [1]", "new_tab now", "stop red", "[stop]", "\0"])
 def test_what_is_no_action_is_an_error_in_words(text):
     """Half-read actions were taken for full ones; the message says what to write instead."""
     with pytest.raises(ValueError, match="no such action|write '"):
@@ -270,27 +199,17 @@ def test_what_is_no_action_is_an_error_in_words(text):
 
 
 def test_actions_are_compared_by_name_element_and_text():
-    """Typed text was never compared: any words in the right box were right."""
-    assert match_action("type [5] [ Red\nSHOES ]", "type [5] [red shoes] [1]")
-    assert match_action("type [5] [red shoes] [0]", "type [5] [red shoes]")
-    for wrong in ("type [5] [blue shoes]", "type [5] [red shoes!]", "type [6] [red shoes]",
-                  "click [5]", "stop [red shoes]", "type [5] []"):
+    """Typed text was never compared: any words in the right box were right; stop [Red.] was not
+    stop [red], and a stop in typed text ended an episode as right."""
+    for one, other in (("type [5] [ Red\nSHOES ]", "type [5] [red shoes] [0]"),
+                       ("stop [Red.]", "stop [red]"), ("stop", "stop []")):
+        assert match_action(one, other)
+    for wrong in ("type [5] [red shoes!]", "type [6] [red shoes]", "click [5]", "stop [red shoes]"):
         assert not match_action(wrong, "type [5] [red shoes]")
-    for other in ("click [1]", "click [123]", "hover [12]", "stop [click [12]]",
-                  "type [12] [click [12]]"):
-        assert not match_action(other, "click [12]")
-    assert match_action("scroll [direction=down]", "scroll [down]")
-    for one, other in (("scroll [up]", "scroll [down]"), ("go_back", "go_forward"),
-                       ("tab_focus [1]", "tab_focus [2]")):
+    for one, other in (("click [1]", "click [12]"), ("hover [12]", "click [12]"),
+                       ("scroll [up]", "scroll [down]"), ("stop []", "stop [red]"),
+                       ("stop [click [12]]", "click [12]"), ("type [5] [stop [a]]", "stop [a]")):
         assert not match_action(one, other)
-
-
-def test_stop_answers_are_compared_as_answers():
-    """stop [Red.] was not stop [red], and a stop in typed text ended an episode as right."""
-    assert match_action("stop [Red.]", "stop [red]") and match_action("stop", "stop []")
-    assert not match_action("stop [blue]", "stop [red]")
-    assert not match_action("stop []", "stop [red]")
-    assert not match_action("type [5] [stop [red]]", "stop [red]")
 
 
 def test_a_truth_that_is_no_action_is_an_error():
@@ -330,29 +249,17 @@ def test_no_mode_takes_the_form_of_another(mode, other):
     assert score(trace(*GOOD[other], mode=mode)).format == (other in takes[mode])
 
 
+THOUGHT, ANSWER = "<think>a (5, 5)</think>", "<answer>red</answer>"
+
+
 @pytest.mark.parametrize("text", [
-    "<think>a (5, 5)</think><answer></answer>",
-    "<think>a (5, 5)</think><answer> \n </answer>",
-    "<think> </think><answer>red</answer>",
-    "<answer>red</answer>",
-    "red",
-    "",
-    "so <think>a (5, 5)</think><answer>red</answer>",
-    "<think>a (5, 5)</think> so <answer>red</answer>",
-    "<think>a (5, 5)</think><answer>red</answer> done",
-    "<answer>red</answer><think>a (5, 5)</think>",
-    "<think>a (5, 5)<answer>red</answer></think>",
-    "<think><think>a (5, 5)</think></think><answer>red</answer>",
-    "<think>a (5, 5)</think><think>b</think><answer>red</answer>",
-    "<think>a (5, 5)</think><answer>red",
-    "<think>a (5, 5)</think><answer>red</answer><answer>red</answer>",
-    "<think>a (5, 5)<answer>red</answer>",
-    "<think>a (5, 5)</think><answer><answer>red</answer></answer>",
-    "<THINK>a (5, 5)</THINK><answer>red</answer>",
-    "<think>a (5, 5) <observation> a car </observation></think><answer>red</answer>",
-    "<think>a (5, 5)</think>" + call(5, 5) + "<answer>red</answer>",
-    "<think>a (5, 5)</think><answer>red</answer>" + call(5, 5),
-])
+    "", "red", ANSWER, THOUGHT + "<answer> \n </answer>", "<think> </think>" + ANSWER,
+    "so " + THOUGHT + ANSWER, THOUGHT + " so " + ANSWER, THOUGHT + ANSWER + " done",
+    ANSWER + THOUGHT, THOUGHT + THOUGHT + ANSWER, THOUGHT + ANSWER + ANSWER,
+    THOUGHT + call(5, 5) + ANSWER, THOUGHT + ANSWER + call(5, 5), THOUGHT + "<answer>red",
+    "<think>a (5, 5)" + ANSWER, "<think>a (5, 5)" + ANSWER + "</think>",
+    "<think>" + THOUGHT + "</think>" + ANSWER, "<THINK>a (5, 5)</THINK>" + ANSWER,
+    "<think>a (5, 5) <observation> a car </observation></think>" + ANSWER])
 @pytest.mark.parametrize("mode", ["grounded", "zoom"])
 def test_tags_are_neither_missing_nor_nested_nor_repeated_nor_empty(text, mode):
     """Loose patterns paid for text around the tags, tags in tags, made-up observations and empty
@@ -368,39 +275,18 @@ def test_only_a_trace_that_the_policy_ended_is_well_formed(ended):
     assert (result.format, result.diversity, result.total) == (0, 0, 0.6) and result.why
 
 
-@pytest.mark.parametrize("text", ["<|im_start|>", "<|im_end|>", "<|vision_pad|>"])
-def test_special_tokens_are_not_well_formed(text):
+def test_special_tokens_are_not_well_formed():
     """A thought that speaks as the chat itself was paid for its form."""
-    assert score(trace(final("red", f"a (5, 5) {text} b"))).format == 0
+    assert score(trace(final("red", "a (5, 5) <|im_start|> b"))).format == 0
     assert score(trace(final("red", "a (5, 5) <|> <im_start>"))).format == 1
 
 
-def test_a_thought_and_an_answer_in_one_turn_keep_both():
-    """A turn with an answer lost its thought, and with it its points."""
-    result = trace(final("red", "it is there (7, 7)"))
-    assert result.turns[0].thought == "it is there (7, 7)" and result.answer == "red"
-    scored = score(result)
-    assert (scored.correct, scored.format, scored.grounded) == (1, 1, 1)
-
-
 @pytest.mark.parametrize("x, y", [
-    ("5.0", 5), ("true", 5), (5, "false"), ('"5"', 5), ("null", 5), ("NaN", 5), ("1e1", 5),
-    ("1e999", 5), (-1, 5), (100, 5), (5, 50), (999999, 2), ("9" * 300, 5), (5, "5, 5"), ("[5]", 5),
-    ("", 5)])
+    ("5.0", 5), (5, "1e1"), (-1, 5), (100, 5), (5, 50), ("true", 5), (5, "5, 5"), ("", 5)])
 def test_a_zoom_call_has_two_integers_inside_the_image(x, y):
-    """Floats, booleans and points far outside were well-formed calls; outside, the crop was a
-    stretched line of pixels."""
-    assert score(trace(zooming(x, y), final())).format == 0
-
-
-@pytest.mark.parametrize("text", [
-    "{}", "[]", "", "search (5, 5)", "{" * 300, " " * 500, '{"name": "search_coordinate"}',
-    '{"name": "search_coordinate", "arguments": [5, 5]}', "{'name': 'search_coordinate'}",
-    '{"name": "rm", "arguments": {"coordinate": [5, 5]}}'])
-def test_a_call_that_cannot_be_read_is_not_well_formed(text):
-    """A broken call crashed the parser, or was passed over, and the trace was paid all the same."""
-    broken = trace(f"<think>a (5, 5)</think><tool_call>{text}</tool_call>", final())
-    assert score(broken).format == 0 and score(broken).total == 0.6
+    """Floats and points far outside were well-formed calls; outside, the crop was a stretched line
+    of pixels. A call that cannot be read was passed over, and the trace was paid all the same."""
+    assert score(trace(zooming(x, y), final())).total == 0.6
 
 
 def test_every_turn_but_the_last_is_one_call():
@@ -428,19 +314,11 @@ def test_where_a_point_is_asked_for_the_form_is_one_point(answer, mode):
     assert score(trace(final(answer), mode=mode)).format == 1         # asked in words
 
 
-@pytest.mark.parametrize("answer", ["(90, 40)", "90, 40", "(500, 500)"])
-def test_a_wrong_point_is_well_formed(answer):
-    """The form of an answer is not its rightness."""
-    pointing = trace(final(answer), about=question(BOX, "point"))
-    assert (score(pointing).correct, score(pointing).format) == (0, 1)
-
-
 # -------------------------------------------------------------------------- grounding and diversity
 
 @pytest.mark.parametrize("thought", [
-    "a (5, 5)", "a [5, 5]", "a ( 5.5 , 5 )", "a (0, 0) b (99, 49)", "a (5, 5) and 3, 4",
-    "a (99.9, 5)", "at (12.5, 40)", "At (5, 5) there is a chair.", "It is red (5, 5).",
-    "Left (5, 5), then right.", "a (5, 5), built (1990, 2005)"])
+    "a ( 5.5 , 5 )", "a [0, 0] b (99.9, 49)", "It is red (5, 5).", "Left (5, 5), then right.",
+    "a (5, 5), built (1990, 2005)"])
 def test_points_inside_the_image_ground_a_thought(thought):
     """Decimals, brackets and inner spaces were no grounding; a time in years was a point outside of
     the image."""
@@ -449,8 +327,8 @@ def test_points_inside_the_image_ground_a_thought(thought):
 
 
 @pytest.mark.parametrize("thought", [
-    "no place", "5, 5", "a (999999, 2)", "a (5, 5) b (999999, 2)", "a (-1, 5)", "a (100, 5)",
-    "a (5, 50)", "Built (1990, 2005)", "a (5, 5) b (2005, 1990)", "a (5, 5) b (1990.5, 2005)",
+    "5, 5", "a (5, 5) b (999999, 2)", "a (-1, 5)", "a (5, -1)", "a (100, 5)", "a (5, 50)",
+    "Built (1990, 2005)", "a (5, 5) b (2005, 1990)", "a (5, 5) b (1990.5, 2005)",
     "a (5, 5) b (1024, 1990)", "a (5, 5) b (1990, 2160)"])
 def test_every_point_must_be_inside_the_image(thought):
     """(999999, 2) was grounding: nobody compared it with the image's size. One good point does not
@@ -512,7 +390,6 @@ def test_going_back_is_no_new_place_and_a_slow_walk_comes_to_one():
     had none."""
     assert reward.distinct_crops([(x, 0) for x in range(0, 21)], 10) == 3
     assert reward.distinct_crops([(0, 0), (30, 0), (0, 0), (29, 0)], 10) == 2
-    assert reward.distinct_crops([], 10) == 0
 
 
 def test_zoom_calls_are_those_that_were_answered_by_a_crop():
@@ -533,28 +410,17 @@ def test_twenty_crops_and_a_wrong_answer_stay_below_the_right_one():
     """Unbounded, they scored more than the right answer: the policy learned to zoom, not to see."""
     turns = [zooming(20 * (i % 5), 10 * (i // 5)) for i in range(20)]
     wrong = score(trace(*turns, final("blue")))
-    right = score(trace(final("red")))
-    ill_formed = score(trace("<answer>red</answer>"))
     assert wrong.zoom_calls == 20 and wrong.total == pytest.approx(0.56)
-    assert wrong.total < ill_formed.total < right.total
+    assert wrong.total < score(trace("<answer>red</answer>")).total < score(trace(final())).total
 
 
 # ---------------------------------------------------------------------------------------- the score
 
 @pytest.mark.parametrize("weights", [
-    dict(correct=0.4, format=0.6),
-    dict(correct=0.6, format=0.4, diversity=0.2, max_extra=3),
-    dict(correct=0.5, format=0.5, diversity=0.01, max_extra=1),
-    dict(format=0, diversity=1e300, max_extra=10**300),
-    dict(correct=0),
-    dict(correct=0, format=0),
-    dict(format=-0.1),
-    dict(max_extra=-1),
-    dict(min_distance=-1),
-    dict(correct=float("nan")),
-    dict(diversity=float("nan")),
-    dict(correct=float("inf")),
-])
+    dict(correct=0.4, format=0.6), dict(correct=0.6, format=0.4, diversity=0.2, max_extra=3),
+    dict(format=0, diversity=1e300, max_extra=10**300), dict(correct=0, format=0),
+    dict(format=-0.1), dict(max_extra=-1), dict(diversity=float("nan")),
+    dict(correct=float("inf"))])
 def test_weights_that_let_a_wrong_trace_pass_are_refused(weights):
     """Nothing stopped a bonus or a format weight that is worth more than a right answer."""
     with pytest.raises(ValueError):
@@ -573,42 +439,29 @@ def test_the_total_is_made_of_the_named_parts():
         for texts in (GOOD["zoom"], [final("blue")], ["red"], [final("red", "hm")]):
             s = score(trace(*texts), weights)
             assert s.total == weights.total(s.correct, s.format, s.grounded, s.diversity)
-            assert all(type(value) is float for value in astuple(s)[:5])
-            assert type(s.zoom_calls) is int
 
 
-def some_trace(rng):
-    """A random trace: any mode, right or wrong, well-formed or not, with few or many zoom calls."""
-    thought = rng.choice(["hm", "a (5, 5)", "a (5, 5) b (70, 40)", "a (5, 5) b (700, 40)", ""])
-    answer = rng.choice(["red", "blue", "red blue", "Red."])
-    calls = rng.choice([0, 0, 1, 2, 4, 8])
-    texts = [zooming(rng.randrange(110), rng.randrange(55), thought) for _ in range(calls)]
-    good = final(answer, thought)
-    texts.append(rng.choice([good] * 6 + [f"<answer>{answer}</answer>", answer, good + "."]))
-    mode = rng.choice(list(GOOD))
-    ended = rng.choice(["answer"] * 6 + ["forced", "truncated"])
-    return trace(*(texts if mode == "zoom" else texts[-1:]), mode=mode, ended=ended)
-
-
-@pytest.mark.slow
 def test_no_wrong_trace_ever_scores_above_a_right_one():
-    """The promise of the bounded bonus: with any weights that are accepted, over any traces."""
+    """The promise of the bounded bonus: with any weights that are accepted, over traces that are
+    right or not, well-formed or not, grounded or not, with no, few or many zoom calls."""
     rng = random.Random(0)
-    traces, accepted, seen = [some_trace(rng) for _ in range(400)], 0, set()
-    while accepted < 100:
+    turns = [zooming(9 + 10 * i, 20) for i in range(9)]
+    kinds = product((0, 2, 4, 9), ("red", "blue"), ("a (5, 5)", "a (500, 5)"), ("answer", "forced"))
+    traces = [trace(*turns[:calls], final(answer, thought), ended=ended)
+              for calls, answer, thought, ended in kinds]
+    accepted = 0
+    while accepted < 200:
         values = (rng.random(), rng.random(), rng.random(), rng.randrange(6), rng.choice([1, 10]))
         try:
             weights = Weights(*values)
         except ValueError:
             continue
         accepted += 1
-        scores = [score(t, weights) for t in traces]
+        scores = [score(trace, weights) for trace in traces]
         best_wrong = max(s.total for s in scores if not s.correct)
         right = [s for s in scores if s.correct]
         assert best_wrong <= min(s.total for s in right)
         assert best_wrong < min(s.total for s in right if s.format and s.grounded)
-        seen |= {(s.correct, s.format, s.grounded, s.diversity > 0) for s in scores}
-    assert len(seen) == 10    # right or wrong x (format, grounding: 4, and a bonus on top of both)
 
 
 # ----------------------------------------------------------------------------------- untrusted text
@@ -632,7 +485,6 @@ def test_long_hostile_text_is_read_in_linear_time(unit):
         match_answer(hostile, "B")
         match_action(hostile, "type [5] [red]")
         match_point(hostile, BOX, FRAME)
-        answer_point(hostile)
         turn = Turn(hostile, thought=hostile, answer=hostile)
         for mode in GOOD:
             assert not score(replace(trace(mode=mode), turns=[turn])).correct
@@ -650,20 +502,7 @@ def mutated(rng, text):
     return text
 
 
-def test_no_answer_can_break_the_reward():
-    """An answer is whatever a policy writes: whatever it is, no exception, and a wrong trace never
-    above a right one."""
-    rng = random.Random(0)
-    asked = [question(), question("B", "choice", CHOICES), question(BOX, "point"),
-             question("type [5] [red shoes]", "action"), question("stop [red]", "action")]
-    answers = ["red", "(B) red", "(15, 12)", "type [5] [red shoes] [1]", "stop [red]"]
-    for i in range(4000):
-        about, answer = asked[i % 5], mutated(rng, answers[i % 5])
-        texts = [mutated(rng, zooming(20, 20)), final(answer, mutated(rng, "a (5, 5)"))]
-        result = score(trace(*texts, about=about, mode=rng.choice(list(GOOD))))
-        assert 0 <= result.total <= (1.16 if result.correct else 0.56)
-
-
+MUTATED_TEXTS = 20_000         # so that every piece is put in some hundred times
 SOURCES = [zooming(20, 20), final(), final("(15, 12)", "a [5, 5]"), final("(B) red"),
            final("type [5] [red shoes] [1]"), final("stop [red]", "Built (1990, 2005), at (7, 7)."),
            "Which?\n(A) blue\n(B) red", "type [5] [red shoes] [1]", "scroll [down]", "(B) red",
@@ -671,41 +510,29 @@ SOURCES = [zooming(20, 20), final(), final("(15, 12)", "a [5, 5]"), final("(B) r
            '{"name": "search_coordinate", "arguments": {"coordinate": [20, 30]}}']
 
 
-def read_in_every_way(text):
-    """Each parser and each comparison of answers, on one text."""
-    parse_points(text)
-    parse_options(text)
-    option_text(text)
-    option_text(text, CHOICES)
-    answer_point(text)
-    match_answer(text, "B", CHOICES)
-    match_point(text, BOX, FRAME)
-    match_action(text, "type [5] [red shoes]")
-    with suppress(ToolError):
-        parse_call(text)
-    with suppress(ValueError):
-        parse_action(text)
-
-
-@pytest.mark.slow
-def test_a_hundred_thousand_mutated_texts():
+def test_no_text_can_break_the_reward():
     """An answer, a call, a question or a whole turn may be anything: no parser raises what its
     caller does not expect, and in each mode no wrong trace has more than any right one."""
     rng = random.Random(1)
     asked = [question(), question("B", "choice", CHOICES), question(BOX, "point"),
              question("type [5] [red shoes]", "action"), question("stop [red]", "action")]
     totals = {(mode, correct): set() for mode in GOOD for correct in (0, 1)}
-    for i in range(100_000):
+    for i in range(MUTATED_TEXTS):
         text = mutated(rng, SOURCES[i % len(SOURCES)])
-        read_in_every_way(text)
+        reward.parse_options(text)
+        match_answer(text, "B", CHOICES)
+        match_point(text, BOX, FRAME)
+        match_action(text, "type [5] [red shoes]")
+        for read, fault in ((parse_call, ToolError), (parse_action, ValueError)):
+            with suppress(fault):
+                read(text)
         mode = rng.choice(list(GOOD))
-        texts = [zooming(20 + i % 70, 20), text] if mode == "zoom" else [text]
-        read = trace(*texts, mode=mode, about=asked[i // 7 % 5])
-        if read.answer is None:
-            read.ended = "stopped"
-        found = score(read)
-        assert found.format == (not format_fault(read))
-        assert found.grounded == (not grounding_fault(read))
+        before = rng.choice([zooming(20 + i % 70, 20), mutated(rng, zooming(20, 20))])
+        texts = [before, text] if mode == "zoom" else [text]
+        written = trace(*texts, mode=mode, about=asked[i // 7 % 5])
+        if written.answer is None:
+            written.ended = "stopped"
+        found = score(written)
         totals[mode, int(found.correct)].add(found.total)
     for mode in GOOD:
         assert max(totals[mode, 0]) <= min(totals[mode, 1])
