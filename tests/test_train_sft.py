@@ -40,9 +40,9 @@ def answer(text, thought="So."):
     return f"<think>{thought}</think>\n<answer> {text} </answer>"
 
 
-def finished(policy, question, texts, mode="zoom", **parts):
+def finished(policy, question, texts, mode="zoom"):
     """A complete trace of these turns, with the crops that the tool shows."""
-    way = dialogue(mode, **parts)
+    way = dialogue(mode)
     return replay(policy, way, question, sft.messages_of(way, question, texts))
 
 
@@ -186,13 +186,15 @@ def test_a_forced_answer_begins_as_it_was_learned(policy, question, said):
     assert turns[-1].endswith(f"<answer> {said} </answer>")
 
 
-@pytest.mark.parametrize("mode, turns, partial", [
-    ("zoom", (zoom_call(10, 10), "<tool_call>\n{}\n</tool_call>"), ""),
-    ("grounded", (), "<think>A cup (1, 2).")])
-def test_continuing_from_a_path_gives_complete_traces(policy, question, mode, turns, partial):
-    """Guards the replay of a path: the tool really answers its turns, words where it refuses them;
-    the new text follows the path's; log-probabilities are those of a plain pass; each trace has
-    random numbers of its own, from the tree's; the tree's own empty trace stays empty."""
+@pytest.mark.parametrize("mode, turns, partial, begins", [
+    ("zoom", (zoom_call(10, 10), "<tool_call>\n{}\n</tool_call>"), "", ""),
+    ("zoom", tuple(zoom_call(20 * i + 5, 9) for i in range(5)), "", "<think></think>\n<answer>"),
+    ("grounded", (), "<think>A cup (1, 2).", "<think>A cup (1, 2).")])
+def test_continuing_from_a_path(policy, question, mode, turns, partial, begins):
+    """Guards the replay of a path: the tool really answers its turns, words where it refuses them,
+    and where all calls are used up the answer is asked for; the new text follows the path's;
+    log-probabilities are those of a plain pass; each trace has random numbers of its own, from the
+    tree's; the tree's own empty trace stays empty."""
     start = start_of(policy, question, mode)
     node = Node(start, turns, partial)
     complete(policy, dialogue(mode), [node], 2, SAMPLING)
@@ -202,12 +204,10 @@ def test_continuing_from_a_path_gives_complete_traces(policy, question, mode, tu
     for trace in node.rollouts:
         texts = [turn.text for turn in trace.turns]
         assert trace.ended and trace.crops is start.crops
-        assert tuple(texts[:len(turns)]) == turns
-        assert texts[len(turns)].startswith(partial)
+        assert tuple(texts[:len(turns)]) == turns and texts[len(turns)].startswith(begins)
+        assert len(trace.prompt.pictures) == 1 + len(trace.zoom_points[:len(turns)])
         path = policy.decode(trace.prompt.ids[len(start.prompt.ids):])
-        assert path.endswith(partial)
-        if turns:
-            assert "The only tool is" in path and len(trace.prompt.pictures) == 2
+        assert path.endswith(partial) and path.count("<|im_start|>user") == len(turns)
         with torch.no_grad():
             again = policy.log_probs([[trace]])
         assert torch.allclose(again, recorded([[trace]]), atol=1e-5)
@@ -223,7 +223,6 @@ def test_a_special_token_spelled_in_letters_stays_text(policy, question):
     trace, = node.rollouts
     path = trace.prompt.ids[len(start.prompt.ids):]
     assert path.count(policy.image_token) == trace.prompt.pictures[1].tokens
-    assert path.count(policy.tokenizer.eos_token_id) == 2      # of the turn and of its observation
     assert policy.log_probs([[trace]]).isfinite().all()
 
 
@@ -234,16 +233,6 @@ def test_chains_of_a_question_share_its_image(policy, question):
     one, two = [replay(policy, dialogue(), question, messages, (), starts) for _ in range(2)]
     assert one.prompt.pictures[0] is two.prompt.pictures[0]
     assert one.pictures[0] is two.pictures[0]
-
-
-def test_the_calls_of_a_path_count(policy, question):
-    """Guards the bound on crops: behind a path that used them up, the answer is asked for."""
-    calls = tuple(zoom_call(20 * i + 5, 9) for i in range(3))
-    node = Node(start_of(policy, question), calls)
-    complete(policy, dialogue(max_crops=2), [node], 1, SAMPLING)
-    trace, = node.rollouts
-    assert len(trace.turns) == 4 and trace.ended in ("forced", "truncated")
-    assert trace.turns[3].text.startswith("<think></think>\n<answer>")
 
 
 def test_search_counts_every_rollout(policy, capsys):
@@ -523,7 +512,6 @@ def test_an_image_without_a_call_is_told(policy, release):
 
 BROKEN = {
     "an image less": lambda row: row["images"].pop(),
-    "no image": lambda row: row.update(images=[]),
     "no last answer": lambda row: row["messages"].pop(),
     "no truth": lambda row: row.pop("gt_answer"),
     "no dialogue": lambda row: row.pop("messages"),
@@ -631,13 +619,16 @@ def test_the_papers_schedule_of_fine_tuning(policy, question, monkeypatch):
 
 
 @pytest.mark.slow
-def test_numbers_that_are_not_finite_are_not_kept(tiny_folder, monkeypatch, tmp_path):
-    """Guards hours: after five gradients in a row that are not finite fine-tuning is stopped, and
-    weights that are not finite are never saved."""
+def test_numbers_that_are_not_finite_are_not_kept(tiny_folder, monkeypatch, capsys, tmp_path):
+    """Guards hours: a step without a finite gradient is skipped and counted, after five in a row
+    fine-tuning is stopped, and weights that are not finite are never saved."""
     policy = load(tiny_folder, device="cpu")
     traces = [finished(policy, Question("?", [noise(64, 64)], "x"), [answer("x")])]
-    monkeypatch.setattr(sft, "optimizer_step", lambda *_, **how: math.nan)
+    norms = iter([1.0, math.nan, math.inf, 1.0, *[math.nan] * 5])
+    monkeypatch.setattr(sft, "optimizer_step", lambda *_, **how: next(norms))
     monkeypatch.setattr(sft, "micro_batches", lambda *_: [])
+    sft.fine_tune(policy, traces, steps=4, lr=1.0, seed=0)
+    assert "skipped 2" in capsys.readouterr().out
     with pytest.raises(UserError, match="5 gradients in a row .* lower --sft-lr"):
         sft.fine_tune(policy, traces, steps=9, lr=1.0, seed=0)
     with torch.no_grad():
@@ -686,10 +677,9 @@ def test_our_adamw_is_adamw_on_average():
         theirs.step()
     for name in ("exp_avg", "exp_avg_sq"):
         assert torch.allclose(ours.state[p][name], theirs.state[exact][name], atol=1e-6)
-    expected = (exact.detach() - start.float()).mean(0)
-    moved = (p.detach().float() - start.float()).mean(0)
-    assert (expected < -4e-4).all()
-    assert moved.tolist() == pytest.approx(expected.tolist(), rel=0.02)
+    expected = (exact - start).mean(0)
+    moved = (p.float() - start).mean(0)
+    assert torch.allclose(moved, expected, rtol=0.02, atol=0)
 
 
 def test_a_sharded_parameter_takes_the_same_step(request):
