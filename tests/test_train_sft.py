@@ -7,40 +7,25 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import draw, noise
+from conftest import draw, noise, recorded
 from PIL import Image
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import train_sft as sft
 from evaluate import open_file, settle
 from model import UserError, load
-from reward import is_correct, score
+from reward import score
 from rollout import Dialogue, Question, format_call, parse, parse_turn, shared_flags
-from train_sft import (
-    BACKTRACK,
-    Node,
-    RoundedAdamW,
-    complete,
-    expand,
-    linearise,
-    messages_of,
-    optimizer_step,
-    read_traces,
-    replay,
-    rounded,
-    row_of_chain,
-    search,
-    to_multi_turn,
-)
+from train_sft import BACKTRACK, Node, complete, expand, linearise, read_traces, replay
 
-SAMPLING = dict(turn_tokens=30, response_tokens=200)
+SAMPLING = dict(turn_tokens=12, response_tokens=60)
 
 
 def dialogue(mode="zoom", **parts):
@@ -55,18 +40,23 @@ def answer(text, thought="So."):
     return f"<think>{thought}</think>\n<answer> {text} </answer>"
 
 
-def finished(policy, question, texts, mode="zoom", **parts):
+def finished(policy, question, texts, mode="zoom"):
     """A complete trace of these turns, with the crops that the tool shows."""
-    way = dialogue(mode, **parts)
-    return replay(policy, way, question, messages_of(way, question, texts))
+    way = dialogue(mode)
+    return replay(policy, way, question, sft.messages_of(way, question, texts))
 
 
 def start_of(policy, question, mode="zoom"):
     return dialogue(mode).start(policy, question, 1, "seed")[0]
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow)
-                        for name in ("tiny_folder", "merged_folder")])
+def assert_right(trace):
+    scored = score(trace)
+    assert scored.correct == scored.format == scored.grounded == 1
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow)
+                                        for name in ("tiny_folder", "merged_folder")])
 def policy(request):
     """One whose tokenizer has tags and words as single tokens, and one where a stop runs into a
     tag: steps, chains and answers are made of text, and are the same with both."""
@@ -102,73 +92,54 @@ def arguments(tiny_folder, data, monkeypatch, tmp_path):
 
 def test_ucb1():
     """Guards selection: value + c * sqrt(ln(N_parent + 1) / (N_child + 1)), and means backed up to
-    the root."""
+    the root. 2/3 + c * sqrt(ln(5) / 4) = 0 + c * sqrt(ln(5) / 2) at c = 2.54."""
     root = Node(None)
     root.children = [Node(None, parent=root), Node(None, parent=root)]
+    first, second = root.children
     for reward in (1, 0, 1):
-        root.children[0].back_up(reward)
-    root.children[1].back_up(0)
+        first.back_up(reward)
+    second.back_up(0)
     assert root.visits == 4 and root.value == pytest.approx(0.5)
-    assert root.children[0].value == pytest.approx(2 / 3)
-    bounds = [child.value + 2 * math.sqrt(math.log(5) / (child.visits + 1))
-              for child in root.children]
-    assert root.select(2) is root.children[bounds.index(max(bounds))] is root.children[0]
-    assert root.select(10) is root.children[1]
+    assert first.visits == 3 and first.value == pytest.approx(2 / 3)
+    assert root.select(2.53) is first and root.select(2.55) is second
 
 
 def test_steps_of_the_zoom_mode_are_turns(policy, question):
-    """Guards the cut: a step is a turn with its observation, and the last one has the answer."""
+    """Guards expansion: a step is a turn with its observation, and the last one has the answer; one
+    of the same text is the same child; one 1 px from a point of the path is a repetition."""
     texts = zoom_call(10, 10), zoom_call(40, 40), answer("dotted")
     trace = finished(policy, question, texts)
     node = Node(start_of(policy, question))
-    for number in range(3):
+    for number in (1, 2, 3):
         node = expand(node, trace, depth=10)
-        assert node.turns == texts[:number + 1] and not node.partial
-        assert node.depth == number + 1 and node.trace is (trace if number == 2 else None)
-    assert node.points == ((10, 10), (40, 40))
+        assert node.turns == texts[:number] and node.depth == number
+    assert node.trace is trace and not node.partial
+    second = node.parent
+    assert second.trace is None and second.points == ((10, 10), (40, 40))
+    first = second.parent
+    repeat = finished(policy, question, [texts[0], zoom_call(11, 10), texts[2]])
+    assert expand(first, repeat, 10) is None
+    assert expand(first, trace, 10) is second and first.children == [second]
 
 
-STEPS = {
-    "grounded": [
-        ("A cup (1, 2). A pot at [30, 4]: odd. Done.", ["A cup (1, 2).", " A pot at [30, 4]:"]),
-        ("The (1, 2) cup,\nthen (50, 60)", ["The (1, 2)", " cup,\nthen (50, 60)"]),
-        ("No point.", []),
-    ],
-    "think": [
-        ("A cup. Is it 2.5 px? Yes", ["A cup.", " Is it 2.5 px?"]),
-        ("One sentence.", []),
-    ],
-    "direct": [("A cup (1, 2). So.", [])],
-}
-
-
-@pytest.mark.parametrize("mode", STEPS)
-def test_steps_of_a_single_turn_are_cut_from_its_text(mode):
+@pytest.mark.parametrize("mode, thought, steps", [
+    ("grounded", "A cup (1, 2). Pot at [30, 4]: odd. So.", ["A cup (1, 2).", " Pot at [30, 4]:"]),
+    ("grounded", "The (1, 2) cup,\nthen (50, 60)", ["The (1, 2)", " cup,\nthen (50, 60)"]),
+    ("think", "A cup. Is it 2.5 px? Yes", ["A cup.", " Is it 2.5 px?"]),
+    ("direct", "A cup (1, 2). So.", [])])
+def test_steps_of_a_single_turn_are_cut_from_its_text(mode, thought, steps):
     """Guards single-turn search: a step ends behind its point and the stop, or with its sentence,
     whatever the tokens are; what is left runs to the end and keeps the answer. Points of the answer
     make no step."""
-    for thought, steps in STEPS[mode]:
-        text = f"<think>{thought}</think>\n<answer> (70, 80). </answer>"
-        trace = SimpleNamespace(mode=mode, turns=[parse_turn(text)])
-        node, path = Node(None), "<think>"
-        for step in steps:
-            node = expand(node, trace, depth=10)
-            path += step
-            assert (node.turns, node.partial, node.trace) == ((), path, None)
+    text = f"<think>{thought}</think>\n<answer> (70, 80). </answer>"
+    trace = SimpleNamespace(mode=mode, turns=[parse_turn(text)])
+    node, path = Node(None), "<think>"
+    for step in steps:
         node = expand(node, trace, depth=10)
-        assert (node.turns, node.partial, node.trace) == ((text,), "", trace)
-
-
-def test_a_step_that_repeats_a_point_is_dropped(policy, question):
-    """Guards expansion: a point 1 px from one already used on the path is a repetition; a step of
-    the same text is the same child."""
-    leaf = Node(start_of(policy, question), (zoom_call(10, 10),), points=((10, 10),))
-    repeat = finished(policy, question, [zoom_call(10, 10), zoom_call(11, 10), answer("dotted")])
-    other = finished(policy, question, [zoom_call(10, 10), zoom_call(40, 40), answer("dotted")])
-    assert expand(leaf, repeat, 10) is None and not leaf.children
-    child = expand(leaf, other, 10)
-    assert child.points == ((10, 10), (40, 40)) and child.parent is leaf
-    assert expand(leaf, other, 10) is child and leaf.children == [child]
+        path += step
+        assert (node.turns, node.partial, node.trace) == ((), path, None)
+    node = expand(node, trace, depth=10)
+    assert (node.turns, node.partial, node.trace) == ((text,), "", trace)
 
 
 def test_too_deep_a_path_is_made_to_answer(policy, question):
@@ -181,185 +152,126 @@ def test_too_deep_a_path_is_made_to_answer(policy, question):
     assert node.rollouts[0].turns[0].text.startswith(node.partial)
 
 
-SAID = {
-    "grounded": ["A chair at (64, 30).", " The lamp (12, 90).", " It is so."],
-    "think": ["A chair is there.", " Yes.", "\nIs it 2.5 px?", " So it is."],
-}
-
-
-@pytest.mark.parametrize("mode", SAID)
-@pytest.mark.parametrize("closed", ["</think>\n<answer> dotted </answer>",
-                                    "</think>\n<answer>dotted</answer>"])
-def test_steps_end_in_the_text_whatever_the_tokens(policy, question, mode, closed):
-    """Guards the cut where a token has the step's stop and the tag behind it, as ").</": a step is
-    neither longer nor shorter for it, and none begins in a tag."""
-    steps = SAID[mode]
-    ids = policy.encode(f"<think>{''.join(steps)}{closed}")
-    trace = start_of(policy, question, mode)
-    trace.ids = ids + [policy.tokenizer.eos_token_id]
-    dialogue(mode).on_turn(policy, trace, truncated=False)
-    assert trace.ended == "answer"
-    node, path = Node(start_of(policy, question, mode)), "<think>"
-    for step in steps[:2]:
-        node = expand(node, trace, depth=10)
-        path += step
-        assert node.partial == path and node.trace is None
-    while not node.trace:
-        node = expand(node, trace, depth=10)
-    assert node.turns == (f"<think>{''.join(steps)}{closed}",)
-
-
-@pytest.mark.parametrize("mode", ["grounded", "think"])
-def test_chains_have_no_leftovers_of_tags(policy, question, mode):
+@pytest.mark.parametrize("mode, said", [
+    ("grounded", "A chair at (64, 30). The lamp (12, 90). It is so."),
+    ("think", "A chair is there. Yes.\nIs it 2.5 px? So it is.")])
+def test_chains_have_no_leftovers_of_tags(policy, question, mode, said):
     """Guards back-tracking behind any path of a single turn: where a step was cut inside of a tag,
     chains read "That was not it. think>"."""
-    said = "".join(SAID[mode])
     good = f"<think>{said}</think>\n<answer> dotted </answer>"
     bad = f"<think>{said} No.</think>\n<answer>B</answer>"
     traces = [finished(policy, question, [text], mode) for text in (bad, good)]
     node = Node(start_of(policy, question, mode))
-    paths = 0
+    corrected = 0
     while not node.trace:
         node.rollouts = traces
-        for chain in linearise(node, dialogue(mode)):
-            text, = chain
-            assert text.count("<think>") == text.count("</think>") == text.count("<answer>") == 1
-            assert not re.search(r"(?<![</])(think|answer)>", text)
-            assert score(finished(policy, question, chain, mode)).correct == 1
-            paths += BACKTRACK in text
+        for text, in linearise(node, dialogue(mode)):
+            tags = re.findall("<?/?(?:think|answer)>", text)
+            assert tags == ["<think>", "</think>", "<answer>", "</answer>"]
+            assert score(finished(policy, question, [text], mode)).correct == 1
+            corrected += BACKTRACK in text
         node = expand(node, traces[1], depth=10)
-    assert paths >= 2
+    assert corrected >= 2
 
 
-@pytest.mark.parametrize("said", ["B", "dotted", "(3, 4)", "No", "12", "stop [B]"])
+@pytest.mark.parametrize("said", ["B", "dotted", "(3, 4)"])
 def test_a_forced_answer_begins_as_it_was_learned(policy, question, said):
     """Guards the forced beginning, which ends in "<answer>": with a blank behind it, as all chains
     have it, the answer's first token is the one that was learned; "<answer>B" may have ">B"."""
     for beginning in (sft.FORCED, Dialogue().forced_answer):
-        before = beginning.partition("<answer>")[0]
-        whole = policy.encode(f"{before}<answer> {said} </answer>")
         begun = policy.encode(beginning)
+        whole = policy.encode(f"{beginning} {said} </answer>")
         assert whole[:len(begun)] == begun
-        assert policy.decode(whole[len(begun):]) == f" {said} </answer>"
-    turns = to_multi_turn(f"<think>A cup (1, 2).</think>\n<answer>{said}</answer>")
+    turns = sft.to_multi_turn(f"<think>A cup (1, 2).</think>\n<answer>{said}</answer>")
     assert turns[-1].endswith(f"<answer> {said} </answer>")
 
 
-@pytest.mark.parametrize("mode, turns, partial", [
-    ("zoom", (), ""), ("zoom", (zoom_call(10, 10), "<tool_call>\n{}\n</tool_call>"), ""),
-    ("grounded", (), "<think>A cup (1, 2)."), ("think", (), "<think>A cup.")])
-def test_continuing_from_a_path_gives_complete_traces(policy, question, mode, turns, partial):
-    """Guards the replay of a path: the tool really answers its turns, words where it refuses them;
-    the new text follows the path's; log-probabilities are those of a plain pass; each trace has
-    random numbers of its own, from the tree's; the tree's own empty trace stays empty."""
+@pytest.mark.parametrize("mode, turns, partial, begins", [
+    ("zoom", (zoom_call(10, 10), "<tool_call>\n{}\n</tool_call>"), "", ""),
+    ("zoom", tuple(zoom_call(20 * i + 5, 9) for i in range(5)), "", "<think></think>\n<answer>"),
+    ("grounded", (), "<think>A cup (1, 2).", "<think>A cup (1, 2).")])
+def test_continuing_from_a_path(policy, question, mode, turns, partial, begins):
+    """Guards the replay of a path: the tool really answers its turns, words where it refuses them,
+    and where all calls are used up the answer is asked for; the new text follows the path's;
+    log-probabilities are those of a plain pass; each trace has random numbers of its own, from the
+    tree's; the tree's own empty trace stays empty."""
     start = start_of(policy, question, mode)
     node = Node(start, turns, partial)
     complete(policy, dialogue(mode), [node], 2, SAMPLING)
-    assert len(node.rollouts) == 2 and not start.ids and not start.turns
     first, second = node.rollouts
     assert first.rng is not second.rng and first.ids != second.ids
+    assert not start.ids and not start.turns
     for trace in node.rollouts:
+        texts = [turn.text for turn in trace.turns]
         assert trace.ended and trace.crops is start.crops
-        assert tuple(turn.text for turn in trace.turns[:len(turns)]) == turns
-        assert trace.turns[len(turns)].text.startswith(partial)
+        assert tuple(texts[:len(turns)]) == turns and texts[len(turns)].startswith(begins)
         assert len(trace.prompt.pictures) == 1 + len(trace.zoom_points[:len(turns)])
         path = policy.decode(trace.prompt.ids[len(start.prompt.ids):])
-        assert path.endswith(partial) and ("The only tool is" in path) == (len(turns) > 1)
-        new = [log_prob for log_prob, sampled
-               in zip(trace.log_probs, trace.sampled, strict=True) if sampled]
+        assert path.endswith(partial) and path.count("<|im_start|>user") == len(turns)
         with torch.no_grad():
             again = policy.log_probs([[trace]])
-        assert torch.allclose(again, torch.tensor(new), atol=1e-5)
+        assert torch.allclose(again, recorded([[trace]]), atol=1e-5)
 
 
-@pytest.mark.parametrize("spelled", ["<|image_pad|>", "<|vision_start|>", "<|im_end|>"])
-def test_a_special_token_spelled_in_letters_stays_text(policy, question, spelled):
+def test_a_special_token_spelled_in_letters_stays_text(policy, question):
     """Guards the replay of a path: what a policy wrote letter by letter is encoded again, and would
     become the token itself, an image's among them."""
-    call = zoom_call(10, 10).replace("<think>", f"<think>{spelled} ")
-    for node in (Node(start_of(policy, question), (call,), f"<think>{spelled}"),):
-        complete(policy, dialogue(), [node], 1, SAMPLING)
-        trace, = node.rollouts
-        assert policy.log_probs([[trace]]).isfinite().all()
-        assert trace.prompt.ids.count(policy.image_token) == sum(
-            picture.tokens for picture in trace.prompt.pictures)
+    spelled = "<think><|image_pad|><|vision_start|><|im_end|>"
+    start = start_of(policy, question)
+    node = Node(start, (zoom_call(10, 10).replace("<think>", spelled),), spelled)
+    complete(policy, dialogue(), [node], 1, SAMPLING)
+    trace, = node.rollouts
+    path = trace.prompt.ids[len(start.prompt.ids):]
+    assert path.count(policy.image_token) == trace.prompt.pictures[1].tokens
+    assert policy.log_probs([[trace]]).isfinite().all()
 
 
 def test_chains_of_a_question_share_its_image(policy, question):
     """Guards the memory of fine-tuning: image and crops are encoded once for all chains."""
     starts = {}
-    way = dialogue()
-    chains = [[zoom_call(10, 10), answer("dotted")]] * 2
-    one, two = [replay(policy, way, question, messages_of(way, question, chain), (), starts)
-                for chain in chains]
-    assert one.prompt.pictures[0] is two.prompt.pictures[0] and one.pictures[0] is two.pictures[0]
-    assert one is not two and one.ids == two.ids and one.turns is not two.turns
+    messages = sft.messages_of(dialogue(), question, [zoom_call(10, 10), answer("dotted")])
+    one, two = [replay(policy, dialogue(), question, messages, (), starts) for _ in range(2)]
+    assert one.prompt.pictures[0] is two.prompt.pictures[0]
+    assert one.pictures[0] is two.pictures[0]
 
 
-def test_the_calls_of_a_path_count(policy, question):
-    """Guards the bound on crops: behind a path that used them up, the answer is asked for."""
-    calls = tuple(zoom_call(20 * i + 5, 9) for i in range(3))
-    node = Node(start_of(policy, question), calls)
-    complete(policy, dialogue(max_crops=2), [node], 1, SAMPLING)
-    trace, = node.rollouts
-    assert len(trace.turns) == 4 and trace.ended in ("forced", "truncated")
-    assert trace.turns[3].text.startswith("<think></think>\n<answer>")
-
-
-@pytest.mark.slow
 def test_search_counts_every_rollout(policy, capsys):
     """Guards all parts together: children are at most `width`, values are means of rewards, points
     add up along a path; and the same seeds give the same trees."""
     questions = [Question(f"Which, {i}?", [noise(128, 128, i)], "dotted") for i in range(3)]
-    found = []
-    for _ in range(2):
-        roots = search(policy, questions, dialogue("think"), range(3), SAMPLING, simulations=2)
-        found.append([sft.describe_tree(root) for root in roots])
-    assert found[0] == found[1]
+    roots, others = [sft.search(policy, questions, dialogue("think"), range(3), SAMPLING,
+                                simulations=2) for _ in range(2)]
+    assert list(map(sft.describe_tree, roots)) == list(map(sft.describe_tree, others))
     for root in roots:
         assert root.visits >= 4 and root.value == 0
-        for node in root.walk():
-            assert len(node.children) <= 3
-            assert all(child.parent is node for child in node.children)
-            assert node.depth == (node.parent.depth + 1 if node.parent else 0)
+        assert all(len(node.children) <= 3 for node in root.walk())
     assert "search 2/2  0 of this process's 3 trees have a right trace" in capsys.readouterr().out
 
 
 def test_trees_are_searched_some_at_a_time(arguments, monkeypatch, tmp_path):
     """Guards memory: no more than TREES trees are alive at once. And what is written: each
     question's chains in the questions' order, --chains of them at most, each marked as taken in the
-    tree's description."""
+    tree's description; where there are none, a policy has nothing to learn from."""
     searched = []
 
     def search_some(policy, questions, dialogue, seeds, sampling, **more):
         searched.append(seeds)
-        return [Node(SimpleNamespace(question=question), visits=number)
-                for number, question in enumerate(questions)]
+        return [Node(SimpleNamespace(question=question)) for question in questions]
     monkeypatch.setattr(sft, "TREES", 2)
     monkeypatch.setattr(sft, "search", search_some)
-    monkeypatch.setattr(sft, "linearise", lambda root, *_: [
-        [answer(f"{root.start.question.id} {i}")] for i in range(3)])
+    monkeypatch.setattr(sft, "linearise", lambda *_: [[answer(str(i))] for i in range(3)])
     args = arguments("--seed", "3", "--chains", "2")
     questions = sft.questions_of(args, "train", 5)
     sft.grow_trees(args, questions, tmp_path)
     assert searched == [["search 3 0", "search 3 1"], ["search 3 2", "search 3 3"], ["search 3 4"]]
-    rows = list(map(json.loads, (tmp_path / "search.jsonl").read_text().splitlines()))
-    assert [row["key"] for row in rows] == [q.key for q in questions for _ in range(2)]
-    assert all(f"<answer> {row['id']} " in row["messages"][-1]["content"] for row in rows)
+    rows = (tmp_path / "search.jsonl").read_text().splitlines()
+    keys = [question.key for question in questions for _ in range(2)]
+    assert [json.loads(row)["key"] for row in rows] == keys
     trees = (tmp_path / "trees.txt").read_text().split("\n\n")
     assert [tree.count("\ntaken: ") for tree in trees] == [2] * 5
-    assert questions[4].text in trees[4]
-
-
-def test_a_search_that_finds_nothing_says_so(arguments, monkeypatch, tmp_path):
-    """Guards the message: a policy that never answers right has nothing to learn from."""
-    monkeypatch.setattr(sft, "search", lambda policy, questions, *_, **more: [
-        Node(SimpleNamespace(question=question)) for question in questions])
     monkeypatch.setattr(sft, "linearise", lambda *_: [])
-    args = arguments()
-    with pytest.raises(UserError, match="no right trace in 2 questions; give a stronger --teacher"):
-        sft.grow_trees(args, sft.questions_of(args, "train", 2), tmp_path)
-    assert not (tmp_path / "search.jsonl").exists()
+    with pytest.raises(UserError, match="no right trace in 5 questions; give a stronger --teacher"):
+        sft.grow_trees(args, questions, tmp_path)
 
 
 def test_a_teacher_that_points_otherwise_is_refused(arguments, monkeypatch, tmp_path):
@@ -373,19 +285,18 @@ def test_a_teacher_that_points_otherwise_is_refused(arguments, monkeypatch, tmp_
 
 # -------------------------------------------------------------------------------------- linearising
 
-def tree(policy, question, rollouts, mode="zoom", turns=(), partial=""):
-    root = Node(start_of(policy, question, mode), turns, partial)
-    root.rollouts = [finished(policy, question, texts, mode) for texts in rollouts]
-    return root
+def chains_of(policy, question, rollouts, mode="zoom", path=(), partial="", max_crops=4, **how):
+    """The chains of a tree of one path with these rollouts."""
+    node = Node(start_of(policy, question, mode), path, partial)
+    node.rollouts = [finished(policy, question, texts, mode) for texts in rollouts]
+    return linearise(node, dialogue(mode, max_crops=max_crops), **how)
 
 
 def test_a_tree_without_a_right_rollout_gives_nothing(policy, question):
     """Guards the data: nothing is learned from wrong traces alone, nor from ill-formed ones."""
-    bad = [zoom_call(9, 9), answer("checked")]
-    assert linearise(tree(policy, question, [bad]), dialogue()) == []
-    refused = tree(policy, question, [[zoom_call(9, 9), answer("dotted")]])
-    refused.rollouts[0].turns[0].crop = None
-    assert linearise(refused, dialogue()) == []
+    assert chains_of(policy, question, [[zoom_call(9, 9), answer("checked")]]) == []
+    refused = SimpleNamespace(ended="answer", zoom_points=[], turns=["a call", "an answer"])
+    assert linearise(Node(None, rollouts=[refused]), dialogue()) == []
 
 
 def test_chains_straight_and_with_back_tracking(policy, question):
@@ -395,11 +306,10 @@ def test_chains_straight_and_with_back_tracking(policy, question):
     bad = [zoom_call(10, 10), answer("checked", "Plain.")]
     good = [zoom_call(11, 10), zoom_call(40, 40), answer("dotted", "Dotted.")]
     joined = [bad[0], zoom_call(40, 40, f"Plain. {BACKTRACK}Here"), good[2]]
-    root = tree(policy, question, [bad, good, good])
-    assert linearise(root, dialogue()) == [good, joined]
-    assert linearise(root, dialogue(), backtrack=False) == [good]
-    scored = score(finished(policy, question, joined))
-    assert scored.correct == scored.format == scored.grounded == 1
+    rollouts = [bad, good, good]
+    assert chains_of(policy, question, rollouts) == [good, joined]
+    assert chains_of(policy, question, rollouts, backtrack=False) == [good]
+    assert_right(finished(policy, question, joined))
 
 
 def test_a_thought_is_about_the_crop_before_it(policy, question):
@@ -409,8 +319,8 @@ def test_a_thought_is_about_the_crop_before_it(policy, question):
     first = zoom_call(10, 10)
     bad = [first, zoom_call(60, 20, "Blue. There"), answer("checked", "Plain.")]
     good = [first, zoom_call(40, 40, "Blue. No. The second"), answer("dotted", "Dotted.")]
-    chains = linearise(tree(policy, question, [bad, good], turns=(first,)), dialogue())
     turning = zoom_call(40, 40, f"Plain. {BACKTRACK}The second")
+    chains = chains_of(policy, question, [bad, good], path=(first,))
     assert chains[1:] == [[first, bad[1], turning, good[2]]]
 
 
@@ -421,8 +331,7 @@ def test_a_thought_is_about_the_crop_before_it(policy, question):
 def test_what_cannot_be_joined(policy, question, bad, good, most):
     """Guards back-tracking: a wrong look before it, a new one after it, and no more calls than the
     tool answers."""
-    root = tree(policy, question, [bad, good])
-    assert linearise(root, dialogue(max_crops=most)) == [good]
+    assert chains_of(policy, question, [bad, good], max_crops=most) == [good]
 
 
 @pytest.mark.parametrize("path", ["", "<think>At (9, 9)."])
@@ -430,14 +339,13 @@ def test_back_tracking_within_a_single_turn(policy, question, path):
     """Guards single-turn linearising: the wrong thought, the sentence, the rest of the right one
     behind the path that both share; one answer. Where the right one only answers, nothing."""
     begin = path or "<think>"
-    texts = [f"{begin} A (1, 2).</think>\n<answer> checked </answer>",
-             f"{begin} B (30, 4).</think>\n<answer> dotted </answer>",
-             f"{begin}</think>\n<answer> dotted </answer>"]
-    root = tree(policy, question, [[text] for text in texts], "grounded", partial=path)
-    wrong = f"{begin.removeprefix('<think>')} A (1, 2).".strip()
-    joined = f"<think>{wrong} {BACKTRACK}B (30, 4).</think>\n<answer> dotted </answer>"
-    assert linearise(root, dialogue("grounded")) == sorted([[texts[1]], [texts[2]], [joined]],
-                                                           key=lambda chain: len(chain[0]))
+    wrong = f"{begin} A (1, 2).</think>\n<answer> checked </answer>"
+    short = f"{begin}</think>\n<answer> dotted </answer>"
+    right = f"{begin} B (30, 4).</think>\n<answer> dotted </answer>"
+    said = wrong.partition("</think>")[0].replace("<think> ", "<think>")
+    joined = f"{said} {BACKTRACK}B (30, 4).</think>\n<answer> dotted </answer>"
+    chains = chains_of(policy, question, [[wrong], [right], [short]], "grounded", partial=path)
+    assert chains == [[short], [right], [joined]]
 
 
 # --------------------------------------------------------------------- from single to several turns
@@ -449,21 +357,18 @@ def thoughts_and_calls(turns):
 
 def test_single_turn_to_multi_turn():
     """Guards the conversion: each new point a zoom call, at most four, what is left stays with the
-    answer, answers may be points."""
+    answer; without a point nothing changes."""
     text = ("<think>A cup (1, 2). Again (1, 2). A pot [30, 4]: odd. So be it.</think>\n"
             "<answer>(3, 4)</answer>")
-    turns = to_multi_turn(text, later=0)
-    thoughts, calls = thoughts_and_calls(turns)
+    thoughts, calls = thoughts_and_calls(sft.to_multi_turn(text, later=0))
     assert calls == [(1, 2), (30, 4), None]
     assert thoughts == ["A cup (1, 2).", "Again (1, 2). A pot [30, 4]: odd.", "So be it."]
-    assert turns[2].endswith("<answer> (3, 4) </answer>")
-    many = " ".join(f"P ({i * 20}, 5)." for i in range(7))
-    turns = to_multi_turn(f"<think>{many}</think><answer>x</answer>", max_crops=4, later=0)
-    assert len(turns) == 5
-    assert parse_turn(turns[4]).thought == "P (80, 5). P (100, 5). P (120, 5)."
-    assert thoughts_and_calls(to_multi_turn(text, later=1))[1] == [(30, 4), (1, 2), None]
-    no_point = "<think>no point</think><answer>x</answer>"
-    assert to_multi_turn(no_point) == [no_point]
+    _, calls = thoughts_and_calls(sft.to_multi_turn(text, later=1))
+    assert calls == [(30, 4), (1, 2), None]
+    many = "P (0, 5). P (20, 5). P (40, 5). P (60, 5). P (80, 5). P (100, 5)."
+    turns = sft.to_multi_turn(answer("x", many), max_crops=4, later=0)
+    assert len(turns) == 5 and turns[4] == answer("x", "P (80, 5). P (100, 5).")
+    assert sft.to_multi_turn(answer("x", "No.")) == [answer("x", "No.")]
 
 
 def test_sentences_are_not_cut():
@@ -472,73 +377,55 @@ def test_sentences_are_not_cut():
     text = ("<think>At (120, 200) there is a chair. The lamp at (12.5, 40.25) and the cup at "
             "(7, 8) are red!\n1. The sign (90, 30) says EXIT\nIt is red.</think>\n"
             "<answer>red</answer>")
-    thoughts, calls = thoughts_and_calls(to_multi_turn(text, later=0))
+    thoughts, calls = thoughts_and_calls(sft.to_multi_turn(text, later=0))
     assert thoughts == ["At (120, 200) there is a chair.",
                         "The lamp at (12.5, 40.25) and the cup at (7, 8) are red!",
                         "1. The sign (90, 30) says EXIT", "It is red."]
     assert calls == [(120, 200), (12, 40), (90, 30), None]
 
 
-@pytest.mark.parametrize("later", [0, 1])
-def test_no_thought_is_empty(policy, question, later):
+def test_no_thought_is_empty(policy, question):
     """Guards chains that end in a point: our own reward calls an empty thought ill-formed, and such
     a trace would be dropped."""
-    turns = to_multi_turn(answer("dotted", "A (10, 10). B (40, 40)."), later=later)
-    assert thoughts_and_calls(turns)[0][2] == "The answer is dotted."
-    scored = score(finished(policy, question, turns))
-    assert scored.correct == scored.format == scored.grounded == 1 and scored.zoom_calls == 2
+    turns = sft.to_multi_turn(answer("dotted", "A (10, 10). B (40, 40)."))
+    assert turns[2] == answer("dotted", "The answer is dotted.")
+    assert_right(finished(policy, question, turns))
 
 
 # ----------------------------------------------------------------------------------- chains on disk
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [{}, {"crop_dot": True, "before_dotted": "Dotted: "},
+@pytest.mark.parametrize("how", [{"crop_dot": True, "before_dotted": "Dotted: "},
                                  {"system_prompts": {}, "coordinates": "unrounded"}])
-def test_what_is_read_again_is_the_same_dialogue(policy, tmp_path, how):
+def test_what_is_read_again_is_the_same_dialogue(policy, monkeypatch, tmp_path, how):
     """Guards search.jsonl: the prompt, the crops and the words of a trace that is read again are
-    those of the search, hints and answers that are points among them; with its question by content
-    and without. A polygon, which no row of the release has, is found by its question."""
+    those of the search, hints and answers that are points among them, its question made from the
+    row. A polygon, which no row of the release has, is found by its question."""
     path = draw(tmp_path / "scene.png", (100, 90), (40, 50, 70, 80))
-    policy.image_processor.size["shortest_edge"] = 256
+    monkeypatch.setitem(policy.image_processor.size, "shortest_edge", 256)
     way = dialogue(**how)
     words = Question("Which pattern?", [path], "dotted", key="a")
     place = Question("Description: the sign", [path], (40, 50, 70, 80), "point", key="b",
                      hint="Say (x, y).")
     corners = replace(place, key="c", answer=((40, 50), (70, 50), (70, 80), (40, 80)))
     x, y = map(round, way.start(policy, place, 1)[0].frames[0].to_input((55, 65)))
+    to_the_point = [zoom_call(x, y), answer(f"({x}, {y})")]
     chains = [(words, [zoom_call(10, 10), zoom_call(40, 40), answer("dotted")]),
-              (place, [zoom_call(x, y), answer(f"({x}, {y})")]),
-              (corners, [zoom_call(x, y), answer(f"({x}, {y})")])]
-    rows = [json.dumps(row_of_chain(way, *chain)) for chain in chains]
+              (place, to_the_point), (corners, to_the_point)]
+    rows = [json.dumps(sft.row_of_chain(way, *chain)) for chain in chains]
     file = tmp_path / "elsewhere/search.jsonl"
     file.parent.mkdir()
-    for lines, questions in ((rows, [corners, words, place]), (rows[:2], [])):
-        file.write_text("\n".join(lines))
-        recorded = read_traces(file, questions, image_root=str(tmp_path))
-        assert len(recorded) == len(lines)
-        for (question, texts), (found, messages, crops) in zip(chains, recorded, strict=False):
-            assert not crops and (found is question or not questions)
-            trace = replay(policy, way, found, messages)
-            node = Node(way.start(policy, question, 1)[0], tuple(texts[:-1]))
-            complete(policy, way, [node], 1, SAMPLING)
-            sampled = node.rollouts[0].prompt
-            last = policy.encode(texts[-1]) + [policy.tokenizer.eos_token_id]
-            assert trace.prompt.ids + trace.ids == sampled.ids + last
-            shown = [picture.grid for picture in trace.prompt.pictures + trace.pictures]
-            assert shown == [picture.grid for picture in sampled.pictures]
-            assert [turn.crop for turn in trace.turns[:-1]] == [
-                turn.crop for turn in node.rollouts[0].turns[:len(texts) - 1]]
-            scored = score(trace)
-            assert scored.correct == scored.format == scored.grounded == 1
-    rows = rows[:2]
-    file.write_text("[" + ",\n".join(rows) + "]")
-    assert len(read_traces(file, image_root=str(tmp_path))) == 2
-    for text in ("", "[]", "[1, ", "\n".join([*rows, "{"])):
-        file.write_text(text)
-        with pytest.raises(UserError, match=re.escape(str(file))):
-            read_traces(file)
-    with pytest.raises(UserError, match="none.jsonl"):
-        read_traces(tmp_path / "none.jsonl")
+    file.write_text("\n".join(rows))
+    read = read_traces(file, [corners])
+    assert read[2][0] is corners
+    for (question, texts), recording in zip(chains, read, strict=True):
+        trace = replay(policy, way, *recording)
+        node = Node(way.start(policy, question, 1)[0], tuple(texts[:-1]))
+        complete(policy, way, [node], 1, SAMPLING)
+        sampled, = node.rollouts
+        last = policy.encode(texts[-1]) + [policy.tokenizer.eos_token_id]
+        assert trace.prompt.ids + trace.ids == sampled.prompt.ids + last
+        assert trace.windows == sampled.windows[:len(texts) - 1]
+        assert_right(trace)
 
 
 CHOICE = "<image>\nWhat colour is the glove?\n(A) red\n(B) blue\nAnswer with the option's letter."
@@ -573,6 +460,12 @@ def release(tmp_path):
     return write
 
 
+def replayed(policy, path):
+    """The trace of the first row of a file."""
+    question, messages, crops = read_traces(path)[0]
+    return replay(policy, dialogue(), question, messages, crops)
+
+
 @pytest.mark.parametrize("name", ["/etc/hostname", "../scene.png", "images/../../x.png"])
 @pytest.mark.parametrize("place", [0, 1])
 def test_traces_name_images_inside_the_root_alone(release, name, place):
@@ -590,77 +483,50 @@ def test_the_releases_dialogues_are_replayed_as_they_are(policy, release, calls)
     more than our tool gives), the user's words are theirs, and exactly the assistant's tokens are
     learned, end tokens too."""
     row = released(calls)
-    (question, messages, crops), = read_traces(release([row]))
-    trace = replay(policy, dialogue(), question, messages, crops)
-    ids = trace.prompt.ids + trace.ids
-    text = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", policy.decode(ids))
-    image = "<|vision_start|><|image_pad|><|vision_end|>"
-    expected = "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
-                       for message in row["messages"])
-    assert text == expected.replace("<image>", image).removesuffix("\n")
-    learned = policy.decode([i for i, s in zip(trace.ids, trace.sampled, strict=True) if s])
-    assert learned == "".join(message["content"] + "<|im_end|>" for message in row["messages"]
-                              if message["role"] == "assistant")
-    assert [picture.image.getpixel((9, 9)) for picture in trace.pictures] == [
-        (40 * i, 90, 200) for i in range(calls)]
-    scored = score(trace)
-    assert scored.correct == scored.format == scored.grounded == 1 and scored.zoom_calls == calls
-    with torch.no_grad():
-        assert policy.log_probs([[trace]]).shape == (sum(trace.sampled),)
+    trace = replayed(policy, release([row]))
+    text = policy.decode(trace.prompt.ids + trace.ids)
+    text = re.sub(r"<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>", "<image>", text)
+    expected, spoken = "", ""
+    for message in row["messages"]:
+        said = message["content"] + "<|im_end|>"
+        expected += f"<|im_start|>{message['role']}\n{said}\n"
+        if message["role"] == "assistant":
+            spoken += said
+    assert text == expected.removesuffix("\n")
+    assert policy.decode(list(compress(trace.ids, trace.sampled))) == spoken
+    colours = [picture.image.getpixel((9, 9)) for picture in trace.pictures]
+    assert colours == [(40 * i, 90, 200) for i in range(calls)]
+    assert_right(trace)
 
 
-def test_where_the_file_has_no_crops_our_tool_shows_them(policy, release):
-    """Guards rows that hold only the question's images: an observation shows the window around the
-    call; an <image> without a call before it is named."""
-    row = released(2)
-    row["images"] = row["images"][:1]
-    (question, messages, crops), = read_traces(release([row]))
-    trace = replay(policy, dialogue(), question, messages, crops)
-    assert len(trace.pictures) == 2 and trace.turns[0].crop != trace.turns[1].crop
+def test_an_image_without_a_call_is_told(policy, release):
+    """Guards rows that hold only the question's images, where an observation shows the window
+    around the call: there has to be one."""
+    row = released(1, images=["images/scene.png"])
+    path = release([row])
+    assert len(replayed(policy, path).pictures) == 1
     row["messages"][2]["content"] = "<think>Hm.</think>"
-    (question, messages, crops), = read_traces(release([row]))
     with pytest.raises(UserError, match="json:1: an <image> follows a turn without a zoom call"):
-        replay(policy, dialogue(), question, messages, crops)
+        replayed(policy, release([row]))
 
 
-def test_the_releases_answers_are_scored(policy, release):
-    """Guards the filter on released rows: boxes, options and words, by the rules of their
-    answers."""
-    rows = [released(0), released(0, gt_answer="B"), released(0, gt_answer="(10, 20, 60, 80)")]
-    rows[2]["messages"][-1] = {"role": "assistant", "content": answer("(20, 20)", "At (20, 20).")}
-    recorded = read_traces(release(rows))
-    assert [question.kind for question, *_ in recorded] == ["choice", "choice", "point"]
-    right = [is_correct(replay(policy, dialogue(), *recording)) for recording in recorded]
-    assert right == [True, False, True]
+BROKEN = {
+    "an image less": lambda row: row["images"].pop(),
+    "no last answer": lambda row: row["messages"].pop(),
+    "no truth": lambda row: row.pop("gt_answer"),
+    "no dialogue": lambda row: row.pop("messages"),
+    "only a system message": lambda row: row.update(messages=row["messages"][:1], images=[]),
+    "a content that is a number": lambda row: row["messages"][4].update(content=5),
+    "no image in the question": lambda row: row["messages"][1].update(content="What?"),
+}
 
 
-def broken_rows():
-    fewer = released(2)
-    fewer["images"].pop()
-    unanswered = released(1)
-    unanswered["messages"].pop()
-    no_truth = released(0)
-    del no_truth["gt_answer"]
-    late_system = released(1)
-    late_system["messages"].insert(2, {"role": "system", "content": "Look closer."})
-    in_parts, in_number = released(1), released(1)
-    in_parts["messages"][-1]["content"] = [{"type": "text", "text": "<answer> A </answer>"}]
-    in_number["messages"][-1]["content"] = 5
-    blind = released(1, images=["images/scene.png"])
-    blind["messages"][1]["content"] = "What colour?"
-    return {"an image less": fewer, "no last answer": unanswered, "no truth": no_truth,
-            "a content in parts": in_parts, "a content that is a number": in_number,
-            "a system message inside": late_system, "no image in the question": blind,
-            "an answer in numbers": released(0, gt_answer="(1, 2, 3)"),
-            "no image": released(0, images=[]), "no text": released(0, messages=[{"role": "user"}]),
-            "only a system message": released(0, messages=[{"role": "system", "content": ""}]),
-            "no dialogue": {"id": 3}, "a number": 3}
-
-
-@pytest.mark.parametrize("name, row", broken_rows().items())
-def test_rows_that_are_no_dialogue_are_refused(release, name, row):
+@pytest.mark.parametrize("harm", BROKEN.values(), ids=BROKEN)
+def test_rows_that_are_no_dialogue_are_refused(release, harm):
     """Guards the reader: a row whose images and places do not agree, or that ends without the
     assistant, is named by its number, in a line."""
+    row = released(2)
+    harm(row)
     with pytest.raises(UserError, match="json:2: no trace") as error:
         read_traces(release([released(1), row]))
     assert "\n" not in str(error.value)
@@ -672,37 +538,27 @@ def test_a_missing_crop_names_its_file_and_row(policy, release, tmp_path):
     path = release([released(3)])
     (tmp_path / "images/crop2.png").unlink()
     with pytest.raises(UserError, match=r"crop2\.png .*json:1"):
-        replay(policy, dialogue(), *read_traces(path)[0])
+        replayed(policy, path)
     (question, _, crops), = read_traces(path, image_root=str(tmp_path / "elsewhere"))
     assert question.images == [tmp_path / "elsewhere/images/scene.png"]
     assert crops[0] == tmp_path / "elsewhere/images/crop0.png"
 
 
-@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|vision_start|>",
-                                   "<|vision_start|><|image_pad|><|vision_end|>", "<|im_start|>"])
-def test_special_tokens_of_a_file_are_only_text(policy, release, token):
+def test_special_tokens_of_a_file_are_only_text(policy, release):
     """Guards the chat: a row cannot end a turn, or stand for an image, by writing a token; each of
     the policy's tokens has a finite loss."""
     row = released(1)
     for message in row["messages"]:
-        message["content"] += token
-    trace = replay(policy, dialogue(), *read_traces(release([row]))[0])
-    shown = sum(picture.tokens for picture in trace.prompt.pictures + trace.pictures)
+        message["content"] += "<|im_end|><|vision_start|><|image_pad|><|vision_end|><|im_start|>"
+    trace = replayed(policy, release([row]))
+    pictures = trace.prompt.pictures + trace.pictures
     ids = trace.prompt.ids + trace.ids
-    assert ids.count(policy.image_token) == shown
+    assert ids.count(policy.image_token) == sum(picture.tokens for picture in pictures)
     assert ids.count(policy.tokenizer.eos_token_id) == len(row["messages"])
-    with torch.no_grad():
-        assert policy.log_probs([[trace]]).isfinite().all()
+    assert policy.log_probs([[trace]]).isfinite().all()
 
 
 # ----------------------------------------------------------------------------------------- learning
-
-def written(path, chains, question):
-    """A file of chains of one question."""
-    rows = [row_of_chain(dialogue(), question, texts) for texts in chains]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
 
 @pytest.mark.slow
 def test_only_right_well_formed_and_grounded_traces_are_learned(arguments, monkeypatch, capsys,
@@ -711,79 +567,64 @@ def test_only_right_well_formed_and_grounded_traces_are_learned(arguments, monke
     teach what the reward then punishes. A single turn becomes several."""
     chains = [
         [zoom_call(10, 10), answer("dotted")],
-        [zoom_call(10, 10), zoom_call(40, 20), answer("dotted")],
         [answer("dotted", "A (10, 10). B (40, 20). Dotted.")],
         [zoom_call(10, 10), answer("checked")],
         [zoom_call(10, 10), answer("dotted", "")],
-        [zoom_call(10, 10), answer("dotted", "It is at (500, 3).")],
         [f"<think>Hm.</think>\n{format_call((9, 9))}", answer("dotted")],
     ]
     question = Question("Which?", [tmp_path / "image.png"], "dotted")
+    rows = [json.dumps(sft.row_of_chain(dialogue(), question, texts)) for texts in chains]
     learned = []
     monkeypatch.setattr(sft, "fine_tune", lambda policy, traces, **how: learned.extend(traces))
-    args = arguments("--traces", written(tmp_path / "traces.jsonl", chains, question))
+    args = arguments("--traces", "traces.jsonl")
+    Path("traces.jsonl").write_text("\n".join(rows))
     sft.learn_traces(args, tmp_path)
-    assert [len(trace.turns) for trace in learned] == [2, 3, 3]
+    assert [len(trace.turns) for trace in learned] == [2, 3]
     printed = capsys.readouterr().out
-    assert "sft: 3 of 7 traces are right, well-formed and grounded" in printed
+    assert "sft: 2 of 5 traces are right, well-formed and grounded" in printed
     for why in ("its answer is wrong", "turn 2: a tag is empty", "no thought has a point"):
         assert f"sft: 1 dropped: {why}" in printed
-    args.traces = written(tmp_path / "traces.jsonl", chains[3:], question)
-    with pytest.raises(UserError, match="none of its 4 traces is right"):
+    Path("traces.jsonl").write_text("\n".join(rows[2:]))
+    with pytest.raises(UserError, match="none of its 3 traces is right"):
         sft.learn_traces(args, tmp_path)
 
 
-def test_only_the_policys_tokens_are_learned(policy, question):
-    """Guards the mask of fine-tuning: prompt and observations are not learned, end tokens are."""
-    trace = finished(policy, question, [zoom_call(10, 10), answer("dotted")])
-    learned = policy.decode([i for i, s in zip(trace.ids, trace.sampled, strict=True) if s])
-    assert learned == zoom_call(10, 10) + "<|im_end|>" + answer("dotted") + "<|im_end|>"
-    assert "<observation>" in policy.decode(trace.ids)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["tiny_folder"], indirect=True)
-def test_fine_tuning_lowers_the_loss_whatever_the_micro_batches(policy, tiny_folder):
+def test_fine_tuning_lowers_the_loss_whatever_the_micro_batches(tiny_folder):
     """Guards the loss: it falls, and it does not depend on how the batch is cut."""
+    policies = [load(tiny_folder, device="cpu") for _ in range(3)]
     traces = []
-    for i in range(4):
-        question = Question(f"Which, {i}?", [noise(128, 128, i)], "dotted")
-        traces.append(finished(policy, question, [zoom_call(10 + i, 10), answer("dotted")]))
+    for text in (answer("dotted"), answer("plain", "A longer thought.")):
+        question = Question("Which?", [noise(64, 64)], "dotted")
+        traces.append(finished(policies[0], question, [text], "direct"))
+    for policy, micro_tokens in zip(policies[1:], (1, 10**6), strict=True):
+        sft.fine_tune(policy, traces, steps=4, batch=2, lr=3e-3, seed=0, micro_tokens=micro_tokens)
     with torch.no_grad():
-        before = -policy.log_probs([[trace] for trace in traces]).mean().item()
-    losses = []
-    for micro_tokens in (1, 10**6):
-        fresh = load(tiny_folder, device="cpu")
-        sft.fine_tune(fresh, traces, steps=20, batch=4, lr=3e-3, seed=0, micro_tokens=micro_tokens)
-        with torch.no_grad():
-            losses.append(-fresh.log_probs([[trace] for trace in traces]).mean().item())
-    assert losses[0] < 0.7 * before and losses[0] == pytest.approx(losses[1], rel=0.02)
+        before, small, large = [-policy.log_probs([traces]).mean().item() for policy in policies]
+    assert small < 0.7 * before and small == pytest.approx(large, rel=0.02)
 
 
 def test_the_papers_schedule_of_fine_tuning(policy, question, monkeypatch):
     """Guards the learning rate: a warm-up over 3 % of the steps, then a cosine down to 0; each step
     learns from `batch` traces, all of them equally often."""
-    rates = []
+    rates, seen = [], []
     monkeypatch.setattr(sft, "optimizer_step", lambda policy, optimizer, lr, clip: (
-        rates.append(lr), optimizer.zero_grad())[1] or 1.0)
-    seen = []
-    monkeypatch.setattr(sft, "micro_batches", lambda groups, *_: seen.extend(
-        trace for trace, in groups) or [])
+        rates.append(lr) or 1.0))
+    monkeypatch.setattr(sft, "micro_batches", lambda groups, *_: seen.extend(groups) or [])
     traces = [finished(policy, question, [answer(str(i))]) for i in range(5)]
     sft.fine_tune(policy, traces, steps=100, batch=2, lr=2.0, seed=0)
     assert rates[0] == pytest.approx(2 / 3) and rates[50] == pytest.approx(1.0)
-    assert max(rates) == rates[2] or max(rates) == rates[3]
-    assert rates[99] < 1e-3
-    assert [seen.count(trace) for trace in traces] == [40] * 5
+    assert max(rates) in rates[2:4] and rates[99] < 1e-3
+    assert [seen.count([trace]) for trace in traces] == [40] * 5
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_not_finite_are_not_kept(policy, question, monkeypatch, capsys, tmp_path,
-                                                  bad):
+@pytest.mark.slow
+def test_numbers_that_are_not_finite_are_not_kept(tiny_folder, monkeypatch, capsys, tmp_path):
     """Guards hours: a step without a finite gradient is skipped and counted, after five in a row
     fine-tuning is stopped, and weights that are not finite are never saved."""
-    traces = [finished(policy, question, [answer("dotted")])]
-    norms = iter([1.0, bad, bad, 1.0, *[bad] * 5])
+    policy = load(tiny_folder, device="cpu")
+    traces = [finished(policy, Question("?", [noise(64, 64)], "x"), [answer("x")])]
+    norms = iter([1.0, math.nan, math.inf, 1.0, *[math.nan] * 5])
     monkeypatch.setattr(sft, "optimizer_step", lambda *_, **how: next(norms))
     monkeypatch.setattr(sft, "micro_batches", lambda *_: [])
     sft.fine_tune(policy, traces, steps=4, lr=1.0, seed=0)
@@ -791,154 +632,68 @@ def test_numbers_that_are_not_finite_are_not_kept(policy, question, monkeypatch,
     with pytest.raises(UserError, match="5 gradients in a row .* lower --sft-lr"):
         sft.fine_tune(policy, traces, steps=9, lr=1.0, seed=0)
     with torch.no_grad():
-        policy.trainable()[0].flatten()[9] = bad
+        policy.trainable()[0].flatten()[9] = math.inf
     with pytest.raises(UserError, match="weights are not finite, and are not saved"):
         sft.save_checkpoint(policy, dialogue(), 1.0, tmp_path / "sft")
     assert not (tmp_path / "sft").exists()
 
 
-@pytest.mark.parametrize("name", ["lm_head", "layers.1.mlp.up_proj", "visual.blocks.0.attn.qkv"])
-@pytest.mark.parametrize("flag", ["--model", "--teacher"])
-def test_a_checkpoint_that_is_not_finite_is_refused(arguments, tiny_folder, tmp_path, flag, name):
-    """Guards the search and the training: a NaN in one weight, and every token was the first, or an
-    index out of bounds."""
-    policy = load(tiny_folder, device="cpu")
-    with torch.no_grad():
-        next(p for key, p in policy.state_dict().items() if name in key).flatten()[7] = math.nan
-    policy.save(tmp_path / "spoilt")
-    with pytest.raises(UserError, match="weights are not finite"):
-        sft.make_sft(arguments(flag, str(tmp_path / "spoilt"), "--search-questions", "1"))
-
-
 # --------------------------------------------------------------------------------------- optimizers
 
-def test_a_step_is_clipped_and_at_its_own_rate(policy):
+def test_a_step_is_clipped_and_at_its_own_rate():
     """Guards optimizer_step: the rate of this step, the norm before clipping, gradients cleared;
-    where the norm is not finite, weights and moments stay as they are, and the caller knows."""
-    optimizer = torch.optim.SGD(policy.trainable(), lr=9.0)
-    before = [p.detach().clone() for p in policy.trainable()]
-    for p in policy.trainable():
-        p.grad = torch.ones_like(p)
-    norm = optimizer_step(policy, optimizer, lr=0.1, clip=1.0)
-    count = sum(p.numel() for p in before)
-    assert norm == pytest.approx(math.sqrt(count), rel=1e-4)
-    for p, old in zip(policy.trainable(), before, strict=True):
-        assert p.grad is None
-        assert torch.allclose(old - p, torch.full_like(p, 0.1 / norm), atol=1e-6)
-    before = [p.detach().clone() for p in policy.trainable()]
-    policy.trainable()[0].grad = torch.full_like(before[0], math.nan)
-    assert math.isnan(optimizer_step(policy, optimizer, lr=0.1, clip=1.0))
-    assert all(torch.equal(p, old) for p, old in zip(policy.trainable(), before, strict=True))
-    assert policy.trainable()[0].grad is None
+    where the norm is not finite, the weights stay as they are, and the caller knows."""
+    p = torch.nn.Parameter(torch.zeros(4))
+    policy = SimpleNamespace(trainable=lambda: [p])
+    optimizer = torch.optim.SGD([p], lr=9.0)
+    for gradient, norm in ((3.0, 6.0), (math.nan, math.nan)):
+        p.grad = torch.full((4,), gradient)
+        found = sft.optimizer_step(policy, optimizer, lr=0.1, clip=1.0)
+        assert found == pytest.approx(norm, nan_ok=True) and p.grad is None
+        assert torch.allclose(p, torch.tensor(-0.05))
 
 
-def test_the_type_of_the_weights_decides_the_optimizer(tiny_folder):
-    """Guards both paths: float32 weights get torch's AdamW, bfloat16 ones ours; not the vision
-    tower."""
-    for dtype, kind in ((torch.float32, torch.optim.AdamW), (torch.bfloat16, RoundedAdamW)):
-        policy = load(tiny_folder, device="cpu", dtype=dtype)
-        optimizer = sft.make_optimizer(policy, 1e-6)
-        assert type(optimizer) is kind and optimizer.defaults["weight_decay"] == 0.01
-        parts = {id(p) for p in optimizer.param_groups[0]["params"]}
-        assert parts == {id(p) for name, p in policy.named_parameters() if ".visual." not in name}
+@pytest.mark.parametrize("dtype, kind", [(torch.float32, torch.optim.AdamW),
+                                         (torch.bfloat16, sft.RoundedAdamW)])
+def test_the_type_of_the_weights_decides_the_optimizer(tiny_folder, dtype, kind):
+    """Guards both paths: float32 weights get torch's AdamW, bfloat16 ones ours."""
+    optimizer = sft.make_optimizer(load(tiny_folder, device="cpu", dtype=dtype), 1e-6)
+    assert type(optimizer) is kind and optimizer.defaults["weight_decay"] == 0.01
 
 
-def test_rounding_is_right_on_average():
-    """Guards the write-back: only the two neighbours are taken, and their mean is the number."""
-    values, gaps = (0.020003, -0.3001, 1.0), (2**-13, 2**-9, 0.0)
-    x = torch.cat([torch.full((100_000,), value) for value in values])
-    rows = rounded(x, torch.Generator().manual_seed(0)).float().view(3, -1)
-    for row, value, gap in zip(rows, values, gaps, strict=True):
-        assert len(row.unique()) == (2 if gap else 1) and (row - value).abs().max() <= gap
-        assert row.double().mean().item() == pytest.approx(value, abs=0.02 * gap + 1e-8)
-
-
-def test_small_steps_move_bfloat16_weights():
-    """Guards training in bfloat16: steps of 1e-6 at 0.02, a hundredth of the spacing, must add up
-    to what float32 AdamW does; and the second moment must not get stuck."""
+def test_our_adamw_is_adamw_on_average():
+    """Guards training in bfloat16: moments are those of torch's AdamW, and steps of 1e-6 at 0.02, a
+    hundredth of the spacing, must add up to what it does."""
     generator = torch.Generator().manual_seed(0)
-    p = torch.nn.Parameter(torch.full((8192,), 0.02, dtype=torch.bfloat16))
-    exact = torch.nn.Parameter(p.detach().float())
-    start = exact.detach().clone()
-    ours = RoundedAdamW([p], lr=1e-6)
-    theirs = torch.optim.AdamW([exact], lr=1e-6, weight_decay=0.01)
+    start = torch.tensor([0.02, -0.02]).repeat(4096, 1).bfloat16()
+    p = torch.nn.Parameter(start.clone())
+    exact = torch.nn.Parameter(start.float())
+    ours = sft.RoundedAdamW([p], lr=1e-6, weight_decay=10)
+    theirs = torch.optim.AdamW([exact], lr=1e-6, weight_decay=10)
     for _ in range(1000):
-        exact.grad = 1e-3 * (1 + torch.randn(8192, generator=generator))
-        p.grad = exact.grad.bfloat16()
-        ours.step()
-        theirs.step()
-    moved, expected = ((x.detach().float() - start).mean().item() for x in (p, exact))
-    assert expected < -5e-4 and moved == pytest.approx(expected, rel=0.02)
-    second = ours.state[p]["exp_avg_sq"].mean().item()
-    assert second == pytest.approx(theirs.state[exact]["exp_avg_sq"].mean().item(), rel=0.02)
-
-
-def test_our_adamw_is_adamw():
-    """Guards the arithmetic: moments and steps are torch's, but for the rounding of the weights."""
-    torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(40, 7).bfloat16())
-    exact = torch.nn.Parameter(p.detach().float())
-    ours, theirs = RoundedAdamW([p], lr=1e-2), torch.optim.AdamW([exact], lr=1e-2)
-    for _ in range(5):
-        with torch.no_grad():
-            exact.copy_(p)
-        p.grad = torch.randn(40, 7).bfloat16()
+        p.grad = (1 + torch.randn(4096, 2, generator=generator)).bfloat16()
         exact.grad = p.grad.float()
         ours.step()
         theirs.step()
-        spacing = 2.0 ** (torch.floor(torch.log2(exact.abs())) - 7)
-        assert ((p - exact).abs() <= spacing * 1.01).all()
-        for name in ("exp_avg", "exp_avg_sq"):
-            assert torch.allclose(ours.state[p][name], theirs.state[exact][name], atol=1e-6)
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.allclose(ours.state[p][name], theirs.state[exact][name], atol=1e-6)
+    expected = (exact - start).mean(0)
+    moved = (p.float() - start).mean(0)
+    assert torch.allclose(moved, expected, rtol=0.02, atol=0)
 
 
-def test_a_sharded_parameter_takes_the_same_step():
+def test_a_sharded_parameter_takes_the_same_step(request):
     """Guards RoundedAdamW beside FSDP: each process steps with its own part."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        plain = torch.nn.Parameter(torch.randn(9, 5).bfloat16())
-        parts = distribute_tensor(plain.detach().clone(), mesh, [Shard(0)])
-        sharded = torch.nn.Parameter(parts)
-        grad = torch.randn(9, 5).bfloat16()
-        plain.grad, sharded.grad = grad, distribute_tensor(grad, mesh, [Shard(0)])
-        for p in (plain, sharded):
-            RoundedAdamW([p], lr=0.1).step()
-        assert torch.equal(sharded.full_tensor(), plain)
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resuming_an_optimizer_is_exact(dtype, tmp_path):
-    """Guards --resume: torch's load_state_dict would round float32 moments, and its functions for
-    saved states name parameters by their modules; ours' random numbers go on."""
-    def make():
-        module = torch.nn.Linear(50, 3).to(dtype)
-        kind = RoundedAdamW if dtype == torch.bfloat16 else torch.optim.AdamW
-        return module, kind(module.parameters(), lr=1e-3, weight_decay=0.01)
-
-    def step(module, optimizer, number):
-        generator = torch.Generator().manual_seed(number)
-        for p in module.parameters():
-            p.grad = torch.randn(p.shape, generator=generator).to(dtype)
-        optimizer.step()
-        optimizer.zero_grad()
-    module, optimizer = make()
-    for number in range(3):
-        step(module, optimizer, number)
-    torch.save(get_state_dict(module, optimizer), tmp_path / "state.pt")
-    weights, moments = torch.load(tmp_path / "state.pt", weights_only=True)
-    other, again = make()
-    set_state_dict(other, again, model_state_dict=weights, optim_state_dict=moments)
-    for p, q in zip(module.parameters(), other.parameters(), strict=True):
-        for name in ("exp_avg", "exp_avg_sq"):
-            assert again.state[q][name].dtype == torch.float32
-            assert torch.equal(again.state[q][name], optimizer.state[p][name])
-    for number in range(3, 6):
-        step(module, optimizer, number)
-        step(other, again, number)
-    assert torch.equal(module.weight, other.weight) and torch.equal(module.bias, other.bias)
+    request.addfinalizer(dist.destroy_process_group)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    plain = torch.nn.Parameter(torch.randn(9, 5).bfloat16())
+    sharded = torch.nn.Parameter(distribute_tensor(plain.detach().clone(), mesh, [Shard(0)]))
+    plain.grad = torch.randn(9, 5).bfloat16()
+    sharded.grad = distribute_tensor(plain.grad, mesh, [Shard(0)])
+    for p in (plain, sharded):
+        sft.RoundedAdamW([p], lr=0.1).step()
+    assert torch.equal(sharded.full_tensor(), plain)
 
 
 # --------------------------------------------------------------------------------------- warm start
@@ -951,7 +706,7 @@ def quick(monkeypatch, tmp_path):
 
     def grow(args, questions, out):
         done.append("search")
-        rows = [row_of_chain(dialogue(), question, [zoom_call(9, 9), answer("dotted")])
+        rows = [sft.row_of_chain(dialogue(), question, [zoom_call(9, 9), answer("dotted")])
                 for question in questions]
         (out / "search.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(sft, "grow_trees", grow)
@@ -982,106 +737,67 @@ def test_a_stage_that_is_there_is_taken_up_again(arguments, quick, tmp_path):
 
 
 @pytest.mark.parametrize("stage", sft.STAGES)
-@pytest.mark.parametrize("words", [("--sft-lr", "0.1"), ("--search-questions", "3"),
-                                   ("--temperature", "0.5"), ("--no-backtrack",), ("--seed", "4")])
-def test_a_folder_belongs_to_its_settings(arguments, stage, words, tmp_path):
+def test_a_folder_belongs_to_its_settings(arguments, stage, tmp_path):
     """Guards results that are half of one setting and half of another: whatever an earlier run
     made, up to its search alone, is not taken up under other settings, with --resume or without."""
-    common = ["--search-questions", "2", "--resume"]
-    sft.open_run(arguments(*common[:2]), []).close()
-    sft.open_run(arguments(*common[:2], *words), []).close()          # nothing is made yet
-    sft.open_run(arguments(*common[:2]), []).close()
+    sft.open_run(arguments("--seed", "4"), []).close()
+    sft.open_run(arguments(), []).close()                             # nothing is made yet
     (tmp_path / "run" / stage).touch()
-    sft.open_run(arguments(*common, "--micro-tokens", "99"), []).close()
-    name = words[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-    for resume in (common, common[:2]):
-        with pytest.raises(UserError, match=f"was started with {name} .*; give the same, or ano"):
-            sft.open_run(arguments(*resume, *words), [])
+    sft.open_run(arguments("--resume", "--micro-tokens", "99"), []).close()
+    for words, why in ((["--sft-lr", "0.1"], "sft_lr 1e-06, not 0.1"),
+                       (["--no-backtrack", "--resume"], "backtrack True, not False")):
+        with pytest.raises(UserError, match=f"was started with {why}; give the same, or ano"):
+            sft.open_run(arguments(*words), [])
+    (tmp_path / "run/args.json").unlink()
     with pytest.raises(UserError, match="no args.json says what was made"):
-        (tmp_path / "run/args.json").unlink()
-        sft.open_run(arguments(*common[:2]), [])
+        sft.open_run(arguments(), [])
 
 
-def spoil_weights(folder):
-    """Another checkpoint of the same sizes under the same path."""
-    path = Path(folder) / "model.safetensors"
-    weights = bytearray(path.read_bytes())
-    weights[-1] ^= 1
-    path.write_bytes(weights)
-
-
-@pytest.mark.parametrize("name, change", [
-    ("model", spoil_weights), ("teacher", spoil_weights),
-    ("model", lambda folder: (folder / "dialogue.json").write_text('{"max_crops": 2}')),
-    ("dialogue", lambda path: path.write_text('{"max_crops": 3}')),
-    ("traces", lambda path: path.write_text(path.read_text() * 2)),
-    ("questions", lambda path: path.write_text(path.read_text().replace("dotted", "plain", 1)))])
-def test_other_content_under_the_same_path(arguments, tiny_folder, tmp_path, name, change):
+@pytest.mark.parametrize("name, file", [
+    ("model", "model/model.safetensors"), ("teacher", "teacher/dialogue.json"),
+    ("dialogue", "parts.json"), ("traces", "traces.jsonl"), ("questions", "task.jsonl")])
+def test_other_content_under_the_same_path(arguments, tiny_folder, tmp_path, name, file):
     """Guards a run that goes on from another checkpoint, file of traces or wording than it began
     with: a path alone does not say what lies there."""
-    paths = {"model": tmp_path / "model", "teacher": tmp_path / "teacher",
-             "dialogue": tmp_path / "parts.json", "traces": tmp_path / "traces.jsonl",
-             "questions": tmp_path / "task.jsonl"}
-    for folder in (paths["model"], paths["teacher"]):
+    for folder in ("model", "teacher"):
         shutil.copytree(tiny_folder, folder)
-    paths["dialogue"].write_text('{"max_crops": 2}')
-    paths["traces"].write_text("{}\n")
-    words = [word for flag in ("model", "teacher", "dialogue", "traces")
-             for word in (f"--{flag}", str(paths[flag]))]
+    for path in ("parts.json", "traces.jsonl"):
+        Path(path).write_text("{}")
+    words = ["--model", "model", "--teacher", "teacher", "--dialogue", "parts.json", "--traces",
+             "traces.jsonl"]
     sft.open_run(arguments(*words), []).close()
-    (tmp_path / "run/sft").mkdir()
+    Path("run/sft").mkdir()
     sft.open_run(arguments(*words), []).close()
-    change(paths[name])
+    content = Path(file).read_bytes()
+    Path(file).write_bytes(content.replace(b"dotted", b"plain", 1) + b"\n")
     open_file.cache_clear()
     with pytest.raises(UserError, match=f"sha1_of_{name} "):
         sft.open_run(arguments(*words), [])
 
 
-def test_one_run_at_a_time(arguments):
-    """Guards a run folder: two runs in it at the same time wrote over each other; the lock of a
-    process that has ended holds nobody up."""
-    lock = sft.open_run(arguments(), [])
-    with pytest.raises(UserError, match="another run is writing there"):
-        sft.open_run(arguments(), [])
-    lock.close()
-    sft.open_run(arguments(), []).close()
-
-
-@pytest.mark.parametrize("flag", ["--traces", "--teacher"])
-def test_a_file_that_is_not_there_is_told(arguments, tmp_path, flag):
-    """Guards against a traceback where the folder notes what the file holds."""
-    args = arguments(flag, str(tmp_path / "none"))
-    sft.open_run(args, []).close()
-    with pytest.raises(UserError, match="none.*; give"):
-        sft.make_sft(args)
-
-
-@pytest.mark.parametrize("text", ["[]", "", '{"seed": ', "3", "null", "\0" * 40, "[" * 100_000])
-def test_damaged_settings_are_told(arguments, tmp_path, text):
-    """Guards against tracebacks on args.json and notes.json after a crash of the machine."""
-    sft.open_run(arguments(), []).close()
-    (tmp_path / "run/sft").mkdir()
-    (tmp_path / "run/args.json").write_text(text)
-    with pytest.raises(UserError, match=r"args\.json is damaged .*; repair or delete") as error:
-        sft.open_run(arguments(), [])
-    assert "\n" not in str(error.value)
-
-
+@pytest.mark.parametrize("name", ["args.json", "search.jsonl"])
 @pytest.mark.parametrize("content", [b"", b"[]", b"\0" * 300, b"\x80\xff", b'{"id": 1, "mess'])
-def test_a_damaged_search_is_told(arguments, quick, tmp_path, content):
-    """Guards the same for search.jsonl: nothing is learned from half a file."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/search.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=r"run/search\.jsonl") as error:
-        sft.make_sft(arguments())
+def test_a_damaged_file_is_told(arguments, quick, name, content):
+    """Guards against tracebacks after a crash of the machine; nothing is learned from half a
+    file."""
+    args = arguments()
+    sft.open_run(args, []).close()
+    Path("run/search.jsonl").touch()
+    Path("run", name).write_bytes(content)
+    with pytest.raises(UserError, match=f"run/{name}") as error:
+        begin(args)
     assert not quick and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("out", ["file", "file/below", "/proc/none/run", "nul\0"])
-def test_a_folder_that_cannot_be_written(arguments, tmp_path, out):
-    """Guards --out: a file, a path below one, a folder that nobody may write to, no path."""
-    (tmp_path / "file").touch()
+def test_a_folder_that_cannot_be_used(arguments, out):
+    """Guards --out: a file, a path below one, a folder that nobody may write to, no path; and one
+    that another run is writing in."""
     args = arguments()
+    with sft.open_run(args, []), pytest.raises(UserError, match="another run is writing there"):
+        sft.open_run(args, [])
+    sft.open_run(args, []).close()
+    Path("file").touch()
     args.out = out
     with pytest.raises(UserError, match="cannot be written .*; make room, or give another name"):
         sft.open_run(args, [])
@@ -1093,11 +809,11 @@ def test_policies_of_the_warm_start(arguments, quick, tmp_path):
     penalty; without fine-tuning those of the base, and no search."""
     args = arguments("--sft-steps", "0")
     args.kl = 0.01
-    policy, reference, way = sft.warm_start(args)
-    assert quick == [] and policy is not reference and way.mode == "zoom"
-    base = load(args.model, device="cpu").state_dict()
-    for name, weight in policy.state_dict().items():
-        assert torch.equal(weight, base[name]) and torch.equal(reference.state_dict()[name], weight)
+    policy, reference, _ = sft.warm_start(args)
+    assert quick == [] and policy is not reference
+    weights, reference = policy.state_dict(), reference.state_dict()
+    for name, weight in load(args.model, device="cpu").state_dict().items():
+        assert torch.equal(weight, weights[name]) and torch.equal(weight, reference[name])
     args.kl = 0
     assert sft.warm_start(args)[1] is None
 
@@ -1115,19 +831,3 @@ def test_time_that_is_left(monkeypatch):
     """Guards the log: the time of the rest at the pace so far."""
     monkeypatch.setattr(sft.time, "monotonic", lambda: 112.0)
     assert sft.remaining(100.0, 1, 5) == "12 s, 48 s left"
-
-
-@pytest.mark.slow
-def test_a_search_is_the_same_in_several_processes(tmp_path):
-    """Guards torchrun: every process searches its share, and the chains and trees are those of one
-    process."""
-    from conftest import BASE, ROOT, in_processes, run_in
-    words = ["--model", BASE, "--task", ROOT / "tests/tiny/search-train.jsonl", "--turn-tokens", 48,
-             "--response-tokens", 288, "--search-questions", 3, "--simulations", 2,
-             "--sft-steps", 1]
-    for number in (1, 2):
-        in_processes(number, run_in, "train_sft", tmp_path, *words, "--out", f"run{number}")
-    for name in ("search.jsonl", "trees.txt"):
-        texts = [(tmp_path / f"run{number}" / name).read_text() for number in (1, 2)]
-        assert texts[0] == texts[1] and texts[0]
-    assert (tmp_path / "run2/sft/model.safetensors").is_file()
