@@ -299,3 +299,14 @@ def test_a_page_that_cannot_be_written_is_told(monkeypatch, tmp_path, error):
     with pytest.raises(UserError, match=r"report\.html cannot be written .*; make room") as told:
         train_rl.report(tmp_path, SimpleNamespace(task="", mode="zoom"), [], {})
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("words, place, message", [
+    (["--seed", 2**64], {}, "--seed"), (["--seed", -1], {}, "--seed"),
+    ([], {"WORLD_SIZE": "2"}, "torchrun"), ([], {"WORLD_SIZE": "x", "RANK": "0"}, "torchrun")])
+def test_what_cannot_be_started_is_told(script, monkeypatch, words, place, message):
+    """Guards against tracebacks: seeds that do not fit, half of torchrun's variables."""
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    _, errors = script("train_rl", *words, code=2)
+    assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
