@@ -18,6 +18,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import chain, compress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from weakref import WeakKeyDictionary
@@ -281,10 +282,8 @@ def plain_log_probs(folder, policy, sequence):
 def recorded(groups):
     """The log-probabilities that were recorded while sampling."""
     found = []
-    for group in groups:
-        for sequence in group:
-            pairs = zip(sequence.log_probs, sequence.sampled, strict=True)
-            found += [log_prob for log_prob, sampled in pairs if sampled]
+    for sequence in chain(*groups):
+        found += compress(sequence.log_probs, sequence.sampled)
     return torch.tensor(found)
 
 
