@@ -123,7 +123,7 @@ def test_a_killed_run_ends_as_one_that_was_not(main_job, call, tmp_path):
     with the bytes of a run that nobody killed (so that a run is the same twice, too)."""
     folder, _ = main_job
     outputs = [tmp_path / "out", tmp_path / "err"]
-    interrupted = start({}, outputs, train_until, 1, signal.SIGINT, folder)
+    interrupted = start({}, outputs, train_until, 2, signal.SIGINT, folder)
     interrupted.join(300)
     errors = outputs[1].read_text()
     assert interrupted.exitcode == 130
