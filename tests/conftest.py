@@ -5,6 +5,7 @@ base; data files with drawn images; scripts run in this process, and functions i
     python -m pytest                    all
 """
 import base64
+import gc
 import importlib
 import io
 import json
@@ -13,40 +14,38 @@ import os
 import random
 import shutil
 import socket
+import subprocess
 import sys
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import chain, compress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from weakref import WeakKeyDictionary
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "tiny"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1",
-               "PYTHONPATH": os.pathsep.join(sys.path[:2])}    # of the processes that tests start
+               "PYTHONPATH": os.pathsep.join(sys.path[:3])}    # of the processes that tests start
 
 import make_base
 import numpy as np
 import pytest
 import torch
-from make_base import SPECIAL_TOKENS, make_tiny, strings
+from make_base import make_tiny, strings
 from PIL import Image, ImageDraw
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    Qwen2Tokenizer,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2Tokenizer
+from transformers.models.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import evaluate as evaluation
 from model import Sequence, load
-from rollout import format_call, run_script
-from train_sft import BACKTRACK
+from rollout import run_script
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "tests/tiny/base"
 torch.set_num_threads(1)    # the tests' matrices are too small for more
+gc.freeze()                 # what is imported: each collection would look through all of it
 
 
 def pytest_configure(config):
@@ -63,36 +62,22 @@ def tiny_folder(tmp_path_factory):
     return str(folder)
 
 
-def lines_of_traces():
-    """Some hundred turns in the grammar of the dialogues, to train a tokenizer on."""
-    rng = random.Random(0)
-    for _ in range(300):
-        point = rng.randrange(900), rng.randrange(900)
-        place = rng.choice(["A chair at {}.", "The lamp {}", "There is a cup at {}.\nThe sign {}."])
-        thought = place.format(point, point)
-        yield f"<think>{thought}</think>\n{format_call(point)}"
-        yield f"<think>{BACKTRACK}{thought} It is so.\nYes.</think>\n"
-        for option in "ABCDEF":
-            yield f"<answer>{option}</answer>\n<answer> {option} </answer>"
+# "Ċ" is how the tokenizer writes a new line, of which a byte-level vocabulary has no other sign
+MERGES = [(".", "<"), (")", "<"), (".<", "/"), (")<", "/"), (")", ".</"), (".", "Ċ"), (">", "B")]
 
 
 @pytest.fixture(scope="session")
 def merged_folder(tmp_path_factory):
     """A checkpoint of random weights whose tokenizer, as the Qwen models' own does, has tokens in
     which a stop, a bracket or an answer runs into a tag: ").</", ")</", ".\n", ">B"."""
-    trained = Qwen2Tokenizer(vocab={}, merges=[]).train_new_from_iterator(
-        lines_of_traces(), vocab_size=600, show_progress=False)
-    parts = json.loads(trained.backend_tokenizer.to_str())["model"]
-    plain = [token for token in parts["vocab"] if token not in SPECIAL_TOKENS]
-    vocab = {token: i for i, token in enumerate(plain)}
-    pairs = [tuple(pair) for pair in parts["merges"]]
-
-    def make_tokenizer(**how):               # with these instead of the bytes alone
-        return Qwen2Tokenizer(**how | {"vocab": vocab, "merges": pairs})
+    def merging(vocab, merges, **how):
+        for pair in MERGES:
+            vocab["".join(pair)] = len(vocab)
+        return Qwen2Tokenizer(vocab=vocab, merges=MERGES, **how)
     folder = tmp_path_factory.mktemp("models") / "merged"
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(make_base, "Qwen2Tokenizer", make_tokenizer)
+        patch.setattr(make_base, "Qwen2Tokenizer", merging)
         make_tiny(folder, [])
     shutil.copy(BASE / "dialogue.json", folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -159,8 +144,24 @@ def script(monkeypatch, capsys, tmp_path):
     return ended
 
 
-FORKS = multiprocessing.get_context("forkserver")        # the server imports torch, once for all
-FORKS.set_forkserver_preload(["train_rl"])
+FORKS = multiprocessing.get_context("forkserver")        # the server imports all this, once
+FORKS.set_forkserver_preload(["conftest"])
+
+
+def start(place, outputs, function, *arguments):
+    """Starts a process that runs function(*arguments) as a script's main(), on the CPU. place: of
+    its environment; outputs: files for its stdout and its stderr. -> the process"""
+    process = FORKS.Process(target=run_as_one, args=(place, outputs, function, arguments))
+    process.start()
+    return process
+
+
+def run_as_one(place, outputs, function, arguments):
+    os.environ |= place
+    for number, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    torch.cuda.is_available = lambda: False
+    run_script(partial(function, *arguments))
 
 
 def in_processes(number, function, *arguments):
@@ -169,29 +170,17 @@ def in_processes(number, function, *arguments):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number)}
+    processes, written = [], []
     with TemporaryDirectory() as folder:
-        started = []
         for rank in range(number):
             place = address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             outputs = [Path(folder, f"{rank}.{name}") for name in ("out", "err")]
-            process = FORKS.Process(target=run_as_one, args=(place, outputs, function, arguments))
-            process.start()
-            started.append((process, outputs))
-        for process, _ in started:
+            processes.append(start(place, outputs, function, *arguments))
+        for rank, process in enumerate(processes):
             process.join(300)
-        written = [tuple(path.read_text() for path in outputs) for _, outputs in started]
-    assert all(process.exitcode == 0 for process, _ in started), written
+            written.append([Path(folder, f"{rank}.{name}").read_text() for name in ("out", "err")])
+    assert all(process.exitcode == 0 for process in processes), written
     return written
-
-
-def run_as_one(place, outputs, function, arguments):
-    """What each of these processes does."""
-    os.environ |= place
-    for number, path in enumerate(outputs, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    torch.set_num_threads(1)
-    torch.cuda.is_available = lambda: False
-    run_script(partial(function, *arguments))
 
 
 def run_in(name, cwd, *arguments):
@@ -199,6 +188,21 @@ def run_in(name, cwd, *arguments):
     os.chdir(cwd)
     sys.argv = [name, *map(str, arguments)]
     importlib.import_module(name).main()
+
+
+MINI = ["--search-questions", 3, "--simulations", 2, "--sft-steps", 2, "--steps", 3, "--questions",
+        3, "--update-questions", 2, "--group", 3, "--n", 3, "--save-every", 2]
+
+
+@pytest.fixture(scope="session")
+def main_job(tmp_path_factory):
+    """`python train_rl.py` from end to end, for a few steps. -> its folder, what it writes"""
+    folder = tmp_path_factory.mktemp("job")
+    done = subprocess.run([sys.executable, ROOT / "train_rl.py", *map(str, MINI)], cwd=folder,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    return folder, done.stdout
 
 
 # --------------------------------------------------------------------------- policies and dialogues
@@ -278,10 +282,8 @@ def plain_log_probs(folder, policy, sequence):
 def recorded(groups):
     """The log-probabilities that were recorded while sampling."""
     found = []
-    for group in groups:
-        for sequence in group:
-            pairs = zip(sequence.log_probs, sequence.sampled, strict=True)
-            found += [log_prob for log_prob, sampled in pairs if sampled]
+    for sequence in chain(*groups):
+        found += compress(sequence.log_probs, sequence.sampled)
     return torch.tensor(found)
 
 
@@ -338,21 +340,19 @@ def as_qwen3(folder, out):
     but with heads that are no share of the hidden size, and grouped queries."""
     shutil.copytree(folder, out)
     config = json.loads((out / "config.json").read_text())
-    text, vision = config["text_config"], config["vision_config"]
-    kept = {name: config[name] for name in config if name.endswith("_token_id")}
-    rope = dict(rope_type="default", mrope_section=[4, 2, 2], mrope_interleaved=True)
-    heads = dict(num_attention_heads=6, num_key_value_heads=2, head_dim=16)
-    sizes = {name: text[name] for name in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "eos_token_id",
-        "initializer_range")}
-    vision = {name: vision[name] for name in (
-        "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size",
-        "spatial_merge_size", "temporal_patch_size", "initializer_range")}
-    deep = dict(depth=3, deepstack_visual_indexes=[0, 2], num_position_embeddings=36)
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_heads",
+              "out_hidden_size", "patch_size", "spatial_merge_size", "temporal_patch_size",
+              "eos_token_id", "initializer_range")
+    text, vision = ({name: config[part][name] for name in shared if name in config[part]}
+                    for part in ("text_config", "vision_config"))
+    text |= dict(num_attention_heads=6, num_key_value_heads=2, head_dim=16, rope_theta=5e6,
+                 rope_scaling=dict(rope_type="default", mrope_section=[4, 2, 2],
+                                   mrope_interleaved=True))
+    vision |= dict(depth=3, deepstack_visual_indexes=[0, 2], num_position_embeddings=36)
+    tokens = {name: config[name] for name in config if name.endswith("_token_id")}
     torch.manual_seed(1)
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
-        text_config=sizes | heads | dict(rope_scaling=rope, rope_theta=5e6),
-        vision_config=vision | deep, tie_word_embeddings=False, **kept))
+        text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens))
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 1:                              # no bias is zero, no norm is one

@@ -1,23 +1,16 @@
 """The drawn site: its rows, its paths, and whole episodes that a player goes through."""
-import json
 import random
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import BASE
+from drawn_site import MOST_STEPS, DrawnSite, RandomPlayer, play
+from make_data import COLOURS, DIGITS, PATHS, STEPS, ask, site_of
 
-TINY = Path(__file__).parent / "tiny"
-sys.path[:0] = [str(TINY), str(TINY.parents[1])]
-
-from drawn_site import MOST_STEPS, DrawnSite, RandomPlayer, play  # noqa: E402
-from make_data import COLOURS, DIGITS, PATHS, STEPS, WEB_SIZES, ask, site_of  # noqa: E402
-
-from evaluate import WebAgent, open_file  # noqa: E402
-from model import load  # noqa: E402
-from reward import parse_action  # noqa: E402
-from rollout import read_image  # noqa: E402
+from evaluate import WebAgent, open_file
+from model import load
+from reward import parse_action
 
 
 class BestPlayer:
@@ -35,24 +28,13 @@ class BestPlayer:
 
 # --------------------------------------------------------------------------------------- the rows
 
-@pytest.mark.parametrize("split", WEB_SIZES)
-def test_the_shipped_rows_are_what_make_data_writes(split):
-    """Guards that the data can be made again, to the pixel; that every row is read as a web
-    action; and that who always does the same is right in a sixth of them."""
-    file = open_file(TINY / f"web-{split}.jsonl")
-    lines = (TINY / f"web-{split}.jsonl").read_text().splitlines()
-    assert len(file) == len(lines) == WEB_SIZES[split] and not file.skipped
-    counts = Counter(question.answer for question in file)
-    assert {question.kind for question in file} == {"action"}
-    assert max(counts.values()) <= len(file) / 6
-    for number in range(0, len(lines), 40):
-        row = json.loads(lines[number])
-        asked = ask("web", split, 0, number)
-        shown, = map(read_image, row.pop("images"))
-        expected = json.loads(json.dumps(asked.row(row["id"])))
-        del expected["images"]
-        assert row == expected
-        assert np.array_equal(shown, asked.draw()[0])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_shipped_rows_are_web_actions(split):
+    """Guards that every row is read, as a web action; and that who always does the same is right in
+    a sixth of them."""
+    file = open_file(BASE.parent / f"web-{split}.jsonl")
+    assert not file.skipped and {question.kind for question in file} == {"action"}
+    assert max(Counter(question.answer for question in file).values()) <= len(file) / 6
 
 
 def test_a_row_reads_as_one_of_the_release():
@@ -146,9 +128,9 @@ def test_who_knows_the_site_reaches_every_goal():
 def test_a_policy_goes_through_an_episode():
     """Guards the way from the site to the agent and back: the tiny policy is asked at each step,
     about the shown screen, and what it says is done."""
-    agent = WebAgent(load(str(TINY / "web-base")), "grounded", turn_tokens=48, response_tokens=288)
+    agent = WebAgent(load(str(BASE.parent / "web-base")), "grounded", turn_tokens=48)
     site = DrawnSite()
-    reached = play(site, agent, random.Random(0).randrange(100))
+    assert play(site, agent, random.Random(0).randrange(100)) in (True, False)
     actions = site.meta_data["action_history"][1:]
-    assert reached in (True, False) and 1 <= len(actions) <= MOST_STEPS
+    assert 1 <= len(actions) <= MOST_STEPS
     assert [str(parse_action(action)) for action in actions] == actions
