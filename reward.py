@@ -584,8 +584,7 @@ def row_of(trace):
     on_target: of each zoom call that was answered (in the modes of one turn: of each point in the
     thought), whether it lies on what the question is about; true_thoughts: of each thought behind a
     crop, whether it says what the crop shows; both empty where that is not known. official: whether
-    it is right by the public code's rule. The behaviours, see PHRASES. The others: see
-    `Score`."""
+    it is right by the public code's rule. The behaviours, see PHRASES. The others: see `Score`."""
     scored, question = trace.score or score(trace), trace.question
     thought = " ".join(turn.thought for turn in trace.turns)
     points = [point for turn in trace.turns for point in (*turn.points, turn.call)

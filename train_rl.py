@@ -310,6 +310,7 @@ def report(out, args, table_rows, traces):
 
 
 def curves(log_rows):
+    """All figures of a log as charts, in HTML. log_rows: dicts with a "step"."""
     names = dict.fromkeys(name for row in log_rows for name in row if name != "step")
     return [curve(name, log_rows) for name in names]
 

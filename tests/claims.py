@@ -3,11 +3,14 @@
     python tests/claims.py --seeds 5 --write .github/claims.md    # all arms, then the tables
     python tests/claims.py --tasks spatial --arms grounded think --seeds 2
     python tests/claims.py --scaling .github/scaling.png          # steps, group size, questions
-    python tests/claims.py --short                                # 2 updates each: tries it all
+    python tests/claims.py --short                                # some updates: tries it all
 
-All arms start from tests/tiny/base, see the same questions and make 70 updates, of SFT and GRPO
-together. A novice, which first has to learn the grammar, has 150 of SFT and 40 of GRPO, as many
-minutes as 70 of GRPO. Results stay in runs/claims until the command, base, recipe or data change.
+Arms start from tests/tiny/base and make 70 updates, of SFT (32 traces each) and GRPO (128)
+together. A novice was shown no thought that points; warm-started it has 150 of SFT, which the
+grammar takes, and 40 of GRPO, together as many minutes as 70 of GRPO. A search takes 128 questions
+and GRPO 16 a step. An arm of SFT alone learns from its own right answers: train_sft.py holds a
+tenth of the questions out, so 114 of its 128 are those of the other arms. Results stay in
+runs/claims until the command, the six files, base, recipe or data change.
 
 A claim compares a figure of two arms or stages seed by seed, or one with a level: the mean
 difference and its 95 % interval by Student's t. "supported": the interval lies above 0; "not
@@ -119,7 +122,9 @@ TASKS = {"spatial": [], "search": [], "sizes": []}         # the arms that their
 for _, task, _, *arms in CLAIMS:
     TASKS[task] += [arm for arm in arms if arm in ARMS and arm not in TASKS[task]]
 TASKS["search"] += COLLAPSE.values()
-# {elements: px in the overview, of icons and buttons}
+# {elements of the task sizes: px in the overview, of icons and buttons}. The one asked for is
+# "alone", named by its colour, or "alike": of two or three the one that bears a pattern, which a
+# crop shows; without a crop 0.42 of these can be found.
 SIZES = {"small": "6 x 6, 10 x 6", "medium": "8 x 8, 12 x 8", "large": "10 x 10, 14 x 8"}
 
 
@@ -131,7 +136,7 @@ LOCKS = defaultdict(Lock)                                # of what several arms 
 
 
 def digest(*files):
-    """Names what files of tests/tiny contain."""
+    """Names what files contain, of tests/tiny or of other places."""
     return hashlib.sha1(b"".join((TINY / file).read_bytes() for file in files)).hexdigest()[:10]
 
 
@@ -198,8 +203,9 @@ class Job:
         return json.loads(path.read_text(encoding="utf-8")), [row for row in rows if row["tool"]]
 
     def key(self):
-        """What decides the result: the command, and the files that all arms start from."""
-        return [*self.command(), digest(*FILES)]
+        """What decides the result: the command, the files that all arms start from, the code."""
+        code = sorted(REPOSITORY.glob("*.py"))
+        return [*self.command(), self.n, digest(*FILES), digest(*code)]
 
     def result(self):
         """What an earlier run found, or None."""
@@ -255,13 +261,16 @@ def make_novice(job, folder):
 def make_one_look(job, path):
     """Writes the traces that a search finds, those alone that zoom once."""
     folder = path.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)            # of a run that was killed
     call("train_sft.py", *job.common, "--task", job.data("train"), "--out", folder,
          "--sft-steps", 1, *(["--search-questions", 8] if job.short else []))
     lines = (folder / "search.jsonl").read_text(encoding="utf-8").splitlines()
     spoken = [sum(message["role"] == "assistant" for message in json.loads(line)["messages"])
               for line in lines]
     kept = [f"{line}\n" for line, turns in zip(lines, spoken, strict=True) if turns == 2]
-    path.write_text("".join(kept), encoding="utf-8")
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(path)
 
 
 def prepare(job):
@@ -276,10 +285,10 @@ def prepare(job):
 
 def train(job):
     """Trains an arm from the start and keeps its result, {"stages": {stage: figures}, ...}."""
+    prepare(job)
     started = time.monotonic()
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
-    prepare(job)
     command = job.command()
     call(*command)
     stages, log, last = {}, [], "sft"
@@ -486,7 +495,7 @@ def main(arguments=None):
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="[all]")
     add("--jobs", type=int, default=os.cpu_count(), help="arms side by side [one a core]")
     add("--table", action="store_true", help="train nothing, show what is there")
-    add("--short", action="store_true", help="2 updates and 16 questions: does it all run?")
+    add("--short", action="store_true", help="some updates, 16 questions: does it all run?")
     add("--scaling", metavar="PNG", help="train the scaling arms of seed 0 and draw them")
     add("--write", type=Path, metavar="FILE.md",
         help='the tables; what follows "## Reading" there is kept')
@@ -504,7 +513,8 @@ def main(arguments=None):
             results.setdefault((job.task, job.arm), {})[job.seed] = result
     if args.scaling:
         return draw_scaling(args.scaling, results)
-    write_tables(args.write, results, f"python tests/claims.py --seeds {args.seeds}")
+    words = arguments or sys.argv[1:]
+    write_tables(args.write, results, " ".join(["python tests/claims.py", *words]))
 
 
 if __name__ == "__main__":

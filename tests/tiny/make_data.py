@@ -357,6 +357,8 @@ def ask_screen(rng):
 
 
 def ask_sizes(rng):
+    """A question of gui, whose elements of the colour asked about have one of three sizes. Large is
+    what the lessons of the base showed; patterns are as fine at every size."""
     asked = ask_screen(rng)
     size = rng.choice(list(ELEMENTS))
     icon, button = ELEMENTS[size]
