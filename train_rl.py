@@ -328,7 +328,7 @@ def curve(name, log_rows):
     up = high - low or 1
     line = " ".join(f"{step},{-value}" for step, value in points)
     return (f"<figure><b>{shown(name)}</b>, at last {values[-1]:.4g}"
-            f'<svg viewBox="{steps[0]} {-high} {across} {up}" preserveAspectRatio="none">'
+            f'<svg viewBox="{steps[0]} {-low - up} {across} {up}" preserveAspectRatio="none">'
             f'<polyline points="{line}" vector-effect="non-scaling-stroke"/></svg>'
             f"from {low:.3g} to {high:.3g}, steps {steps[0]} to {steps[-1]}</figure>")
 

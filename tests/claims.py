@@ -2,7 +2,7 @@
 
     python tests/claims.py --seeds 5 --write .github/claims.md    # all arms, then the tables
     python tests/claims.py --tasks spatial --arms grounded think --seeds 2
-    python tests/claims.py --scaling .github/scaling.png          # steps, group size, questions
+    python tests/claims.py --scaling .github/scaling.png          # group size, questions
     python tests/claims.py --short                                # some updates: tries it all
 
 Arms start from tests/tiny/base and make 70 updates, of SFT (32 traces each) and GRPO (128)
@@ -70,7 +70,7 @@ COLLAPSE |= {(1e-3, bonus, kl): f"one-look-{bonus}-{kl}"
              for bonus in (0, 0.2) for kl in (0.01, 0.05)}
 ARMS |= {arm: ("zoom", WARM, f"--traces {{one_look}} --lr {lr} --diversity {bonus} --kl {kl}")
          for (lr, bonus, kl), arm in COLLAPSE.items()}
-# {panel: {abscissa: arm}}; the recipe has 8 traces a question and searches 128 questions
+# {panel: {value: arm}}; the recipe has 8 traces a question and searches 128 questions
 SCALING = {"traces a question": {2: "group-2", 4: "group-4", 8: "zoom", 16: "group-16"},
            "questions searched": {8: "searched-8", 32: "searched-32", 128: "zoom"}}
 ARMS |= {f"group-{n}": ("zoom", WARM, f"--group {n}") for n in (2, 4, 16)}
@@ -205,13 +205,16 @@ class Job:
     def key(self):
         """What decides the result: the command, the files that all arms start from, the code."""
         code = sorted(REPOSITORY.glob("*.py"))
-        return [*self.command(), self.n, digest(*FILES), digest(*code)]
+        words = [word.replace(f"{REPOSITORY}/", "") for word in self.command()]
+        return [*words, self.n, digest(*FILES), digest(*code)]
 
     def result(self):
-        """What an earlier run found, or None."""
-        path = self.folder / "result.json"
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return found if found.get("key") == self.key() else None
+        """What an earlier run found, or None; a damaged file is none."""
+        try:
+            found = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+            return found if found["key"] == self.key() else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
 
 
 def call(script, *words):
@@ -223,6 +226,12 @@ def call(script, *words):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n" + "\n".join(done.stdout.splitlines()[-5:]))
+
+
+def write_whole(path, text):
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def comparisons_true(rows):
@@ -268,9 +277,9 @@ def make_one_look(job, path):
     spoken = [sum(message["role"] == "assistant" for message in json.loads(line)["messages"])
               for line in lines]
     kept = [f"{line}\n" for line, turns in zip(lines, spoken, strict=True) if turns == 2]
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(path)
+    if not kept:
+        raise RuntimeError(f"{folder}: no trace of the search zooms once")
+    write_whole(path, "".join(kept))
 
 
 def prepare(job):
@@ -309,13 +318,12 @@ def train(job):
               "seconds": time.monotonic() - started}
     for weights in (*job.folder.rglob("*.safetensors"), *job.folder.rglob("state.pt")):
         weights.unlink()                 # results are kept, not the policies
-    part = job.folder / "result.part"
-    part.write_text(json.dumps(result), encoding="utf-8")
-    part.replace(job.folder / "result.json")
+    write_whole(job.folder / "result.json", json.dumps(result))
 
 
 def train_all(jobs, parallel):
-    """Draws the questions and trains the jobs that have no result yet, several side by side."""
+    """Draws the questions and trains the jobs that have no result yet, several side by side. One
+    that fails is named, and the others go on. -> the names of those"""
     left = [job for job in jobs if not job.result()]
     print(f"{len(jobs)} arms and seeds, {len(left)} of them to be trained", flush=True)
     for task in sorted({job.task for job in left}):
@@ -326,18 +334,26 @@ def train_all(jobs, parallel):
     for job in [job for job in left if "novice" in job.arm][:1]:
         threads.submit(prepare, job)         # takes minutes, while others are trained
     waiting = {threads.submit(train, job): job for job in left}
+    failed = []
     try:
         for number, future in enumerate(as_completed(waiting), 1):
-            future.result()
             job = waiting[future]
+            if error := future.exception():
+                print(f"{job.task} {job.arm} seed {job.seed} failed: {error}", file=sys.stderr)
+                failed.append(job.arm)
+                continue
             minutes = (time.monotonic() - started) / number * (len(left) - number) / 60
             print(f"{number}/{len(left)}  {job.task}  {job.arm}  seed {job.seed}  "
                   f"{job.result()['seconds']:.0f} s  ({minutes:.0f} min left)", flush=True)
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
+    return failed
 
 
 # ------------------------------------------------------------------------------------------- tables
+
+TITLE = "# The paper in miniature"
+
 
 def figures_of(results, task, arm, figure):
     """{seed: figure} of an arm's last stage, or of "ARM:STAGE"; figure: name or "name CATEGORY".
@@ -447,41 +463,43 @@ def write_tables(path, results, command):
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
     machine = f"{os.cpu_count()} cores of {(names or [platform.machine()])[0]}"
-    text = f"# The paper in miniature\n\n`{command}`, {date.today()}, commit {commit}, {machine}\n"
+    text = f"{TITLE}\n\n`{command}`, {date.today()}, commit {commit}, {machine}\n"
     for title, rows in tables(results).items():
         text += f"\n## {title}\n\n{markdown(rows)}\n"
     print("\n" + text)
     if path:
         before = path.read_text(encoding="utf-8") if path.is_file() else ""
         _, heading, reading = before.partition("\n## Reading\n")
-        path.write_text(text + heading + reading, encoding="utf-8")
+        write_whole(path, text + heading + reading)
+
+
+LINES = "#d55e00", "#e69f00", "#0072b2", "#009e73"
 
 
 def draw_scaling(path, results):
-    """Accuracy against GRPO steps (training, means of 5), group size and questions searched.
+    """Training accuracy by GRPO step, means of five: a panel for group sizes, and one for numbers
+    of questions searched, a line each.
 
     results: {(task, arm): {seed: result}}, of which seed 0 is drawn."""
-    steps = results["search", "zoom"][0]["curves"]["accuracy"]
-    panels = {"GRPO steps": {i + 5: mean(steps[i:i + 5]) for i in range(0, len(steps), 5)}}
-    for title, arms in SCALING.items():
-        panels[title] = {n: results["search", arm][0]["stages"]["rl"]["accuracy"]
-                         for n, arm in arms.items()}
-    sheet = Image.new("RGB", (360 * len(panels), 300), "white")
+    sheet = Image.new("RGB", (460 * len(SCALING), 300), "white")
     canvas = ImageDraw.Draw(sheet)
-    for left, (title, points) in zip(range(50, 1080, 360), panels.items(), strict=True):
-        for level in (0, 0.25, 0.5, 0.75, 1):
-            y = 250 - 210 * level
-            canvas.line([(left, y), (left + 280, y)], fill="#cfd5dc")
+    for left, (title, arms) in zip((60, 520), SCALING.items(), strict=True):
+        for level in (0.4, 0.6, 0.8, 1):
+            y = 250 - 350 * (level - 0.4)
+            canvas.line([(left, y), (left + 380, y)], fill="#cfd5dc")
             canvas.text((left - 8, y), f"{level:g}", fill="black", anchor="rm", font_size=12)
-        step = 260 / max(1, len(points) - 1)
-        places = [(left + 10 + step * i, 250 - 210 * y) for i, y in enumerate(points.values())]
-        canvas.line(places, fill="#0072b2", width=2)
-        for (x, y), (n, accuracy) in zip(places, points.items(), strict=True):
-            canvas.ellipse((x - 3, y - 3, x + 3, y + 3), fill="#0072b2")
-            canvas.text((x, 256), f"{n}", fill="black", anchor="mt", font_size=12)
-            canvas.text((x, y + 8), f"{accuracy:.2f}", fill="black", anchor="mt", font_size=11)
-        canvas.text((left + 140, 276), title, fill="black", anchor="mt", font_size=14)
-        canvas.text((left + 140, 8), "accuracy", fill="black", anchor="mt", font_size=14)
+        for number, (n, arm) in enumerate(arms.items()):
+            accuracy = results["search", arm][0]["curves"]["accuracy"]
+            means = [mean(accuracy[i:i + 5]) for i in range(len(accuracy) - 4)]
+            step = 380 / (len(means) - 1)
+            places = [(left + step * i, 250 - 350 * (y - 0.4)) for i, y in enumerate(means)]
+            canvas.line(places, fill=LINES[number], width=2)
+            canvas.text((left + 320, 130 + 20 * number), f"{n}", fill=LINES[number], font_size=14)
+        canvas.text((left + 370, 110), title, fill="black", anchor="rt", font_size=14)
+        canvas.text((left, 258), "5", fill="black", anchor="mt", font_size=12)
+        canvas.text((left + 380, 258), f"{len(accuracy)}", fill="black", anchor="mt", font_size=12)
+        canvas.text((left + 190, 276), "GRPO steps", fill="black", anchor="mt", font_size=14)
+        canvas.text((left + 190, 8), "accuracy", fill="black", anchor="mt", font_size=14)
     sheet.save(path)
 
 
@@ -500,22 +518,39 @@ def main(arguments=None):
     add("--write", type=Path, metavar="FILE.md",
         help='the tables; what follows "## Reading" there is kept')
     args = parser.parse_args(arguments)
-    jobs = [Job(task, arm, seed, args.short) for seed in range(args.seeds) for task in args.tasks
-            for arm in TASKS[task] if arm in args.arms]
+    jobs = [Job(task, arm, seed, args.short) for seed in range(args.seeds)
+            for task in dict.fromkeys(args.tasks) for arm in TASKS[task] if arm in args.arms]
     if args.scaling:
         arms = {arm: None for panel in SCALING.values() for arm in panel.values()}
         jobs = [Job("search", arm, 0, args.short) for arm in arms]
-    if not args.table:
-        train_all(jobs, args.jobs)
+    if not jobs or args.jobs < 1:
+        parser.error("nothing to do: see --seeds, --jobs, and which arms a task has")
+    for path in (args.write, args.scaling and Path(args.scaling)):
+        if path and not path.parent.is_dir():
+            parser.error(f"{path.parent}: no such folder")
+    if args.write and args.write.is_file():
+        before = args.write.read_text(encoding="utf-8", errors="replace")
+        if not before.startswith(TITLE) and "\n## Reading\n" not in before:
+            parser.error(f"{args.write}: is no file of tables, and would be lost")
+    failed = [] if args.table else train_all(jobs, args.jobs)
     results = {}
     for job in jobs:
         if result := job.result():
             results.setdefault((job.task, job.arm), {})[job.seed] = result
     if args.scaling:
+        if failed or len(results) < len(jobs):
+            sys.exit("error: --scaling: not all of its runs are there")
         return draw_scaling(args.scaling, results)
     words = arguments or sys.argv[1:]
     write_tables(args.write, results, " ".join(["python tests/claims.py", *words]))
+    if failed:
+        sys.exit(f"error: {len(failed)} runs failed, see above; call it again to repeat them")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; call it again to go on")

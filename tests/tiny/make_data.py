@@ -520,6 +520,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="[0]")
     parser.add_argument("--out", default=HERE, help="folder [the one of this script]")
     args = parser.parse_args()
+    if args.n is not None and args.n < 1:
+        parser.error("--n: give a number from 1 on")
     sizes = WEB_SIZES if args.task == "web" else SIZES
     for split in [args.split] if args.split else sizes:
         print(write(args.task, split, args.n or sizes[split], args.seed, args.out))
