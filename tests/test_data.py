@@ -325,6 +325,7 @@ def test_unusable_rows_are_counted_and_the_first_explained(data, capsys):
     (talk("Where?", {"x": 1}), "no answer in words"),
     (talk("Where?", "\u200b\u2060"), "no answer in words"),
     (hr_bench(B=None), "options, .* are not in words"),
+    (hr_bench(answer="E"), "none of its 4 options"),
     (PRO | {"regions": [{"box": [1, 2, 3, 4], "name": " "}]}, "one of its regions has no name")])
 def test_file_without_a_usable_row_is_an_error_that_says_why(data, row, why):
     """Guards: an evaluation over no questions; px taken for shares, or corners in disorder, by

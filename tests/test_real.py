@@ -35,7 +35,7 @@ from transformers import (
 from transformers.modeling_utils import load_state_dict, safe_save_file
 
 from evaluate import FORMATS, open_file
-from model import load, read_json
+from model import UserError, load, read_json
 from rollout import SYSTEM_PROMPTS, Dialogue, Question, format_call, make_dialogue
 from train_sft import fine_tune, messages_of
 
@@ -229,6 +229,8 @@ def test_numbers_of_the_checkpoint(hub, token_px, kv_shape, sizes):
     assert policy.forbidden[:size].nonzero()[:, 0].tolist() == sorted(unsaid)
     for size, expected in sizes.items():
         assert policy.input_size(*size) == large.input_size(*size) == expected
+    with pytest.raises(UserError, match="1x201 px cannot be encoded"):
+        policy.input_size(1, 201)
 
 
 @pytest.mark.parametrize("fields, bounds", [
