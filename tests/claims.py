@@ -491,7 +491,7 @@ def draw_scaling(path, results):
         for number, (n, arm) in enumerate(arms.items()):
             accuracy = results["search", arm][0]["curves"]["accuracy"]
             means = [mean(accuracy[i:i + 5]) for i in range(len(accuracy) - 4)]
-            step = 380 / (len(means) - 1)
+            step = 380 / max(1, len(means) - 1)
             places = [(left + step * i, 250 - 350 * (y - 0.4)) for i, y in enumerate(means)]
             canvas.line(places, fill=LINES[number], width=2)
             canvas.text((left + 320, 130 + 20 * number), f"{n}", fill=LINES[number], font_size=14)
