@@ -73,7 +73,7 @@ from rollout import (
 
 # A reader makes a Question of a row, with the row's own names of images. An answer in words is as
 # the row has it, and `make_question` finds out how it is scored; an answer that needs the image's
-# size is a function of it. Sources: the data cards and the evaluation code of each.
+# size is a function of it. Sources: the page and the evaluation code of each.
 
 FACET = " | "    # between the parts of a category, "mobile | text": scores are given by each part
 PLATFORMS = {"ios": "mobile", "android": "mobile", "windows": "desktop", "macos": "desktop"}
