@@ -822,9 +822,9 @@ summary {{ cursor: pointer; font-weight: bold }}
 def write_report(path, title, settings, charts, table_rows, tree, traces):
     """Writes the page of a run: one static file without scripts, in which all text is escaped.
 
-    settings: {name: value}. charts: HTML. table_rows: lists of cells, the heads first.
-    tree: text of a search tree. traces: {stage: its Traces}, of the same questions in the same
-    order; they are shown side by side, by how the last stage's ended."""
+    settings: {name: value}. charts: HTML, see `train_rl.curves`. table_rows: lists of cells, the
+    heads first. tree: text of a search tree. traces: {stage: its Traces}, of the same questions in
+    the same order; they are shown side by side, by how the last stage's ended."""
     in_force = [pair for pair in settings.items() if pair[1] not in (None, "")]
     parts = [html_table(table_rows), '<div class="grid">', *charts, "</div>",
              folded("settings", html_table(in_force))]

@@ -97,13 +97,15 @@ def sft_flags(parser):
     add("--sft-lr", type=number(most=1e30), default=1e-6, help="peak learning rate of fine-tuning")
 
 
+# ------------------------------------------------------------------------------- what training asks
+
 def questions_of(args, split, n, first=0):
     """`n` questions of the task, from number `first` on, of the split "train" or "test". -> list
 
-    With --eval-task it is the test, and all of --task trains. Otherwise a tenth is held out, by a
-    hash of each row, so that other rows may come and go. The seed decides the order; after the last
-    question of "train" it begins again, and what cannot be asked is left out (of "test",
-    `evaluate` does so)."""
+    With --eval-task, a flag of train_rl.py, it is the test, and all of --task trains. Otherwise a
+    tenth is held out, by a hash of each row, so that other rows may come and go. The seed decides
+    the order; after the last question of "train" it begins again, and what cannot be asked is left
+    out (of "test", `evaluate` does so)."""
     other = vars(args).get("eval_task")
     if split == "test" and other:
         return open_file(other, args.image_root).part(n)

@@ -165,8 +165,9 @@ def test_the_main_job_on_two_processes(main_job, script, tmp_path):
             assert (weight - theirs[key]).norm() <= 1e-3 * (1 + weight.norm()), (name, key)
     ours, theirs = (read_log(run / "log.jsonl") for run in (one, two))
     assert len(ours) == len(theirs) == 3
-    for name in ("reward", "accuracy", "tokens", "loss", "kl", "drift", "grad_norm", "signal"):
-        assert ours[0][name] == pytest.approx(theirs[0][name], rel=1e-2, abs=1e-3), name
+    for name, value in ours[0].items():
+        if "seconds" not in name and type(value) in (int, float):
+            assert value == pytest.approx(theirs[0][name], rel=1e-2, abs=1e-3), name
     ours, theirs = (read_log(run / "traces.jsonl") for run in (one, two))
     assert len(ours) == len(theirs) == 3 * 3 * 3
     assert [row["turns"] for row in ours[:9]] == [row["turns"] for row in theirs[:9]]
